@@ -1,0 +1,90 @@
+"""What a backbone family must tell the supernet, and which family a timm model belongs to."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from search_spaces.errors import UserError
+from search_spaces.slices import BlockShape, BlockSlice
+from supernets.flops import NetworkCosts
+
+Params = Mapping[str, Tensor]
+
+
+class Adapter(ABC):
+    """One backbone family. Reads the backbone's own modules; holds no parameters and no widths.
+
+    "Outer" parameters are all that lie outside the blocks: stem, patch merging, final norm, classifier. They are
+    sliced by stage width and passed to every method, as a block's are by its slice.
+    """
+
+    block_names: tuple[str, ...]  # module path of each block, in order
+    shapes: tuple[BlockShape, ...]
+    costs: NetworkCosts
+
+    def __init__(self, backbone: Any) -> None:
+        self.backbone = backbone
+
+    @abstractmethod
+    def outer(self, stage_widths: tuple[int, ...]) -> dict[str, Tensor]:
+        """Every parameter outside the blocks, by its name in the backbone, sliced to the stage widths."""
+
+    @abstractmethod
+    def stem(self, params: Params, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> the residual stream of the first block."""
+
+    @abstractmethod
+    def enter_stage(self, stage: int, params: Params, x: Tensor) -> Tensor:
+        """Patch merging before stage `stage` (> 0)."""
+
+    @abstractmethod
+    def attend(self, block: Any, params: Params, kept: BlockSlice, x: Tensor) -> Tensor:
+        """The block's attention on its normed slice, before LayerScale and the residual."""
+
+    @abstractmethod
+    def pool(self, params: Params, x: Tensor) -> Tensor:
+        """Final norm and pooling: the stream -> the features that enter the classifier, (B, w)."""
+
+    @abstractmethod
+    def classify(self, params: Params, features: Tensor) -> Tensor:
+        """(B, w) -> logits (B, classes)."""
+
+    @abstractmethod
+    def resize(self, stage_widths: tuple[int, ...]) -> None:
+        """Set the backbone's own attributes (embed_dim, num_features, ...) after it was cut."""
+
+    def blocks(self) -> list[Any]:
+        """The backbone's block modules, in order."""
+        return [self.backbone.get_submodule(name) for name in self.block_names]
+
+    def num_stages(self) -> int:
+        return self.shapes[-1].stage + 1
+
+
+def refuse(backbone: nn.Module, feature: str, instead: str) -> UserError:
+    """The error for a feature of a timm model that no adapter supports."""
+    return UserError(
+        f"{type(backbone).__name__}: {feature} is not supported; {instead}"
+        " (docs/backbones.md lists what is supported)"
+    )
+
+
+def adapter_for(backbone: nn.Module) -> Adapter:
+    """The adapter of a timm model's family; UserError names the family or the feature that is not supported."""
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.swin_transformer import SwinTransformer
+    from timm.models.vision_transformer import VisionTransformer
+
+    from supernets.swin import SwinAdapter
+    from supernets.vit import VitAdapter
+
+    if type(backbone) in (VisionTransformer, VisionTransformerDistilled):
+        return VitAdapter(backbone)
+    if type(backbone) is SwinTransformer:
+        return SwinAdapter(backbone)
+    raise UserError(
+        f"{type(backbone).__name__} is not a supported backbone; choose a timm model of the class"
+        " VisionTransformer (ViT, DeiT), SwinTransformer or T2TViT"
+    )

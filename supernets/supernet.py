@@ -1,0 +1,85 @@
+"""The supernet: a timm backbone's own parameters, used at every candidate's slice at once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from search_spaces.slices import BlockShape, NetworkSlice, identity_slice, network_slice
+from supernets.adapter import Adapter, adapter_for
+from supernets.axes import block_parameters
+from supernets.elastic import BlockMixture, Term, mixed_block
+from supernets.flops import network_flops, network_params
+
+Small = NetworkSlice | Sequence[BlockMixture]
+
+
+class Supernet(nn.Module):
+    """Large and small networks over one set of parameters.
+
+    backbone: a timm model, kept as it is: `supernet.backbone.state_dict()` is a timm checkpoint. Every small
+    network is described by the argument of the call, never by state.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        """Raises UserError when the family or a feature of the backbone is not supported."""
+        super().__init__()
+        self.backbone = backbone
+        self.adapter: Adapter = adapter_for(backbone)
+        self.shapes: tuple[BlockShape, ...] = self.adapter.shapes
+        for block in self.adapter.blocks():
+            block_parameters(block)
+
+    def identity(self) -> NetworkSlice:
+        """The backbone itself as a slice."""
+        return network_slice(self.shapes, [identity_slice(shape) for shape in self.shapes])
+
+    def flops(self, subnet: NetworkSlice | None = None) -> int:
+        """MACs of one image through a subnet, or through the backbone."""
+        return network_flops(self.shapes, self.adapter.costs, subnet or self.identity())
+
+    def params(self, subnet: NetworkSlice | None = None) -> int:
+        """Parameters of a subnet's compact network, or of the backbone."""
+        return network_params(self.shapes, self.adapter.costs, subnet or self.identity())
+
+    def large(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> logits (B, classes) of the large network: timm's own forward."""
+        return self.backbone(images)  # type: ignore[no-any-return]
+
+    def small(self, images: Tensor, small: Small) -> Tensor:
+        """Logits (B, classes) of a subnet, or of a mixture at full stage width."""
+        return self.small_with_features(images, small)[0]
+
+    def small_with_features(self, images: Tensor, small: Small) -> tuple[Tensor, Tensor]:
+        """As `small`, and the pooled features that enter the classifier, (B, w)."""
+        adapter = self.adapter
+        if isinstance(small, NetworkSlice):
+            mixtures: Sequence[BlockMixture] = [BlockMixture((Term(kept),)) for kept in small.blocks]
+            widths = small.stage_widths
+        else:
+            mixtures, widths = small, self.identity().stage_widths
+        outer = adapter.outer(widths)
+        x = adapter.stem(outer, images)
+        stage = 0
+        for block, shape, mixture in zip(adapter.blocks(), self.shapes, mixtures, strict=True):
+            if shape.stage != stage:
+                stage = shape.stage
+                x = adapter.enter_stage(stage, outer, x)
+            x = self._block(block, shape, mixture, x)
+        features = adapter.pool(outer, x)
+        return adapter.classify(outer, features), features
+
+    def _block(self, block: Any, shape: BlockShape, mixture: BlockMixture, x: Tensor) -> Tensor:
+        def attend(params: Any, kept: Any, y: Tensor) -> Tensor:
+            return self.adapter.attend(block, params, kept, y)
+
+        return mixed_block(block, block_parameters(block), shape, mixture, attend, x)
+
+    def forward(self, images: Tensor, small: Small | None = None) -> tuple[Tensor, Tensor]:
+        """Logits of the large network and of a small one: p and q of equation (3.4)."""
+        return self.large(images), self.small(images, self.identity() if small is None else small)
+
+    def extra_repr(self) -> str:
+        return f"{self.params() / 1e6:.2f} M parameters, {self.flops() / 1e9:.2f} GFLOPs (MACs)"
+
+

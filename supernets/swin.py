@@ -1,0 +1,199 @@
+"""timm's SwinTransformer as a backbone: shifted windows, relative positions, patch merging."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.models.swin_transformer import (
+    SwinTransformerBlock,
+    WindowAttention,
+    window_partition,
+    window_reverse,
+)
+from torch import Tensor, nn
+
+from search_spaces.slices import BlockShape, BlockSlice
+from supernets.adapter import Adapter, Params, refuse
+from supernets.axes import num_heads, take, take_axis
+from supernets.elastic import norm, split_heads
+from supernets.flops import NetworkCosts, PerWidth
+from supernets.vit import block_costs, check_norm, num_params
+
+# W windows of one image, T tokens of a window; other letters as in elastic.py
+
+
+def window_attention(attn: Any, params: Params, heads: int, x_BTS: Tensor, mask_WTT: Tensor | None) -> Tensor:
+    """timm's WindowAttention on sliced parameters: (B*W, T, S) -> (B*W, T, S).
+
+    Fused attention takes the bias and the shift mask as one (W, H, T, T) mask that is broadcast over images;
+    timm's own fused path expands it to every image of the batch.
+    """
+    B, T, _ = x_BTS.shape
+    qkv = F.linear(x_BTS, params["attn.qkv.weight"], params.get("attn.qkv.bias"))
+    q, k, v = split_heads(qkv, heads, attn.head_dim)  # (B*W, H, T, D)
+    table = params["attn.relative_position_bias_table"]
+    bias = table[attn.relative_position_index.view(-1)].view(T, T, heads).permute(2, 0, 1).unsqueeze(0)
+    if attn.fused_attn:
+        dropout_p = attn.attn_drop.p if attn.training else 0.0
+        if mask_WTT is not None:
+            W = mask_WTT.shape[0]
+            bias = (bias + mask_WTT.unsqueeze(1)).flatten(0, 1).unsqueeze(0)  # (1, W*H, T, T)
+            q, k, v = (t.reshape(B // W, W * heads, T, -1) for t in (q, k, v))
+        bias = bias.to(q.dtype)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=attn.scale)
+        x = x.reshape(B, heads, T, -1)
+    else:
+        scores = (q * attn.scale) @ k.transpose(-2, -1) + bias
+        if mask_WTT is not None:
+            W = mask_WTT.shape[0]
+            scores = scores.view(-1, W, heads, T, T) + mask_WTT[None, :, None]
+            scores = scores.view(-1, heads, T, T)
+        x = attn.attn_drop(attn.softmax(scores)) @ v
+    x = x.transpose(1, 2).reshape(B, T, -1)
+    x = F.linear(x, params["attn.proj.weight"], params.get("attn.proj.bias"))
+    return attn.proj_drop(x)  # type: ignore[no-any-return]
+
+
+class FusedWindowAttention(WindowAttention):  # type: ignore[misc]
+    """timm's WindowAttention with fused attention on and its mask broadcast over the batch."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        params = {f"attn.{name}": p for name, p in self.named_parameters()}
+        return window_attention(self, params, self.num_heads, x, mask)
+
+
+def windowed(block: Any, x: Tensor, attend: Any) -> Tensor:
+    """timm's SwinTransformerBlock._attn around `attend`: roll, pad, partition, attend, and back. (B, H, W, S)."""
+    _, H, W, S = x.shape
+    shift_h, shift_w = block.shift_size
+    win_h, win_w = block.window_size
+    if shift_h or shift_w:
+        x = torch.roll(x, shifts=(-shift_h, -shift_w), dims=(1, 2))
+    x = F.pad(x, (0, 0, 0, -W % win_w, 0, -H % win_h))
+    Hp, Wp = x.shape[1:3]
+    windows = window_partition(x, block.window_size).view(-1, win_h * win_w, S)
+    windows = attend(windows, block.attn_mask)
+    x = window_reverse(windows.view(-1, win_h, win_w, S), block.window_size, Hp, Wp)[:, :H, :W]
+    return torch.roll(x, shifts=(shift_h, shift_w), dims=(1, 2)) if shift_h or shift_w else x
+
+
+class SwinAdapter(Adapter):
+    """SwinTransformer as blocks, stem, patch merging and classifier. Turns fused attention on."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__(backbone)
+        self._check(backbone)
+        names, shapes, costs = [], [], []
+        for s, stage in enumerate(backbone.layers):
+            H, W = stage.output_resolution
+            for i, block in enumerate(stage.blocks):
+                attn = block.attn
+                head_dim = attn.proj.in_features // attn.num_heads
+                if type(attn) is WindowAttention:
+                    attn.__class__ = FusedWindowAttention
+                    attn.fused_attn, attn.head_dim = True, head_dim
+                win_h, win_w = block.window_size
+                padded = (H + -H % win_h) * (W + -W % win_w)
+                names.append(f"layers.{s}.blocks.{i}")
+                shapes.append(BlockShape(s, block.dim, attn.num_heads, head_dim, block.mlp.fc1.out_features))
+                costs.append(block_costs(block, padded, win_h * win_w, H * W))
+        self.block_names, self.shapes = tuple(names), tuple(shapes)
+        dims = [stage.blocks[0].dim for stage in backbone.layers]
+        merges = [stage.downsample for stage in backbone.layers[1:]]
+        merged_tokens = [
+            stage.output_resolution[0] * stage.output_resolution[1] for stage in backbone.layers[1:]
+        ]
+        embed, fc = backbone.patch_embed, backbone.head.fc
+        classes = fc.out_features
+        self.costs = NetworkCosts(
+            blocks=tuple(costs),
+            flops=PerWidth(
+                constant=0,
+                first=embed.num_patches * embed.proj.weight[0].numel(),
+                last=classes,
+                merge_pair=tuple(4 * tokens for tokens in merged_tokens),
+                merge_in=(0,) * len(merges),
+            ),
+            params=PerWidth(
+                constant=classes,
+                first=num_params(embed.proj, dims[0]) + num_params(embed.norm, dims[0]),
+                last=classes + num_params(backbone.norm, dims[-1]),
+                merge_pair=(4,) * len(merges),
+                merge_in=tuple(num_params(m.norm, d) for m, d in zip(merges, dims, strict=False)),
+            ),
+        )
+
+    def _check(self, backbone: Any) -> None:
+        if type(backbone.patch_embed) is not PatchEmbed:
+            raise refuse(backbone, type(backbone.patch_embed).__name__, "use timm's PatchEmbed")
+        if getattr(backbone, "dynamic_img_size", False) or not backbone.patch_embed.strict_img_size:
+            raise refuse(backbone, "strict_img_size=False", "give the size with img_size=")
+        if backbone.head.global_pool.feat_mult() != 1:
+            raise refuse(backbone, f"global_pool={backbone.global_pool}", "use global_pool=avg or max")
+        if not backbone.global_pool:
+            raise refuse(backbone, "a network without pooling", "use global_pool=avg or max")
+        if not isinstance(backbone.head.fc, nn.Linear):
+            raise refuse(backbone, "a network without classifier", "use num_classes > 0")
+        check_norm(backbone, backbone.norm, "norm")
+        for stage in backbone.layers:
+            for block in stage.blocks:
+                if type(block) is not SwinTransformerBlock:
+                    raise refuse(backbone, f"block type {type(block).__name__}", "use SwinTransformerBlock")
+                check_norm(backbone, block.norm1, "norm1")
+
+    def outer(self, stage_widths: tuple[int, ...]) -> dict[str, Tensor]:
+        swin = self.backbone
+        sliced: dict[str, Tensor] = {}
+        for name, p in swin.patch_embed.named_parameters():
+            sliced[f"patch_embed.{name}"] = take(p, 0, stage_widths[0])
+        for s in range(1, len(swin.layers)):
+            for name, p in swin.layers[s].downsample.named_parameters():
+                # norm (4*w_in,); reduction (w_out, 4*w_in): a prefix of each of the four quadrants
+                sizes = {"4": 4, "S": p.shape[-1] // 4}
+                p = take_axis(p, p.dim() - 1, "4S", {"S": stage_widths[s - 1]}, sizes)
+                sliced[f"layers.{s}.downsample.{name}"] = p if p.dim() == 1 else take(p, 0, stage_widths[s])
+        for name, p in swin.norm.named_parameters():
+            sliced[f"norm.{name}"] = take(p, 0, stage_widths[-1])
+        for name, p in swin.head.named_parameters():
+            sliced[f"head.{name}"] = take(p, 1, stage_widths[-1]) if p.dim() == 2 else p
+        return sliced
+
+    def stem(self, params: Params, images: Tensor) -> Tensor:
+        embed = self.backbone.patch_embed
+        weight, bias = params["patch_embed.proj.weight"], params["patch_embed.proj.bias"]
+        x = F.conv2d(images, weight, bias, stride=embed.proj.stride).permute(0, 2, 3, 1)  # (B, h, w, S)
+        return norm(embed.norm, params, "patch_embed.norm", x)
+
+    def enter_stage(self, stage: int, params: Params, x: Tensor) -> Tensor:
+        merge = self.backbone.layers[stage].downsample
+        B, H, W, S = x.shape
+        x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
+        H, W = H + H % 2, W + W % 2
+        x = x.reshape(B, H // 2, 2, W // 2, 2, S).permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4*S)
+        x = norm(merge.norm, params, f"layers.{stage}.downsample.norm", x)
+        return F.linear(x, params[f"layers.{stage}.downsample.reduction.weight"])
+
+    def attend(self, block: Any, params: Params, kept: BlockSlice, x: Tensor) -> Tensor:
+        def attend_windows(windows: Tensor, mask: Tensor | None) -> Tensor:
+            return window_attention(block.attn, params, num_heads(kept), windows, mask)
+
+        return windowed(block, x, attend_windows)
+
+    def pool(self, params: Params, x: Tensor) -> Tensor:
+        x = norm(self.backbone.norm, params, "norm", x)
+        return self.backbone.head.global_pool(x)  # type: ignore[no-any-return]
+
+    def classify(self, params: Params, features: Tensor) -> Tensor:
+        features = self.backbone.head.drop(features)
+        return F.linear(features, params["head.fc.weight"], params["head.fc.bias"])
+
+    def resize(self, stage_widths: tuple[int, ...]) -> None:
+        swin = self.backbone
+        swin.embed_dim = stage_widths[0]
+        swin.num_features = swin.head_hidden_size = swin.head.in_features = stage_widths[-1]
+        swin.head.num_features = stage_widths[-1]
+        for stage, info, w in zip(swin.layers, swin.feature_info, stage_widths, strict=True):
+            info["num_chs"] = w
+            for block in stage.blocks:
+                block.dim = w

@@ -1,0 +1,170 @@
+"""timm's VisionTransformer (ViT, DeiT, two-headed distilled DeiT) as a backbone. One stage."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, Mlp, PatchEmbed, RmsNorm
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from search_spaces.slices import BlockShape, BlockSlice
+from supernets.adapter import Adapter, Params, refuse
+from supernets.axes import num_heads, take
+from supernets.elastic import attention, norm
+from supernets.flops import BlockCosts, NetworkCosts, PerWidth
+
+STREAM_VECTORS = ("cls_token", "dist_token", "reg_token", "pos_embed")  # (1, n, E)
+
+
+def num_params(module: nn.Module | None, per: int) -> int:
+    """Parameters of a module divided by the size of the axis they all share."""
+    return 0 if module is None else sum(p.numel() for p in module.parameters()) // per
+
+
+def check_norm(backbone: nn.Module, module: nn.Module, where: str) -> None:
+    """Refuse norms that cannot be taken over a slice of channels."""
+    if not isinstance(module, nn.LayerNorm | RmsNorm | nn.Identity):
+        raise refuse(backbone, f"{where} of type {type(module).__name__}", "use LayerNorm or RmsNorm")
+
+
+def block_costs(block: Any, attn_tokens: int, attended: int, mlp_tokens: int) -> BlockCosts:
+    """The costs of a block with timm's Attention or WindowAttention and Mlp."""
+    attn, mlp = block.attn, block.mlp
+    table = getattr(attn, "relative_position_bias_table", None)
+    inner_norms = [m for m in (getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)) if m is not None]
+    attn_dim = attn.proj.in_features
+    return BlockCosts(
+        attn_tokens=attn_tokens,
+        attended=attended,
+        mlp_tokens=mlp_tokens,
+        qkv_bias=int(attn.qkv.bias is not None),
+        proj_bias=int(attn.proj.bias is not None),
+        fc1_bias=int(mlp.fc1.bias is not None),
+        fc2_bias=int(mlp.fc2.bias is not None),
+        table_rows=0 if table is None else table.shape[0],
+        norm_params=num_params(block.norm1, attn.qkv.in_features),
+        attn_norm=num_params(getattr(attn, "norm", None), attn_dim),
+        mlp_norm=num_params(mlp.norm, mlp.fc1.out_features),
+        layer_scale=num_params(getattr(block, "ls1", None), attn.qkv.in_features),
+        fixed_params=sum(num_params(m, 1) for m in inner_norms),
+    )
+
+
+class VitAdapter(Adapter):
+    """VisionTransformer and VisionTransformerDistilled as blocks, stem and classifier."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__(backbone)
+        self._check(backbone)
+        embed = backbone.patch_embed
+        num_patches = embed.num_patches
+        num_tokens = num_patches + backbone.num_prefix_tokens
+        self.block_names = tuple(f"blocks.{i}" for i in range(len(backbone.blocks)))
+        self.shapes = tuple(
+            BlockShape(0, backbone.embed_dim, b.attn.num_heads, b.attn.head_dim, b.mlp.fc1.out_features)
+            for b in backbone.blocks
+        )
+        self.heads = tuple(name for name in ("head", "head_dist") if getattr(backbone, name, None) is not None)
+        E = backbone.embed_dim
+        classifiers = [getattr(backbone, name) for name in self.heads]
+        vectors = [t for name in STREAM_VECTORS if (t := getattr(backbone, name, None)) is not None]
+        norms = (embed.norm, backbone.norm_pre, backbone.norm, backbone.fc_norm)
+        per_patch = embed.proj.weight[0].numel()
+        classes = sum(c.out_features for c in classifiers)
+        self.costs = NetworkCosts(
+            blocks=tuple(block_costs(b, num_tokens, num_tokens, num_tokens) for b in backbone.blocks),
+            flops=PerWidth(constant=0, first=num_patches * per_patch, last=classes),
+            params=PerWidth(
+                constant=sum(c.bias.numel() for c in classifiers),
+                first=num_params(embed.proj, E)
+                + sum(t.shape[1] for t in vectors)
+                + sum(num_params(m, E) for m in norms),
+                last=classes,
+            ),
+        )
+
+    def _check(self, backbone: Any) -> None:
+        if type(backbone.patch_embed) is not PatchEmbed:
+            raise refuse(backbone, type(backbone.patch_embed).__name__, "use timm's PatchEmbed")
+        if backbone.dynamic_img_size or backbone.patch_embed.dynamic_img_pad:
+            raise refuse(backbone, "dynamic_img_size", "give the size with img_size=")
+        if backbone.attn_pool is not None:
+            raise refuse(backbone, "attention pooling", "use global_pool=avg or token")
+        if backbone.global_pool == "":
+            raise refuse(backbone, "a network without pooling", "use global_pool=avg or token")
+        if not isinstance(backbone.head, nn.Linear):
+            raise refuse(backbone, "a network without classifier", "use num_classes > 0")
+        for where in ("norm", "fc_norm", "norm_pre"):
+            check_norm(backbone, getattr(backbone, where), where)
+        for block in backbone.blocks:
+            if type(block) is not Block:
+                raise refuse(backbone, f"block type {type(block).__name__}", "use pre-norm blocks (timm's Block)")
+            if type(block.attn) is not Attention or getattr(block.attn, "gate", None) is not None:
+                kind = type(block.attn).__name__ if type(block.attn) is not Attention else "gated attention"
+                raise refuse(backbone, kind, "use timm's plain Attention")
+            if type(block.mlp) is not Mlp:
+                raise refuse(backbone, f"MLP type {type(block.mlp).__name__}", "use timm's plain Mlp")
+            for where in ("norm1", "norm2"):
+                check_norm(backbone, getattr(block, where), where)
+
+    def outer(self, stage_widths: tuple[int, ...]) -> dict[str, Tensor]:
+        (w,) = stage_widths
+        sliced: dict[str, Tensor] = {}
+        for name, p in self.backbone.named_parameters():
+            if name.startswith("blocks."):
+                continue
+            if name in STREAM_VECTORS:  # (1, n, E)
+                dim = 2
+            elif name.startswith(self.heads):  # weight (classes, E), bias (classes,)
+                dim = 1 if p.dim() == 2 else -1
+            else:  # patch_embed.proj (E, 3, p, p) and (E,); norms (E,)
+                dim = 0
+            sliced[name] = p if dim < 0 else take(p, dim, w)
+        return sliced
+
+    def stem(self, params: Params, images: Tensor) -> Tensor:
+        vit, embed = self.backbone, self.backbone.patch_embed
+        weight, bias = params["patch_embed.proj.weight"], params.get("patch_embed.proj.bias")
+        x = F.conv2d(images, weight, bias, stride=embed.proj.stride)  # (B, w, h, w)
+        x = norm(embed.norm, params, "patch_embed.norm", x.flatten(2).transpose(1, 2))  # (B, N, w)
+        prefix = [
+            params[name].expand(x.shape[0], -1, -1)
+            for name in ("cls_token", "dist_token", "reg_token")
+            if name in params
+        ]
+        if "pos_embed" not in params:
+            return norm(vit.norm_pre, params, "norm_pre", vit.patch_drop(torch.cat([*prefix, x], dim=1)))
+        if vit.no_embed_class:
+            x = torch.cat([*prefix, x + params["pos_embed"]], dim=1)
+        else:
+            x = torch.cat([*prefix, x], dim=1) + params["pos_embed"]
+        return norm(vit.norm_pre, params, "norm_pre", vit.patch_drop(vit.pos_drop(x)))
+
+    def enter_stage(self, stage: int, params: Params, x: Tensor) -> Tensor:
+        raise AssertionError("a ViT has one stage")
+
+    def attend(self, block: Any, params: Params, kept: BlockSlice, x: Tensor) -> Tensor:
+        return attention(block.attn, params, num_heads(kept), x)
+
+    def pool(self, params: Params, x: Tensor) -> Tensor:
+        """(B, N, w) -> (B, w); for the two-headed DeiT (B, 2, w), class and distillation token."""
+        vit = self.backbone
+        x = norm(vit.norm, params, "norm", x)
+        if "head_dist" in self.heads:
+            return x[:, :2]
+        return norm(vit.fc_norm, params, "fc_norm", vit.pool(x))
+
+    def classify(self, params: Params, features: Tensor) -> Tensor:
+        features = self.backbone.head_drop(features)
+        if "head_dist" in self.heads:  # inference averages the two heads, and so does adjoined training
+            logits = F.linear(features[:, 0], params["head.weight"], params["head.bias"])
+            dist = F.linear(features[:, 1], params["head_dist.weight"], params["head_dist.bias"])
+            return (logits + dist) / 2
+        return F.linear(features, params["head.weight"], params["head.bias"])
+
+    def resize(self, stage_widths: tuple[int, ...]) -> None:
+        (w,) = stage_widths
+        self.backbone.embed_dim = self.backbone.num_features = self.backbone.head_hidden_size = w
+        for info in self.backbone.feature_info:
+            info["num_chs"] = w
