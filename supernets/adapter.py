@@ -23,6 +23,7 @@ class Adapter(ABC):
     block_names: tuple[str, ...]  # module path of each block, in order
     shapes: tuple[BlockShape, ...]
     costs: NetworkCosts
+    input_size: tuple[int, int, int]  # channels, height, width
 
     def __init__(self, backbone: Any) -> None:
         self.backbone = backbone
@@ -78,12 +79,16 @@ def adapter_for(backbone: nn.Module) -> Adapter:
     from timm.models.vision_transformer import VisionTransformer
 
     from supernets.swin import SwinAdapter
+    from supernets.t2t import T2TAdapter
+    from supernets.t2t_vit import T2TViT
     from supernets.vit import VitAdapter
 
     if type(backbone) in (VisionTransformer, VisionTransformerDistilled):
         return VitAdapter(backbone)
     if type(backbone) is SwinTransformer:
         return SwinAdapter(backbone)
+    if type(backbone) is T2TViT:
+        return T2TAdapter(backbone)
     raise UserError(
         f"{type(backbone).__name__} is not a supported backbone; choose a timm model of the class"
         " VisionTransformer (ViT, DeiT), SwinTransformer or T2TViT"

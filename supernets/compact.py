@@ -81,7 +81,8 @@ class UnevenAttention(nn.Module):
         x = nn.functional.scaled_dot_product_attention(
             self.q_norm(q), self.k_norm(k), v, dropout_p=dropout_p, scale=self.scale
         )
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, -1)))  # type: ignore[no-any-return]
+        x = self.norm(x.transpose(1, 2).reshape(B, N, -1))
+        return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]
 
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:

@@ -84,6 +84,7 @@ class SwinAdapter(Adapter):
     def __init__(self, backbone: Any) -> None:
         super().__init__(backbone)
         self._check(backbone)
+        self.input_size = (backbone.patch_embed.proj.in_channels, *backbone.patch_embed.img_size)
         names, shapes, costs = [], [], []
         for s, stage in enumerate(backbone.layers):
             H, W = stage.output_resolution

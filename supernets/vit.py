@@ -58,6 +58,7 @@ class VitAdapter(Adapter):
         super().__init__(backbone)
         self._check(backbone)
         embed = backbone.patch_embed
+        self.input_size = (embed.proj.in_channels, *embed.img_size)
         num_patches = embed.num_patches
         num_tokens = num_patches + backbone.num_prefix_tokens
         self.block_names = tuple(f"blocks.{i}" for i in range(len(backbone.blocks)))

@@ -1,0 +1,21 @@
+"""AN, adjoined training: one compression factor for the whole network (section 2.1)."""
+
+from collections.abc import Mapping, Sequence
+
+from search_spaces.method import Candidate, Picks, Settings, divisors
+from search_spaces.slices import BlockShape, BlockSlice, prefix_slice
+
+
+class AN:
+    """Nothing to search inside a block: alpha is given, or is the smallest that fits a budget."""
+
+    name = "an"
+    choice_names = ("alpha",)
+
+    def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:
+        return {"alpha": tuple(divisors(shape, settings))}, []
+
+    def block_slice(
+        self, shape: BlockShape, settings: Settings, picks: Picks, kept: Mapping[str, Sequence[int]]
+    ) -> BlockSlice:
+        return prefix_slice(shape, int(picks["alpha"]), settings.width)

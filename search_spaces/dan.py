@@ -1,0 +1,22 @@
+"""DAN, differentiable adjoined: a compression factor for every block (section 2.2)."""
+
+from collections.abc import Mapping, Sequence
+
+from search_spaces.method import Candidate, Picks, Settings, alpha_candidates
+from search_spaces.slices import BlockShape, BlockSlice, prefix_slice
+
+
+class DAN:
+    """Per block a Gumbel-softmax choice of alpha among the offered factors that divide its heads."""
+
+    name = "dan"
+    choice_names = ("alpha",)
+
+    def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:
+        candidates, dropped = alpha_candidates(shape, settings)
+        return {"alpha": candidates}, dropped
+
+    def block_slice(
+        self, shape: BlockShape, settings: Settings, picks: Picks, kept: Mapping[str, Sequence[int]]
+    ) -> BlockSlice:
+        return prefix_slice(shape, int(picks["alpha"]), settings.width)

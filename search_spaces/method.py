@@ -1,0 +1,60 @@
+"""What a method says about a block: its choices, and the slice that a candidate stands for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from search_spaces.slices import BlockShape, BlockSlice
+
+Candidate = int | float  # one option of a choice
+Choices = Mapping[str, tuple[Candidate, ...]]  # choice name -> its candidates, for one block
+Picks = Mapping[str, Candidate]  # choice name -> the candidate taken, for one block
+WIDTHS = ("stream", "inner")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user may set about a search space.
+
+    width: "stream" or "inner" (section 2.1). alphas: compression factors offered to every block; None: the
+    space's own. fractions: channel fractions offered to every block (KCR, joint).
+    """
+
+    width: str = "stream"
+    alphas: tuple[int, ...] | None = None
+    fractions: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+
+
+class Method(Protocol):
+    """One search method. A file of its own in search_spaces/."""
+
+    name: str
+    choice_names: tuple[str, ...]
+
+    def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:
+        """Each choice's candidates for a block, and what was left out, in words."""
+
+    def block_slice(
+        self, shape: BlockShape, settings: Settings, picks: Picks, kept: Mapping[str, Sequence[int]]
+    ) -> BlockSlice:
+        """The slice of a block at one candidate per choice. kept: indices, where a choice is no prefix."""
+
+
+def divisors(shape: BlockShape, settings: Settings) -> list[int]:
+    """The alpha that a block allows: divisors of its heads (sections 2.1 and 2.2), up to 8."""
+    sizes = [shape.num_heads, shape.hidden] + ([shape.embed_dim] if settings.width == "stream" else [])
+    return [a for a in range(1, min(shape.num_heads, 8) + 1) if all(size % a == 0 for size in sizes)]
+
+
+def alpha_candidates(shape: BlockShape, settings: Settings) -> tuple[tuple[Candidate, ...], list[str]]:
+    """The offered alpha that divide a block, ascending, and a line for each that was left out."""
+    allowed = divisors(shape, settings)
+    offered = sorted(set(settings.alphas if settings.alphas is not None else allowed))
+    dropped = [a for a in offered if a not in allowed]
+    reason = f"{shape.num_heads} heads allow {', '.join(map(str, allowed))}"
+    return tuple(a for a in offered if a in allowed), [f"alpha {a} left out ({reason})" for a in dropped]
+
+
+def picks_of(block: Mapping[str, Any], names: Sequence[str]) -> Picks:
+    """The candidates of a block's entry in arch.json."""
+    return {name: block[name] for name in names}

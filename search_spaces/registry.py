@@ -1,0 +1,122 @@
+"""Every search space by name: <backbone>-<method>, and its -nano variant."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from search_spaces.an import AN
+from search_spaces.dan import DAN
+from search_spaces.errors import UserError
+from search_spaces.method import Method
+
+METHODS: dict[str, Method] = {method.name: method for method in (AN(), DAN())}
+
+
+@dataclass(frozen=True)
+class Space:
+    """A backbone family and a method, with the defaults that were published or measured for the pair.
+
+    model, model_kwargs: arguments of timm.create_model. alphas: candidate factors, None for all divisors of the
+    heads up to 8. training: defaults of both stages' options; search and retrain: of one stage's.
+    """
+
+    name: str
+    family: str
+    method: Method
+    model: str
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    alphas: tuple[int, ...] | None = None
+    nano: bool = False
+    training: Mapping[str, Any] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
+    retrain: Mapping[str, Any] = field(default_factory=dict)
+
+
+MODELS = {
+    "swin": "swin_base_patch4_window7_224.ms_in22k_ft_in1k",
+    "vit": "vit_base_patch16_224",
+    "deit": "deit_small_patch16_224",
+}
+ALPHAS: dict[str, tuple[int, ...] | None] = {"swin": (1, 2, 4, 8)}
+
+NANO_VIT = dict(img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=6)
+NANO: dict[str, tuple[str, dict[str, Any]]] = {
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        dict(img_size=32, patch_size=4, window_size=4, embed_dim=64, depths=(2, 4), num_heads=(4, 8)),
+    ),
+    "vit": ("vit_tiny_patch16_224", dict(NANO_VIT, class_token=False, global_pool="avg")),
+    "deit": ("deit_tiny_patch16_224", NANO_VIT),
+}
+
+# The backbone authors' augmentation (Swin and DeiT share it), used by both stages of the full-size spaces.
+AUTHORS = dict(
+    aa="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, remode="pixel", opt="adamw"
+)
+FULL = dict(AUTHORS, pretrained=True, sched="none", warmup_epochs=0, weight_decay=0.05, drop_path=0.1)
+RATES = {"swin": dict(lr=1e-5, batch_size=64), "t2t": dict(lr=1e-3, batch_size=128)}
+# From scratch on a few thousand small images, in minutes on two cores.
+NANO_TRAINING = dict(
+    pretrained=False,
+    dataset="digits",
+    opt="adamw",
+    lr=2e-3,
+    weight_decay=0.05,
+    batch_size=64,
+    sched="cosine",
+    warmup_epochs=2,
+    aa=None,
+    mixup=0.0,
+    cutmix=0.0,
+    smoothing=0.1,
+    reprob=0.0,
+    hflip=0.0,
+    color_jitter=0.0,
+    scale=(0.8, 1.0),
+    drop_path=0.0,
+)
+
+
+def _full(family: str, method: Method) -> Space:
+    return Space(
+        name=f"{family}-{method.name}",
+        family=family,
+        method=method,
+        model=MODELS[family],
+        alphas=ALPHAS.get(family),
+        training=FULL | RATES.get(family, RATES["swin"]),
+        search=dict(epochs=100, arch_lr=1e-3),
+        retrain=dict(epochs=50),
+    )
+
+
+def _nano(family: str, method: Method) -> Space:
+    model, model_kwargs = NANO[family]
+    return Space(
+        name=f"{family}-{method.name}-nano",
+        family=family,
+        method=method,
+        model=model,
+        model_kwargs=model_kwargs,
+        nano=True,
+        training=NANO_TRAINING,
+        search=dict(epochs=30, arch_lr=2e-2, budget=0.5),
+        retrain=dict(epochs=30),
+    )
+
+
+SPACES: dict[str, Space] = {
+    space.name: space
+    for method in METHODS.values()
+    for family in MODELS
+    for space in (_full(family, method), _nano(family, method))
+}
+
+
+def get_space(name: str) -> Space:
+    """The space of that name; UserError names near matches."""
+    if name in SPACES:
+        return SPACES[name]
+    near = difflib.get_close_matches(name, SPACES, n=3) or sorted(SPACES)
+    raise UserError(f"unknown space {name!r}; did you mean {', '.join(near)}? (search.py --list-spaces shows all)")

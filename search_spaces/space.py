@@ -1,0 +1,134 @@
+"""A search space: one backbone's blocks and the candidates of every choice in each of them.
+
+The grammar is nni.mutable's: one labelled Categorical per block and choice. nni is imported only when the
+grammar itself is asked for; slices and sizes need nothing but this file.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from search_spaces.errors import UserError
+from search_spaces.method import WIDTHS, Candidate, Choices, Method, Picks, Settings
+from search_spaces.slices import BlockShape, BlockSlice
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Choices of every block. candidates[l][name] are block l's candidates of choice `name`."""
+
+    name: str
+    method: Method
+    settings: Settings
+    shapes: tuple[BlockShape, ...]
+    candidates: tuple[Choices, ...]
+    dropped: tuple[str, ...] = ()
+
+    def size(self) -> int:
+        """Number of architectures."""
+        return math.prod(len(options) for block in self.candidates for options in block.values())
+
+    def block_slices(
+        self, picks: Sequence[Picks], kept: Sequence[Mapping[str, Sequence[int]]] | None = None
+    ) -> list[BlockSlice]:
+        """The slice of every block at one candidate per choice."""
+        return block_slices(self.name, self.method, self.settings, self.shapes, picks, kept)
+
+    def mutable(self) -> Any:
+        """The space as an nni.mutable MutableList of one MutableDict per block, labelled "block3/alpha"."""
+        from nni.mutable import Categorical, MutableDict, MutableList
+
+        return MutableList(
+            [
+                MutableDict(
+                    {
+                        name: Categorical(list(options), label=label(block, name))
+                        for name, options in choices.items()
+                    }
+                )
+                for block, choices in enumerate(self.candidates)
+            ]
+        )
+
+    def freeze(self, sample: Mapping[str, Candidate]) -> list[dict[str, Candidate]]:
+        """Picks of a sample {"block3/alpha": 2, ...}; nni validates it against the grammar."""
+        return list(self.mutable().freeze(dict(sample)))
+
+    def random(self, seed: int) -> list[dict[str, Candidate]]:
+        """Picks drawn uniformly."""
+        import numpy as np
+
+        return list(self.mutable().random(random_state=np.random.RandomState(seed)))
+
+
+def label(block: int, choice: str) -> str:
+    """The label of a choice in the grammar."""
+    return f"block{block}/{choice}"
+
+
+def block_slices(
+    name: str,
+    method: Method,
+    settings: Settings,
+    shapes: Sequence[BlockShape],
+    picks: Sequence[Picks],
+    kept: Sequence[Mapping[str, Sequence[int]]] | None = None,
+) -> list[BlockSlice]:
+    """Every block's slice. UserError names the block and what it allows when a pick does not fit it."""
+    if len(picks) != len(shapes):
+        raise UserError(f"{name}: {len(picks)} blocks in the architecture, {len(shapes)} in the backbone")
+    kept = kept or [{}] * len(shapes)
+    slices = []
+    for i, (shape, pick, indices) in enumerate(zip(shapes, picks, kept, strict=True)):
+        try:
+            slices.append(method.block_slice(shape, settings, pick, indices))
+        except ValueError as error:
+            allowed, _ = method.choices(shape, Settings(settings.width))
+            options = "; ".join(f"{n}: {', '.join(map(str, c))}" for n, c in allowed.items())
+            raise UserError(f"{name}: block {i}: {error}; allowed: {options}") from None
+    return slices
+
+
+def make_space(name: str, method: Method, settings: Settings, shapes: Sequence[BlockShape]) -> SearchSpace:
+    """The space over a backbone's blocks; UserError when a block is left without a candidate."""
+    if settings.width not in WIDTHS:
+        raise UserError(f"width {settings.width!r}; expected one of {', '.join(WIDTHS)}")
+    for a in settings.alphas or ():
+        if a < 1:
+            raise UserError(f"{name}: alpha {a}; a compression factor is a whole number of at least 1")
+    candidates, dropped = [], []
+    for i, shape in enumerate(shapes):
+        choices, left_out = method.choices(shape, settings)
+        for choice, options in choices.items():
+            if not options:
+                raise UserError(f"{name}: block {i} has no candidate of {choice}: {'; '.join(left_out)}")
+        candidates.append(choices)
+        dropped += [f"block {i}: {line}" for line in left_out]
+    return SearchSpace(name, method, settings, tuple(shapes), tuple(candidates), tuple(dropped))
+
+
+def require_search(space: SearchSpace) -> None:
+    """Refuse a search in which no block has two candidates."""
+    if space.size() < 2:
+        raise UserError(
+            f"{space.name}: no block has two candidates, there is nothing to search; offer more with --alphas"
+            f" (block 0 has {space.shapes[0].num_heads} heads)"
+        )
+
+
+def uniform_alphas(space: SearchSpace) -> list[int]:
+    """The alpha that every block allows, ascending."""
+    common = set.intersection(*({int(a) for a in block["alpha"]} for block in space.candidates))
+    return sorted(common)
+
+
+def check_uniform_alpha(space: SearchSpace, alpha: int) -> None:
+    """Refuse an alpha that some block does not allow, naming the blocks and the alpha that would do."""
+    blocks = [i for i, choices in enumerate(space.candidates) if alpha not in choices["alpha"]]
+    if blocks:
+        heads = sorted({space.shapes[i].num_heads for i in blocks})
+        raise UserError(
+            f"{space.name}: alpha {alpha} does not divide blocks {', '.join(map(str, blocks))}"
+            f" (heads: {', '.join(map(str, heads))}); allowed: {', '.join(map(str, uniform_alphas(space)))}"
+        )

@@ -1,0 +1,92 @@
+"""T2T-ViT as a backbone: the token module is shared whole, its projection is cut to the stream. One stage."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from search_spaces.slices import BlockShape, BlockSlice
+from supernets.adapter import Adapter, Params, refuse
+from supernets.axes import num_heads, take
+from supernets.elastic import attention, norm
+from supernets.flops import NetworkCosts, PerWidth
+from supernets.t2t_vit import TokenPerformer, token_macs
+from supernets.vit import block_costs, num_params
+
+PROJECT = "tokens_to_token.project"
+
+
+class T2TAdapter(Adapter):
+    """T2TViT as blocks, stem and classifier."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__(backbone)
+        if not isinstance(backbone.head, nn.Linear):
+            raise refuse(backbone, "a network without classifier", "use num_classes > 0")
+        tokens = backbone.tokens_to_token
+        E, classes = backbone.embed_dim, backbone.head.out_features
+        num_tokens = tokens.num_patches + backbone.num_prefix_tokens
+        self.input_size = (backbone.in_chans, *tokens.img_size)
+        self.block_names = tuple(f"blocks.{i}" for i in range(len(backbone.blocks)))
+        self.shapes = tuple(
+            BlockShape(0, E, b.attn.num_heads, b.attn.head_dim, b.mlp.fc1.out_features) for b in backbone.blocks
+        )
+        token_params = sum(p.numel() for name, p in tokens.named_parameters() if not name.startswith("project"))
+        self.costs = NetworkCosts(
+            blocks=tuple(block_costs(b, num_tokens, num_tokens, num_tokens) for b in backbone.blocks),
+            flops=PerWidth(
+                constant=token_macs(
+                    tokens.img_size,
+                    backbone.in_chans,
+                    tokens.project.in_features // 9,
+                    "performer" if isinstance(tokens.attention1, TokenPerformer) else "transformer",
+                ),
+                first=tokens.num_patches * tokens.project.in_features,
+                last=classes,
+            ),
+            params=PerWidth(
+                constant=token_params + classes,
+                first=num_params(tokens.project, E) + num_params(backbone.norm, E) + 1 + num_tokens,
+                last=classes,
+            ),
+        )
+
+    def outer(self, stage_widths: tuple[int, ...]) -> dict[str, Tensor]:
+        (w,) = stage_widths
+        sliced: dict[str, Tensor] = {}
+        for name, p in self.backbone.named_parameters():
+            if name in ("cls_token", "pos_embed"):  # (1, n, E)
+                sliced[name] = take(p, 2, w)
+            elif name.startswith((PROJECT, "norm.")):  # (E, 9 D), (E,)
+                sliced[name] = take(p, 0, w)
+            elif name == "head.weight":  # (classes, E)
+                sliced[name] = take(p, 1, w)
+            elif name == "head.bias":
+                sliced[name] = p
+        return sliced
+
+    def stem(self, params: Params, images: Tensor) -> Tensor:
+        x = self.backbone.tokens_to_token.forward_tokens(images)  # (B, N, 9 D)
+        x = F.linear(x, params[f"{PROJECT}.weight"], params[f"{PROJECT}.bias"])
+        x = torch.cat([params["cls_token"].expand(x.shape[0], -1, -1), x], dim=1)
+        return self.backbone.pos_drop(x + params["pos_embed"])  # type: ignore[no-any-return]
+
+    def enter_stage(self, stage: int, params: Params, x: Tensor) -> Tensor:
+        raise AssertionError("a T2T-ViT has one stage")
+
+    def attend(self, block: Any, params: Params, kept: BlockSlice, x: Tensor) -> Tensor:
+        # published checkpoints scale by the width of the whole stream, whatever the slice
+        return attention(block.attn, params, num_heads(kept), x, scale=block.attn.scale)
+
+    def pool(self, params: Params, x: Tensor) -> Tensor:
+        return norm(self.backbone.norm, params, "norm", x)[:, 0]
+
+    def classify(self, params: Params, features: Tensor) -> Tensor:
+        return F.linear(self.backbone.head_drop(features), params["head.weight"], params["head.bias"])
+
+    def resize(self, stage_widths: tuple[int, ...]) -> None:
+        (w,) = stage_widths
+        self.backbone.embed_dim = self.backbone.num_features = self.backbone.head_hidden_size = w
+        for info in self.backbone.feature_info:
+            info["num_chs"] = w

@@ -1,0 +1,296 @@
+"""The oracle of invariant 0: what a subnet must compute, said by timm and not by our slicing code.
+
+The subnet's logits are timm's own forward on a copy of the backbone whose unkept weights are zero and whose
+norms see the kept channels only. Which weights are kept follows from timm's reshapes: a fused qkv weight is
+(3, H, d, E), a patch merging reads (4, C), a relative position table has one column per head. Nothing here
+may import from supernets/; that independence is the whole worth of it.
+
+The mutants at the end are wrong slices that have been written before, by us and by others. Each returns the
+logits that such code would give, so that a test can show the oracle tells them apart.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import timm.layers
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from search_spaces.slices import BlockSlice, Kept, NetworkSlice, count
+
+LAYER_NORMS = (nn.LayerNorm, timm.layers.LayerNorm)
+RMS_NORMS = (timm.layers.RmsNorm,)
+
+
+class KeptNorm(nn.Module):
+    """LayerNorm or RmsNorm over the kept channels of (..., C) alone; the other channels come out as 0."""
+
+    kept: Tensor  # (C,) bool
+
+    def __init__(self, norm: Any, kept: Tensor) -> None:
+        super().__init__()
+        if type(norm) not in LAYER_NORMS + RMS_NORMS:
+            raise TypeError(f"the oracle knows LayerNorm and RmsNorm, not {type(norm).__name__}")
+        self.centred = type(norm) in LAYER_NORMS
+        self.eps: float = norm.eps
+        self.weight: nn.Parameter | None = norm.weight
+        self.bias: nn.Parameter | None = getattr(norm, "bias", None)
+        self.register_buffer("kept", kept, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = int(self.kept.sum())
+        if size == 0:
+            return torch.zeros_like(x)
+        x = torch.where(self.kept, x, 0)
+        if self.centred:
+            x = torch.where(self.kept, x - x.sum(-1, keepdim=True) / size, 0)
+        x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) / size + self.eps)
+        x = x if self.weight is None else x * self.weight
+        x = x if self.bias is None else x + self.bias
+        return torch.where(self.kept, x, 0)
+
+
+def among(kept: Kept, size: int) -> Tensor:
+    """(size,) bool, True where kept. IndexError when something outside is kept."""
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[list(range(kept)) if isinstance(kept, int) else list(kept)] = True
+    return mask
+
+
+def blocks_of(backbone: Any) -> list[tuple[int, str, Any]]:
+    """(stage, module name, block) of every transformer block, in the order of the forward pass."""
+    if hasattr(backbone, "layers"):  # Swin
+        return [
+            (stage, f"layers.{stage}.blocks.{i}", block)
+            for stage, layer in enumerate(backbone.layers)
+            for i, block in enumerate(layer.blocks)
+        ]
+    return [(0, f"blocks.{i}", block) for i, block in enumerate(backbone.blocks)]
+
+
+@dataclass
+class KeptWeights:
+    """Which weights a subnet keeps: a bool mask per parameter name, and per norm's name its kept channels."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+
+    def linear(self, name: str, linear: Any, outputs: Tensor, inputs: Tensor) -> None:
+        """A linear layer (out, in) or a patch convolution (out, in, k, k)."""
+        if isinstance(linear, nn.Identity) or linear is None:
+            return
+        mask = outputs[:, None] & inputs
+        extra = linear.weight.ndim - mask.ndim
+        self.tensors[f"{name}.weight"] = mask.reshape(*mask.shape, *[1] * extra).expand_as(linear.weight)
+        if linear.bias is not None:
+            self.tensors[f"{name}.bias"] = outputs
+
+    def norm(self, name: str, norm: Any, kept: Tensor) -> None:
+        """A norm whose statistics are taken over the kept channels."""
+        if isinstance(norm, nn.Identity) or norm is None:
+            return
+        self.norms[name] = kept
+        self.scale(name, norm, kept)
+
+    def scale(self, name: str, module: Any, kept: Tensor) -> None:
+        """A module whose parameters have one entry per channel: LayerScale, a norm's weight and bias."""
+        if module is not None:
+            self.tensors.update({f"{name}.{key}": kept for key, _ in module.named_parameters()})
+
+    def last_axis(self, name: str, tensor: Tensor | None, kept: Tensor) -> None:
+        """A bare parameter, masked along its last axis: tokens, position embedding, relative table."""
+        if tensor is not None:
+            self.tensors[name] = kept.expand_as(tensor)
+
+    def block(self, name: str, block: Any, kept: BlockSlice) -> None:
+        """norm1, attention, norm2 and MLP of one block; a skipped half keeps nothing."""
+        attn, mlp = block.attn, block.mlp
+        embed_dim, num_heads = attn.qkv.in_features, attn.num_heads
+        head_dim = attn.qkv.out_features // (3 * num_heads)
+
+        stream = among(kept.stream if kept.attn else 0, embed_dim)
+        heads = among(kept.heads if kept.attn else 0, num_heads)
+        qk_HD = heads[:, None].expand(num_heads, head_dim)
+        v_HD = qk_HD.clone()
+        if kept.attn and kept.v_channels is not None:
+            for head, channels in zip(heads.nonzero().flatten(), kept.v_channels, strict=True):
+                v_HD[head] = among(channels, head_dim)
+        v = v_HD.flatten()  # timm: x.transpose(1, 2).reshape(B, N, H * d)
+        qkv = torch.stack([qk_HD, qk_HD, v_HD]).flatten()  # timm: qkv(x).reshape(B, N, 3, H, d)
+
+        self.norm(f"{name}.norm1", block.norm1, stream)
+        self.linear(f"{name}.attn.qkv", attn.qkv, qkv, stream)
+        for key in ("q_norm", "k_norm"):  # over one head's d channels, which are all kept or all not
+            self.scale(f"{name}.attn.{key}", getattr(attn, key, None), among(head_dim * kept.attn, head_dim))
+        table = getattr(attn, "relative_position_bias_table", None)  # (number of offsets, H)
+        self.last_axis(f"{name}.attn.relative_position_bias_table", table, heads)
+        self.norm(f"{name}.attn.norm", getattr(attn, "norm", None), v)
+        self.linear(f"{name}.attn.proj", attn.proj, stream, v)
+        self.scale(f"{name}.ls1", getattr(block, "ls1", None), stream)
+
+        stream = among(kept.stream if kept.mlp else 0, embed_dim)
+        selected = stream if kept.mlp_stream is None else stream & among(kept.mlp_stream, embed_dim)
+        hidden = among(kept.hidden if kept.mlp else 0, mlp.fc1.out_features)
+        self.norm(f"{name}.norm2", block.norm2, stream)
+        self.linear(f"{name}.mlp.fc1", mlp.fc1, hidden, selected)
+        self.norm(f"{name}.mlp.norm", getattr(mlp, "norm", None), hidden)
+        self.linear(f"{name}.mlp.fc2", mlp.fc2, selected, hidden)
+        self.scale(f"{name}.ls2", getattr(block, "ls2", None), selected)
+
+    def stem(self, backbone: Any, width: Tensor) -> None:
+        """Patch embedding (or T2T's last projection), tokens, position embedding, the norm before block 0."""
+        if hasattr(backbone, "tokens_to_token"):  # T2T: what comes before the projection is not sliced
+            t2t = backbone.tokens_to_token
+            for key, tensor in t2t.named_parameters():
+                self.tensors[f"tokens_to_token.{key}"] = torch.ones_like(tensor, dtype=torch.bool)
+            every = among(t2t.project.in_features, t2t.project.in_features)
+            self.linear("tokens_to_token.project", t2t.project, width, every)
+        else:
+            proj = backbone.patch_embed.proj
+            self.linear("patch_embed.proj", proj, width, among(proj.in_channels, proj.in_channels))
+            self.norm("patch_embed.norm", backbone.patch_embed.norm, width)
+        for key in ("cls_token", "reg_token", "dist_token", "pos_embed"):
+            self.last_axis(key, getattr(backbone, key, None), width)
+        self.norm("norm_pre", getattr(backbone, "norm_pre", None), width)
+
+    def merging(self, name: str, merging: Any, before: Tensor, after: Tensor) -> None:
+        """timm: x.reshape(B, H/2, 2, W/2, 2, C).permute(0, 1, 3, 4, 2, 5).flatten(3), so (quadrant 4, C)."""
+        quadrants = before.expand(4, -1).flatten()
+        self.norm(f"{name}.norm", merging.norm, quadrants)
+        self.linear(f"{name}.reduction", merging.reduction, after, quadrants)
+
+    def classifier(self, backbone: Any, width: Tensor) -> None:
+        """Final norm and every classifier head."""
+        self.norm("norm", backbone.norm, width)
+        self.norm("fc_norm", getattr(backbone, "fc_norm", None), width)
+        swin = hasattr(backbone, "layers")
+        for name in ("head.fc",) if swin else ("head", "head_dist"):
+            head = backbone.head.fc if swin else getattr(backbone, name, None)
+            if isinstance(head, nn.Linear):
+                self.linear(name, head, among(head.out_features, head.out_features), width)
+
+
+def kept_weights(backbone: nn.Module, subnet: NetworkSlice) -> KeptWeights:
+    """The masks of a subnet over a timm ViT, distilled DeiT or Swin, or a T2T-ViT.
+
+    Where an MLP reads only some channels (mlp_stream), norm2 still keeps a weight for every channel that it
+    normalises over. Raises ValueError when the subnet is not one of this backbone, and TypeError when the
+    backbone has a parameter the oracle knows nothing about: it never passes one through unsliced.
+    """
+    blocks = blocks_of(backbone)
+    if len(blocks) != len(subnet.blocks) or len(subnet.stage_widths) != blocks[-1][0] + 1:
+        raise ValueError(f"{len(subnet.blocks)} slices for {len(blocks)} blocks")
+    embed_dims = {stage: block.attn.qkv.in_features for stage, _, block in blocks}
+    widths = [among(width, embed_dims[stage]) for stage, width in enumerate(subnet.stage_widths)]
+
+    weights = KeptWeights()
+    weights.stem(backbone, widths[0])
+    for (stage, name, block), kept in zip(blocks, subnet.blocks, strict=True):
+        if kept.stream > subnet.stage_widths[stage]:
+            raise ValueError(
+                f"{name} uses {kept.stream} channels, its stage has {subnet.stage_widths[stage]}"
+            )
+        weights.block(name, block, kept)
+    for stage in range(1, len(widths)):
+        name = f"layers.{stage}.downsample"
+        weights.merging(name, backbone.get_submodule(name), widths[stage - 1], widths[stage])
+    weights.classifier(backbone, widths[-1])
+
+    unknown = {name for name, _ in backbone.named_parameters()} - weights.tensors.keys()
+    if unknown:
+        raise TypeError(f"the oracle does not know {', '.join(sorted(unknown))}")
+    return weights
+
+
+def oracle_logits(backbone: nn.Module, subnet: NetworkSlice, x: Tensor) -> Tensor:
+    """The subnet's logits (B, classes) on images (B, C, H, W), in eval mode.
+
+    Gradients flow into the backbone's own parameters, and are zero wherever nothing is kept.
+    """
+    weights = kept_weights(backbone, subnet)
+    sliced = deepcopy(backbone).eval()
+    for name, kept in weights.norms.items():
+        sliced.set_submodule(name, KeptNorm(sliced.get_submodule(name), kept.to(x.device)))
+    tensors = {
+        name: torch.where(weights.tensors[name].to(tensor.device), tensor, 0)
+        for name, tensor in chain(backbone.named_parameters(), backbone.named_buffers())
+        if name in weights.tensors
+    }
+    logits: Tensor = functional_call(sliced, tensors, (x,))
+    return logits
+
+
+def randomise(model: nn.Module, seed: int) -> nn.Module:
+    """Give every parameter normal noise, in place, so that no slice of anything is trivially 0 or 1.
+
+    Matrices are scaled by 1/sqrt(inputs), scales lie around 1, so that activations stay of order one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator).to(p)
+            if p.ndim == 1:
+                p.copy_(0.5 * noise if name.endswith("bias") else 1 + 0.5 * noise)
+            elif name.endswith("weight"):
+                p.copy_(noise / p[0].numel() ** 0.5)
+            else:  # tokens, position embedding, relative position table
+                p.copy_(noise)
+    return model
+
+
+def qkv_first_rows(backbone: nn.Module, subnet: NetworkSlice, x: Tensor) -> Tensor:
+    """Mutant: the first 3*h*d rows of the fused qkv, where h heads of each of q, k and v are meant."""
+    wrong = deepcopy(backbone)
+    with torch.no_grad():
+        for (_, _, block), kept in zip(blocks_of(wrong), subnet.blocks, strict=True):
+            num_heads, heads = block.attn.num_heads, among(kept.heads, block.attn.num_heads)
+            for p in block.attn.qkv.parameters():  # (3 * H * d, E) and (3 * H * d,)
+                by_head = p.view(3, num_heads, len(p) // (3 * num_heads), -1)
+                by_head[:, heads] = (
+                    by_head.flatten(0, 1)[: 3 * count(kept.heads)].unflatten(0, (3, -1)).clone()
+                )
+    return oracle_logits(wrong, subnet, x)
+
+
+def merging_first_columns(backbone: nn.Module, subnet: NetworkSlice, x: Tensor) -> Tensor:
+    """Mutant: the first 4*c columns of a patch merging's reduction, where c of each quadrant are meant."""
+    return _merging_first(backbone, subnet, x, "reduction")
+
+
+def merging_first_scales(backbone: nn.Module, subnet: NetworkSlice, x: Tensor) -> Tensor:
+    """Mutant: the same mistake in the merging's norm, its weight and its bias."""
+    return _merging_first(backbone, subnet, x, "norm")
+
+
+def _merging_first(backbone: nn.Module, subnet: NetworkSlice, x: Tensor, part: str) -> Tensor:
+    wrong = deepcopy(backbone)
+    with torch.no_grad():
+        for stage, width in enumerate(subnet.stage_widths[:-1], start=1):
+            for p in wrong.get_submodule(f"layers.{stage}.downsample.{part}").parameters():
+                quadrants = p.view(-1, 4, p.shape[-1] // 4)
+                quadrants[..., :width] = quadrants.flatten(1)[:, : 4 * width].clone().view(-1, 4, width)
+    return oracle_logits(wrong, subnet, x)
+
+
+def relative_table_last_heads(backbone: nn.Module, subnet: NetworkSlice, x: Tensor) -> Tensor:
+    """Mutant: the relative position table's last h columns, where those of the kept heads are meant."""
+    wrong = deepcopy(backbone)
+    with torch.no_grad():
+        for (_, _, block), kept in zip(blocks_of(wrong), subnet.blocks, strict=True):
+            table = block.attn.relative_position_bias_table  # (number of offsets, H)
+            table[:, among(kept.heads, table.shape[1])] = table[:, -count(kept.heads) :].clone()
+    return oracle_logits(wrong, subnet, x)
+
+
+Mutant = Callable[[nn.Module, NetworkSlice, Tensor], Tensor]
+VIT_MUTANTS: tuple[Mutant, ...] = (qkv_first_rows,)
+SWIN_MUTANTS: tuple[Mutant, ...] = (
+    qkv_first_rows,
+    merging_first_columns,
+    merging_first_scales,
+    relative_table_last_heads,
+)

@@ -1,0 +1,189 @@
+"""Hypothesis strategies: small random backbones of each family, and random subnets of them.
+
+Everything is drawn small enough for a forward pass to take a millisecond or two, and odd enough to reach the
+paths that full-size networks seldom show: padded windows, odd feature maps, images that are not square.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import hypothesis.strategies as st
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from search_spaces.slices import BlockShape, BlockSlice, Kept, NetworkSlice, network_slice, prefix_slice
+from supernets.t2t_vit import T2TViT
+from tests.oracle import blocks_of, randomise
+
+SEEDS = st.integers(0, 2**16)
+MIN_STREAM = 4  # a norm over fewer channels is ill-conditioned, over one it is a constant
+
+
+@st.composite
+def vit_backbones(draw: st.DrawFn) -> nn.Module:
+    """A timm ViT or two-headed distilled DeiT with random features and weights, in eval mode."""
+    num_heads = draw(st.sampled_from([2, 3, 4, 6]))
+    embed_dim = num_heads * draw(st.sampled_from([4, 8]))
+    options: dict[str, Any] = {
+        "img_size": draw(st.sampled_from([32, 48, (32, 48), 64])),
+        "patch_size": 16,
+        "num_classes": draw(st.integers(2, 7)),
+        "embed_dim": embed_dim,
+        "depth": draw(st.integers(1, 3)),
+        "num_heads": num_heads,
+        "mlp_ratio": draw(st.sampled_from([1, 2, 4])),
+        "qkv_bias": draw(st.booleans()),
+        "qk_norm": draw(st.booleans()),
+        "scale_attn_norm": draw(st.booleans()),
+        "scale_mlp_norm": draw(st.booleans()),
+        "proj_bias": draw(st.booleans()),
+        "init_values": draw(st.sampled_from([None, 1.0])),
+        "pre_norm": draw(st.booleans()),
+        "no_embed_class": draw(st.booleans()),
+        "norm_layer": draw(st.sampled_from(["layernorm", "rmsnorm"])),
+    }
+    if draw(st.integers(0, 3)) == 0:
+        model: nn.Module = VisionTransformerDistilled(**options | {"no_embed_class": False})
+    else:
+        class_token = draw(st.booleans())
+        model = VisionTransformer(
+            **options,
+            class_token=class_token,
+            global_pool=draw(st.sampled_from(["avg", "token"] if class_token else ["avg"])),
+            fc_norm=draw(st.sampled_from([None, True, False])),
+            reg_tokens=draw(st.sampled_from([0, 2])),
+            pos_embed=draw(st.sampled_from(["learn", "none"])),
+        )
+    return randomise(model, draw(SEEDS)).eval()
+
+
+@st.composite
+def swin_backbones(draw: st.DrawFn) -> nn.Module:
+    """A timm SwinTransformer of two or three stages, randomised, in eval mode.
+
+    At patch size 4 the maps are 8 to 15 patches wide: some are odd before a merging, some are not a multiple
+    of the window, and in the last stage the window may be larger than the map.
+    """
+    stages = draw(st.integers(2, 3))
+    head_dim = draw(st.sampled_from([4, 8]))
+    num_heads = draw(st.sampled_from([(2, 4, 4), (4, 4, 8), (3, 6, 12), (4, 8, 16)]))
+    model = SwinTransformer(
+        img_size=draw(st.sampled_from([32, 36, 44, (36, 52), 60])),
+        num_classes=draw(st.integers(2, 7)),
+        embed_dim=num_heads[0] * head_dim,
+        depths=draw(st.tuples(*[st.integers(1, 2)] * stages)),
+        num_heads=num_heads[:stages],
+        window_size=draw(st.sampled_from([2, 3, 4, 7])),
+        mlp_ratio=draw(st.sampled_from([1, 2, 4])),
+        qkv_bias=draw(st.booleans()),
+    )
+    return randomise(model, draw(SEEDS)).eval()
+
+
+@st.composite
+def t2t_backbones(draw: st.DrawFn) -> nn.Module:
+    """A T2TViT with Performer or transformer tokens, randomised, in eval mode; some grids are odd."""
+    num_heads = draw(st.sampled_from([2, 3, 4, 6]))
+    model = T2TViT(
+        img_size=draw(st.sampled_from([(32, 32), (36, 36), (36, 52), (64, 64)])),
+        num_classes=draw(st.integers(2, 7)),
+        embed_dim=num_heads * draw(st.sampled_from([4, 8])),
+        depth=draw(st.integers(1, 3)),
+        num_heads=num_heads,
+        mlp_ratio=draw(st.sampled_from([1, 2, 4])),
+        qkv_bias=draw(st.booleans()),
+        tokens_type=draw(st.sampled_from(["performer", "transformer"])),
+        token_dim=8,
+    )
+    return randomise(model, draw(SEEDS)).eval()
+
+
+def images(backbone: Any, batch: int = 2, seed: int = 0) -> Tensor:
+    """(batch, 3, H, W) normal noise of the size, dtype and device that the backbone expects."""
+    parameter = next(backbone.parameters())
+    stem = backbone.tokens_to_token if isinstance(backbone, T2TViT) else backbone.patch_embed
+    noise = torch.randn(batch, 3, *stem.img_size, generator=torch.Generator().manual_seed(seed))
+    return noise.to(parameter)
+
+
+def block_shapes(backbone: nn.Module) -> list[BlockShape]:
+    """The facts of every block, read off its own linear layers."""
+    return [
+        BlockShape(
+            stage=stage,
+            embed_dim=block.attn.qkv.in_features,
+            num_heads=block.attn.num_heads,
+            head_dim=block.attn.proj.in_features // block.attn.num_heads,
+            hidden=block.mlp.fc1.out_features,
+        )
+        for stage, _, block in blocks_of(backbone)
+    ]
+
+
+def alphas(shape: BlockShape, width: str) -> list[int]:
+    """Compression factors that a block allows: divisors of its heads, neurons and, in "stream", channels."""
+    sizes = [shape.num_heads, shape.hidden] + [shape.embed_dim] * (width == "stream")
+    return [alpha for alpha in range(1, shape.num_heads + 1) if not any(size % alpha for size in sizes)]
+
+
+@st.composite
+def prefix_slices(draw: st.DrawFn, shapes: Sequence[BlockShape], width: str) -> NetworkSlice:
+    """AN and DAN: a factor per block (AN: one for all of them); width is "stream" or "inner".
+
+    Stage widths are the widest slice, all of E or, to test more than any method asks for, in between.
+    """
+    common = set.intersection(*(set(alphas(shape, width)) for shape in shapes))
+    if draw(st.booleans()):
+        chosen = [draw(st.sampled_from(sorted(common)))] * len(shapes)
+    else:
+        chosen = [draw(st.sampled_from(alphas(shape, width))) for shape in shapes]
+    blocks = [prefix_slice(shape, alpha, width) for shape, alpha in zip(shapes, chosen, strict=True)]
+    return _with_stage_widths(draw, shapes, blocks)
+
+
+@st.composite
+def general_slices(draw: st.DrawFn, shapes: Sequence[BlockShape]) -> NetworkSlice:
+    """Everything a slice can say at once: kept indices, MLP channels, V channels and skipped halves."""
+    return _with_stage_widths(draw, shapes, [draw(_general_blocks(shape)) for shape in shapes])
+
+
+@st.composite
+def _general_blocks(draw: st.DrawFn, shape: BlockShape) -> BlockSlice:
+    stream = draw(st.integers(min(MIN_STREAM, shape.embed_dim), shape.embed_dim))
+    heads = draw(_kept(shape.num_heads))
+    num_heads = heads if isinstance(heads, int) else len(heads)
+    return BlockSlice(
+        stream=stream,
+        heads=heads,
+        hidden=draw(_kept(shape.hidden)),
+        mlp_stream=draw(st.none() | _kept(stream)),
+        v_channels=draw(st.none() | st.tuples(*[_indices(shape.head_dim)] * num_heads)),
+        attn=draw(st.integers(0, 4)) > 0,
+        mlp=draw(st.integers(0, 4)) > 0,
+    )
+
+
+def _kept(size: int) -> st.SearchStrategy[Kept]:
+    return st.integers(1, size) | _indices(size)
+
+
+@st.composite
+def _indices(draw: st.DrawFn, size: int) -> tuple[int, ...]:
+    """A non-empty ascending choice among range(size), by a seeded shuffle: cheap for many neurons too."""
+    kept = draw(st.integers(1, size))
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(draw(SEEDS)))
+    return tuple(sorted(order[:kept].tolist()))
+
+
+def _with_stage_widths(
+    draw: st.DrawFn, shapes: Sequence[BlockShape], blocks: Sequence[BlockSlice]
+) -> NetworkSlice:
+    narrow, full = (network_slice(shapes, blocks, full).stage_widths for full in (False, True))
+    kind = draw(st.sampled_from(["narrow", "full", "between"]))
+    if kind == "between":
+        between = tuple(draw(st.integers(low, high)) for low, high in zip(narrow, full, strict=True))
+        return NetworkSlice(tuple(blocks), between)
+    return NetworkSlice(tuple(blocks), narrow if kind == "narrow" else full)
