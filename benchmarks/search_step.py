@@ -1,0 +1,214 @@
+"""What a DAN search step costs, in plain training steps of the same backbone, all measured in turn in one run.
+
+    python benchmarks/search_step.py                    # Swin and ViT at 224 px, a few minutes on two cores
+    python benchmarks/search_step.py --nets nano        # the embedded default, for information
+
+For each network and width: the search step (large, mixture, both backward passes, both optimisers) over the plain
+step, beside the ratio of their multiply-accumulates and beside the same mixture done with full-width masks.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nas.costs import SpaceCosts, space_costs
+from nas.losses import cross_entropy
+from nas.objective import Differentiable, Step
+from nas.setup import search_space
+from search_spaces.registry import SPACES, get_space
+from supernets.axes import BLOCK_AXES, block_parameters
+from supernets.elastic import layer_scale, mlp
+from supernets.elastic import norm as sliced_norm
+from supernets.supernet import Supernet
+
+NETS: dict[str, tuple[str, str, dict[str, Any], tuple[int, ...]]] = {
+    "swin": (
+        "swin-dan",
+        "swin_base_patch4_window7_224",
+        dict(depths=(2, 2, 2, 2), drop_path_rate=0.0),
+        (1, 2, 4, 8),
+    ),
+    "swin-t": ("swin-dan", "swin_tiny_patch4_window7_224", dict(drop_path_rate=0.0), (1, 2, 4, 8)),
+    "vit": ("vit-dan", "vit_base_patch16_224", dict(depth=4), (1, 2, 4)),
+    "nano": ("swin-dan-nano", SPACES["swin-dan-nano"].model, dict(SPACES["swin-dan-nano"].model_kwargs), (1, 2, 4, 8)),
+}
+
+
+class Masked(Differentiable):
+    """The same mixture as other toolkits compute it: every candidate at full width, the unkept part masked."""
+
+    def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
+        from nas.gumbel import adjoined_weight, step_generator, temperature
+        from nas.losses import kl_divergence
+
+        draw = self.choices.sample(temperature(step.t), step_generator(self.seed, step.number))
+        p, q = self.supernet.large(images), self.masked(images, draw)
+        lam = adjoined_weight(step.t)
+        return {
+            "ce": cross_entropy(p, target),
+            "kl": lam * kl_divergence(p, q),
+            "penalty": lam * self.penalty(draw),
+        }
+
+    def masked(self, images: Tensor, draw: list[dict[str, Tensor]]) -> Tensor:
+        """Logits (B, classes) of the mixture at a draw."""
+        adapter = self.supernet.adapter
+        outer = adapter.outer(self.supernet.identity().stage_widths)
+        x, stage = adapter.stem(outer, images), 0
+        identity = self.supernet.identity().blocks
+        for i, (block, shape, g) in enumerate(zip(adapter.blocks(), self.supernet.shapes, draw, strict=True)):
+            if shape.stage != stage:
+                stage = shape.stage
+                x = adapter.enter_stage(stage, outer, x)
+            params = block_parameters(block)
+            slices = [option.slice for option in self.costs.options[i]]
+            masked = [mask_block(params, shape, s) for s in slices]
+            for half in ("attn", "mlp"):
+                total = torch.zeros_like(x)
+                for s, p, weight in zip(slices, masked, g["alpha"], strict=True):
+                    norm, name = (block.norm1, "norm1") if half == "attn" else (block.norm2, "norm2")
+                    kept = {k: v[: s.stream] for k, v in p.items() if k.startswith(name)}
+                    y = F.pad(sliced_norm(norm, kept, name, x[..., : s.stream]), (0, shape.embed_dim - s.stream))
+                    y = adapter.attend(block, p, identity[i], y) if half == "attn" else mlp(block.mlp, p, y)
+                    total = total + weight * layer_scale(p, "ls1.gamma" if half == "attn" else "ls2.gamma", y)
+                x = x + total
+        return adapter.classify(outer, adapter.pool(outer, x))
+
+
+def mask_block(params: dict[str, Tensor], shape: Any, kept: Any) -> dict[str, Tensor]:
+    """The block's parameters with everything that the slice drops multiplied by zero."""
+    sizes = {"3": 3, "H": shape.num_heads, "D": shape.head_dim}
+    keep = {"S": kept.stream, "R": kept.stream, "H": kept.heads, "M": kept.hidden}
+    masked = {}
+    for name, p in params.items():
+        for dim, letters in enumerate(BLOCK_AXES[name]):
+            mask = torch.ones(())
+            for letter in letters:
+                size = sizes.get(letter, p.shape[dim])
+                mask = mask[..., None] * (torch.arange(size) < keep.get(letter, size)).to(p.dtype)
+            p = p * mask.flatten().to(p.device).view([-1 if d == dim else 1 for d in range(p.dim())])
+        masked[name] = p
+    return masked
+
+
+def mac_ratio(costs: SpaceCosts, gated: bool) -> float:
+    """MACs of a search step over a plain one: the large pass plus the small pass of every candidate."""
+    blocks = sum(sum(o.flops for o in row) if not gated else max(o.flops for o in row) for row in costs.options)
+    identity = sum(max(o.flops for o in row) for row in costs.options)
+    return (2 * costs.full_flops - identity + blocks) / costs.full_flops
+
+
+def objectives(net: str, width: str, size: int) -> tuple[dict[str, Differentiable], SpaceCosts]:
+    """The search's objective and the masked one, over the same supernet."""
+    name, model, model_kwargs, alphas = NETS[net]
+    torch.manual_seed(0)
+    extra = {} if net == "nano" else {"img_size": size, "num_classes": 100}
+    supernet = Supernet(timm.create_model(model, **model_kwargs | extra))
+    space = search_space(get_space(name), supernet, width, alphas)
+    costs = space_costs(space, supernet.adapter.costs, supernet.flops())
+    make = dict(budget=0.5, gamma=0.0, seed=0, total_steps=100)
+    return {kind.__name__: kind(supernet, costs, **make) for kind in (Differentiable, Masked)}, costs  # type: ignore
+
+
+def steps(
+    search: Differentiable, masked: Differentiable, images: Tensor, target: Tensor, autocast: Callable[[], Any]
+) -> dict[str, Callable[[], None]]:
+    """One training step of each kind, weights and logits updated."""
+    backbone = search.supernet.backbone
+    optimizer = torch.optim.AdamW(backbone.parameters(), lr=1e-5, fused=True)
+    at = Step(t=0.5, number=50, total=100)
+
+    def plain() -> None:
+        with autocast():
+            loss = cross_entropy(backbone(images), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def of(objective: Differentiable) -> Callable[[], None]:
+        arch = torch.optim.Adam(objective.architecture_parameters(), lr=1e-3)
+
+        def step() -> None:
+            with autocast():
+                terms = objective(images, target, at)
+            torch.stack([v.float() for v in terms.values()]).sum().backward()
+            optimizer.step()
+            arch.step()
+            objective.after_step(at)
+            objective.zero_grad()
+
+        return step
+
+    return {"plain": plain, "search": of(search), "masked": of(masked)}
+
+
+def measure(kinds: dict[str, Callable[[], None]], rounds: int, cuda: bool) -> dict[str, list[float]]:
+    """Seconds of every kind, in turn, after one round of warm-up."""
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for turn in range(rounds + 1):
+        for kind, step in kinds.items():
+            start = time.perf_counter()
+            step()
+            if cuda:
+                torch.cuda.synchronize()
+            if turn:
+                times[kind].append(time.perf_counter() - start)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nets", nargs="+", choices=list(NETS), default=["swin", "vit"])
+    parser.add_argument("--widths", nargs="+", choices=["stream", "inner"], default=["stream", "inner"])
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+
+    def autocast() -> Any:
+        return torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext()
+
+    print(
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads,"
+        f" {'bf16 autocast' if args.amp else 'float32'}, batch {args.batch_size}, median of {args.rounds} rounds"
+    )
+    print(f"{'network':8} {'width':7} {'plain s':>8} {'search s':>9} {'search/plain':>13} {'MACs':>6}"
+          f" {'over MACs':>10} {'masked/plain':>13}")  # fmt: skip
+    for net in args.nets:
+        for width in args.widths:
+            kinds, costs = objectives(net, width, args.img_size)
+            search, masked = (kind.to(device).train() for kind in kinds.values())
+            size = search.supernet.adapter.input_size
+            images = torch.randn(args.batch_size, *size, device=device)
+            target = torch.randint(0, 10, (args.batch_size,), device=device)
+            times = measure(steps(search, masked, images, target, autocast), args.rounds, device.type == "cuda")
+            plain = times["plain"]
+            ratio = {
+                kind: statistics.median(a / b for a, b in zip(times[kind], plain, strict=True))
+                for kind in ("search", "masked")
+            }
+            macs = mac_ratio(costs, gated=width == "inner")
+            print(
+                f"{net:8} {width:7} {statistics.median(plain):8.3f} {statistics.median(times['search']):9.3f}"
+                f" {ratio['search']:13.2f} {macs:6.2f} {ratio['search'] / macs:10.2f} {ratio['masked']:13.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
