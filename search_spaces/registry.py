@@ -40,11 +40,11 @@ MODELS = {
 }
 ALPHAS: dict[str, tuple[int, ...] | None] = {"swin": (1, 2, 4, 8)}
 
-NANO_VIT = dict(img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=6)
+NANO_VIT = dict(img_size=32, patch_size=4, embed_dim=72, depth=6, num_heads=6)
 NANO: dict[str, tuple[str, dict[str, Any]]] = {
     "swin": (
         "swin_tiny_patch4_window7_224",
-        dict(img_size=32, patch_size=4, window_size=4, embed_dim=64, depths=(2, 4), num_heads=(4, 8)),
+        dict(img_size=32, patch_size=4, window_size=4, embed_dim=48, depths=(2, 4), num_heads=(4, 8)),
     ),
     "vit": ("vit_tiny_patch16_224", dict(NANO_VIT, class_token=False, global_pool="avg")),
     "deit": ("deit_tiny_patch16_224", NANO_VIT),

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from search_spaces.errors import UserError
 from search_spaces.slices import BlockShape, BlockSlice
+from supernets.axes import take_axis
 from supernets.flops import NetworkCosts
 
 Params = Mapping[str, Tensor]
+OuterAxis = tuple[str, int] | None  # letters as in axes.py and the stage whose stream it is; None: not sliced
 
 
 class Adapter(ABC):
@@ -24,13 +26,23 @@ class Adapter(ABC):
     shapes: tuple[BlockShape, ...]
     costs: NetworkCosts
     input_size: tuple[int, int, int]  # channels, height, width
+    outer_axes: Mapping[str, tuple[OuterAxis, ...]]  # of each outer parameter that has a stream axis
 
     def __init__(self, backbone: Any) -> None:
         self.backbone = backbone
 
-    @abstractmethod
     def outer(self, stage_widths: tuple[int, ...]) -> dict[str, Tensor]:
-        """Every parameter outside the blocks, by its name in the backbone, sliced to the stage widths."""
+        """Every outer parameter by its name in the backbone, sliced to the stage widths."""
+        sliced: dict[str, Tensor] = {}
+        for name, axes in self.outer_axes.items():
+            p: Tensor = self.backbone.get_parameter(name)
+            for dim, axis in enumerate(axes):
+                if axis is not None:
+                    letters, stage = axis
+                    sizes = {"4": 4, "S": p.shape[dim] // 4 if letters == "4S" else p.shape[dim]}
+                    p = take_axis(p, dim, letters, {"S": stage_widths[stage]}, sizes)
+            sliced[name] = p
+        return sliced
 
     @abstractmethod
     def stem(self, params: Params, images: Tensor) -> Tensor:

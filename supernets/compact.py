@@ -122,8 +122,8 @@ def _shrink_block(model: nn.Module, name: str, shape: BlockShape, kept: BlockSli
         attn.attn_dim, attn.dim = num_heads(kept) * num_v(kept, shape), kept.stream
         if num_v(kept, shape) != shape.head_dim and not hasattr(attn, "window_size"):
             block.attn = UnevenAttention(attn)
-    plain = kept.stream == stage_width and kept.mlp_stream is None and kept.attn and kept.mlp
-    if not plain:
+    whole = kept.attn and kept.mlp and kept.mlp_stream is None and not isinstance(block.attn, UnevenAttention)
+    if kept.stream != stage_width or not whole:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, CompactBlock(block, kept))
 

@@ -14,8 +14,8 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape, BlockSlice
-from supernets.adapter import Adapter, Params, refuse
-from supernets.axes import num_heads, take, take_axis
+from supernets.adapter import Adapter, OuterAxis, Params, refuse
+from supernets.axes import num_heads
 from supernets.elastic import norm, split_heads
 from supernets.flops import NetworkCosts, PerWidth
 from supernets.vit import block_costs, check_norm, num_params
@@ -105,6 +105,7 @@ class SwinAdapter(Adapter):
         merged_tokens = [
             stage.output_resolution[0] * stage.output_resolution[1] for stage in backbone.layers[1:]
         ]
+        self.outer_axes = self._axes()
         embed, fc = backbone.patch_embed, backbone.head.fc
         classes = fc.out_features
         self.costs = NetworkCosts(
@@ -125,6 +126,22 @@ class SwinAdapter(Adapter):
             ),
         )
 
+    def _axes(self) -> dict[str, tuple[OuterAxis, ...]]:
+        swin = self.backbone
+        last = len(swin.layers) - 1
+        axes: dict[str, tuple[OuterAxis, ...]] = {}
+        for name, p in swin.patch_embed.named_parameters():  # proj (E, C, p, p) and (E,); norm (E,)
+            axes[f"patch_embed.{name}"] = (("S", 0), *([None] * (p.dim() - 1)))
+        for s in range(1, last + 1):
+            for name, p in swin.layers[s].downsample.named_parameters():  # norm (4 E,); reduction (E', 4 E)
+                read: OuterAxis = ("4S", s - 1)
+                axes[f"layers.{s}.downsample.{name}"] = (read,) if p.dim() == 1 else (("S", s), read)
+        for name, _ in swin.norm.named_parameters():
+            axes[f"norm.{name}"] = (("S", last),)
+        for name, p in swin.head.named_parameters():  # weight (classes, E), bias (classes,)
+            axes[f"head.{name}"] = (None, ("S", last)) if p.dim() == 2 else (None,)
+        return axes
+
     def _check(self, backbone: Any) -> None:
         if type(backbone.patch_embed) is not PatchEmbed:
             raise refuse(backbone, type(backbone.patch_embed).__name__, "use timm's PatchEmbed")
@@ -142,23 +159,6 @@ class SwinAdapter(Adapter):
                 if type(block) is not SwinTransformerBlock:
                     raise refuse(backbone, f"block type {type(block).__name__}", "use SwinTransformerBlock")
                 check_norm(backbone, block.norm1, "norm1")
-
-    def outer(self, stage_widths: tuple[int, ...]) -> dict[str, Tensor]:
-        swin = self.backbone
-        sliced: dict[str, Tensor] = {}
-        for name, p in swin.patch_embed.named_parameters():
-            sliced[f"patch_embed.{name}"] = take(p, 0, stage_widths[0])
-        for s in range(1, len(swin.layers)):
-            for name, p in swin.layers[s].downsample.named_parameters():
-                # norm (4*w_in,); reduction (w_out, 4*w_in): a prefix of each of the four quadrants
-                sizes = {"4": 4, "S": p.shape[-1] // 4}
-                p = take_axis(p, p.dim() - 1, "4S", {"S": stage_widths[s - 1]}, sizes)
-                sliced[f"layers.{s}.downsample.{name}"] = p if p.dim() == 1 else take(p, 0, stage_widths[s])
-        for name, p in swin.norm.named_parameters():
-            sliced[f"norm.{name}"] = take(p, 0, stage_widths[-1])
-        for name, p in swin.head.named_parameters():
-            sliced[f"head.{name}"] = take(p, 1, stage_widths[-1]) if p.dim() == 2 else p
-        return sliced
 
     def stem(self, params: Params, images: Tensor) -> Tensor:
         embed = self.backbone.patch_embed

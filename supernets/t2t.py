@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape, BlockSlice
 from supernets.adapter import Adapter, Params, refuse
-from supernets.axes import num_heads, take
+from supernets.axes import num_heads
 from supernets.elastic import attention, norm
 from supernets.flops import NetworkCosts, PerWidth
 from supernets.t2t_vit import TokenPerformer, token_macs
@@ -32,6 +32,16 @@ class T2TAdapter(Adapter):
         self.shapes = tuple(
             BlockShape(0, E, b.attn.num_heads, b.attn.head_dim, b.mlp.fc1.out_features) for b in backbone.blocks
         )
+        self.outer_axes = {
+            "cls_token": (None, None, ("S", 0)),  # (1, 1, E), as pos_embed (1, 1 + N, E)
+            "pos_embed": (None, None, ("S", 0)),
+            f"{PROJECT}.weight": (("S", 0), None),  # (E, 9 D)
+            f"{PROJECT}.bias": (("S", 0),),
+            "norm.weight": (("S", 0),),
+            "norm.bias": (("S", 0),),
+            "head.weight": (None, ("S", 0)),  # (classes, E)
+            "head.bias": (None,),
+        }
         token_params = sum(p.numel() for name, p in tokens.named_parameters() if not name.startswith("project"))
         self.costs = NetworkCosts(
             blocks=tuple(block_costs(b, num_tokens, num_tokens, num_tokens) for b in backbone.blocks),
@@ -51,20 +61,6 @@ class T2TAdapter(Adapter):
                 last=classes,
             ),
         )
-
-    def outer(self, stage_widths: tuple[int, ...]) -> dict[str, Tensor]:
-        (w,) = stage_widths
-        sliced: dict[str, Tensor] = {}
-        for name, p in self.backbone.named_parameters():
-            if name in ("cls_token", "pos_embed"):  # (1, n, E)
-                sliced[name] = take(p, 2, w)
-            elif name.startswith((PROJECT, "norm.")):  # (E, 9 D), (E,)
-                sliced[name] = take(p, 0, w)
-            elif name == "head.weight":  # (classes, E)
-                sliced[name] = take(p, 1, w)
-            elif name == "head.bias":
-                sliced[name] = p
-        return sliced
 
     def stem(self, params: Params, images: Tensor) -> Tensor:
         x = self.backbone.tokens_to_token.forward_tokens(images)  # (B, N, 9 D)

@@ -9,8 +9,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape, BlockSlice
-from supernets.adapter import Adapter, Params, refuse
-from supernets.axes import num_heads, take
+from supernets.adapter import Adapter, OuterAxis, Params, refuse
+from supernets.axes import num_heads
 from supernets.elastic import attention, norm
 from supernets.flops import BlockCosts, NetworkCosts, PerWidth
 
@@ -67,6 +67,11 @@ class VitAdapter(Adapter):
             for b in backbone.blocks
         )
         self.heads = tuple(name for name in ("head", "head_dist") if getattr(backbone, name, None) is not None)
+        self.outer_axes = {
+            name: self._axes(name, p.dim())
+            for name, p in backbone.named_parameters()
+            if not name.startswith("blocks.")
+        }
         E = backbone.embed_dim
         classifiers = [getattr(backbone, name) for name in self.heads]
         vectors = [t for name in STREAM_VECTORS if (t := getattr(backbone, name, None)) is not None]
@@ -84,6 +89,13 @@ class VitAdapter(Adapter):
                 last=classes,
             ),
         )
+
+    def _axes(self, name: str, dims: int) -> tuple[OuterAxis, ...]:
+        if name in STREAM_VECTORS:  # (1, n, E)
+            return None, None, ("S", 0)
+        if name.startswith(self.heads):  # weight (classes, E), bias (classes,)
+            return (None, ("S", 0)) if dims == 2 else (None,)
+        return (("S", 0), *([None] * (dims - 1)))  # patch_embed.proj (E, C, p, p) and (E,); norms (E,)
 
     def _check(self, backbone: Any) -> None:
         if type(backbone.patch_embed) is not PatchEmbed:
@@ -108,21 +120,6 @@ class VitAdapter(Adapter):
                 raise refuse(backbone, f"MLP type {type(block.mlp).__name__}", "use timm's plain Mlp")
             for where in ("norm1", "norm2"):
                 check_norm(backbone, getattr(block, where), where)
-
-    def outer(self, stage_widths: tuple[int, ...]) -> dict[str, Tensor]:
-        (w,) = stage_widths
-        sliced: dict[str, Tensor] = {}
-        for name, p in self.backbone.named_parameters():
-            if name.startswith("blocks."):
-                continue
-            if name in STREAM_VECTORS:  # (1, n, E)
-                dim = 2
-            elif name.startswith(self.heads):  # weight (classes, E), bias (classes,)
-                dim = 1 if p.dim() == 2 else -1
-            else:  # patch_embed.proj (E, 3, p, p) and (E,); norms (E,)
-                dim = 0
-            sliced[name] = p if dim < 0 else take(p, dim, w)
-        return sliced
 
     def stem(self, params: Params, images: Tensor) -> Tensor:
         vit, embed = self.backbone, self.backbone.patch_embed

@@ -5,7 +5,7 @@ import copy
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,7 +26,13 @@ from tests.strategies import (
 FAMILIES = {"vit": vit_backbones, "swin": swin_backbones, "t2t": t2t_backbones}
 over_families = pytest.mark.parametrize("family", FAMILIES)
 over_widths = pytest.mark.parametrize("kind", ["stream", "inner", "general"])
-few = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+few = settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+)
 
 
 def draw_subnet(data: st.DataObject, backbone: nn.Module, kind: str) -> NetworkSlice:

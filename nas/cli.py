@@ -1,0 +1,92 @@
+"""Both command lines: options from the dataclass, --config YAML, one-line errors, exit codes."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from nas.config import Common
+from search_spaces.errors import UserError
+
+C = TypeVar("C", bound=Common)
+
+
+def main(kind: type[C], run: Callable[[C], Any], program: str) -> None:
+    """Parse, run, and turn what the user can cause into one line and exit code 2."""
+    try:
+        run(parse(kind, sys.argv[1:], program))
+    except UserError as error:
+        fail(program, str(error))
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted; go on with --output DIR --resume", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(program: str, message: str) -> None:
+    """One line on stderr, exit code 2."""
+    print(f"{program}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(kind: type[C], arguments: list[str], program: str) -> C:
+    """The config from --config FILE (YAML, option: value) or a run to --resume, then the command line over it."""
+    arguments, config_file = take_option(arguments, "--config")
+    default = None
+    if config_file is not None:
+        default = read_yaml(kind, Path(config_file), program)
+    elif "--resume" in arguments:
+        _, output = take_option(arguments, "--output")
+        if output is not None and (Path(output) / "config.yaml").is_file():
+            from nas.run import saved_config
+
+            default = saved_config(kind, Path(output))
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,), **options)
+
+
+def take_option(arguments: list[str], option: str) -> tuple[list[str], str | None]:
+    """Remove `option VALUE` or `option=VALUE`; the last one counts."""
+    rest: list[str] = []
+    value = None
+    i = 0
+    while i < len(arguments):
+        if arguments[i] == option:
+            if i + 1 == len(arguments):
+                raise UserError(f"{option} needs a value")
+            value = arguments[i + 1]
+            i += 1
+        elif arguments[i].startswith(f"{option}="):
+            value = arguments[i].partition("=")[2]
+        else:
+            rest.append(arguments[i])
+        i += 1
+    return rest, value
+
+
+def read_yaml(kind: type[C], path: Path, program: str) -> C:
+    """A YAML mapping of options, parsed by the same parser as the command line."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"--config {path}: not readable as YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected a mapping of options to values")
+    arguments: list[str] = []
+    for name, value in values.items():
+        flag = f"--{str(name).replace('_', '-')}"
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            arguments.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            arguments += [flag, *map(str, value)] if value else []
+        elif isinstance(value, dict):
+            arguments += [flag, *(f"{k}={v}" for k, v in value.items())]
+        else:
+            arguments += [flag, str(value)]
+    return tyro.cli(kind, args=arguments, prog=f"{program} --config {path}")

@@ -1,0 +1,85 @@
+"""A compact network on disk: compact.safetensors beside its arch.json, enough to rebuild it without the supernet."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nas.backbone import build
+from nas.checkpoint import load_weights, save_weights
+from search_spaces.architecture import Architecture, load_architecture
+from search_spaces.errors import UserError
+from search_spaces.method import Settings, picks_of
+from search_spaces.registry import METHODS
+from search_spaces.slices import BlockShape, NetworkSlice
+from search_spaces.space import block_slices
+from supernets.adapter import adapter_for
+from supernets.compact import shrink
+
+WEIGHTS = "compact.safetensors"
+
+
+def slices_of(arch: Architecture, shapes: tuple[BlockShape, ...]) -> NetworkSlice:
+    """The subnet that an arch.json describes, over a backbone's blocks. UserError when they do not fit."""
+    if arch.method not in METHODS:
+        raise UserError(f"arch.json: unknown method {arch.method!r}; expected one of {', '.join(METHODS)}")
+    method = METHODS[arch.method]
+    for i, block in enumerate(arch.blocks):
+        for name in method.choice_names:
+            if name not in block:
+                raise UserError(f"arch.json: field 'blocks[{i}].{name}' is missing; {arch.method} chooses it")
+    kept = [{k: v for k, v in block.items() if isinstance(v, list)} for block in arch.blocks]
+    blocks = block_slices(
+        arch.space,
+        method,
+        Settings(width=arch.width),
+        shapes,
+        [picks_of(block, method.choice_names) for block in arch.blocks],
+        kept,
+    )
+    _check_stage_widths(arch, shapes, [b.stream for b in blocks])
+    return NetworkSlice(tuple(blocks), arch.stage_widths)
+
+
+def _check_stage_widths(arch: Architecture, shapes: tuple[BlockShape, ...], streams: list[int]) -> None:
+    stages = 1 + max(shape.stage for shape in shapes)
+    if len(arch.stage_widths) != stages:
+        raise UserError(f"arch.json: field 'stage_widths' has {len(arch.stage_widths)} entries, {arch.model} has {stages}")
+    for stage, width in enumerate(arch.stage_widths):
+        blocks = [i for i, shape in enumerate(shapes) if shape.stage == stage]
+        low, high = max(streams[i] for i in blocks), shapes[blocks[0]].embed_dim
+        if not low <= width <= high:
+            raise UserError(f"arch.json: field 'stage_widths[{stage}]' is {width}; expected {low} to {high}")
+
+
+def save_compact(compact: nn.Module, folder: Path, num_classes: int) -> Path:
+    """Write the compact network's weights beside arch.json."""
+    path = folder / WEIGHTS
+    save_weights(compact.state_dict(), path, {"num_classes": str(num_classes)})
+    return path
+
+
+def load_compact(folder: Path, device: torch.device | str = "cpu") -> nn.Module:
+    """The compact network of a folder that holds arch.json and compact.safetensors, in eval mode.
+
+    Raises UserError when a file is missing, truncated or does not belong to the other.
+    """
+    arch = load_architecture(folder)
+    weights = load_weights(folder / WEIGHTS)
+    classes = [t.shape[0] for name, t in weights.items() if name in ("head.weight", "head.fc.weight")]
+    if not classes:
+        raise UserError(f"{folder / WEIGHTS} holds no classifier (head.weight or head.fc.weight)")
+    compact: Any = build_compact(arch, classes[0])
+    try:
+        compact.load_state_dict(weights)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise UserError(f"{folder / WEIGHTS} does not belong to {folder / 'arch.json'}: {' '.join(lines[1:3])}") from None
+    return compact.to(device).eval()  # type: ignore[no-any-return]
+
+
+def build_compact(arch: Architecture, num_classes: int) -> nn.Module:
+    """The compact network's modules, with timm's initial weights cut to size."""
+    model = build(arch.model, arch.model_kwargs, num_classes=num_classes)
+    return shrink(model, slices_of(arch, adapter_for(model).shapes))

@@ -1,0 +1,269 @@
+"""The one training loop, for search and retrain. An objective says what is minimised; the loop owns the rest.
+
+An epoch is a function of (state at its start, seed, epoch): every random source is reseeded at its start, so a
+run that was killed and resumed from the last checkpoint gives the run that was not.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nas.checkpoint import load_checkpoint, save_checkpoint
+from nas.objective import Adjoined, Step
+from nas.run import write_csv
+from search_spaces.errors import UserError
+
+Batch = tuple[Tensor, Tensor]
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass
+class Training:
+    """Everything one run trains with.
+
+    optimizer steps the weights, arch_optimizer the objective's architecture parameters. scheduler is timm's,
+    stepped per epoch and per update. arch_batches: batches for the architecture parameters alone
+    (--arch-data val), None when they share the weights' batches.
+    """
+
+    objective: Adjoined
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    train_loader: Any
+    epochs: int
+    folder: Path
+    seed: int
+    device: torch.device
+    evaluate: Callable[[], Mapping[str, float]]
+    arch_optimizer: torch.optim.Optimizer | None = None
+    arch_loader: Any = None
+    mixup: Any = None
+    clip_grad: float | None = None
+    amp_dtype: torch.dtype | None = None
+    ema: Any = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    choice_rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The run's precision."""
+        if self.amp_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+
+    def steps_per_epoch(self) -> int:
+        return len(self.train_loader)
+
+
+def seed_everything(seed: int, epoch: int) -> None:
+    """Reseed torch, numpy and random for one epoch."""
+    mixed = (seed * 1_000_003 + epoch * 7919 + 17) % 2**31
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def fit(training: Training, resume: bool, words: str) -> None:
+    """Train to the last epoch, from the checkpoint when resuming. Logs, saves and shows progress each epoch."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    first = restore(training) if resume else 0
+    grad_scaler = torch.amp.GradScaler(training.device.type, enabled=training.amp_dtype is torch.float16)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    per_epoch = training.steps_per_epoch()
+    with Progress(*columns, TextColumn("left")) as progress:
+        task = progress.add_task(words, total=training.epochs * per_epoch, completed=first * per_epoch)
+        for epoch in range(first, training.epochs):
+            row = train_epoch(training, epoch, grad_scaler, lambda: progress.advance(task))
+            training.objective.eval()
+            row |= training.evaluate()
+            training.rows.append(row)
+            training.choice_rows += [{"epoch": epoch + 1} | r for r in training.objective.choice_rows()]
+            save(training, epoch + 1)
+            progress.console.print(summary_line(row, training.epochs), highlight=False)
+
+
+def train_epoch(
+    training: Training, epoch: int, grad_scaler: Any, advance: Callable[[], None]
+) -> dict[str, Any]:
+    """One pass over the training set. Returns the epoch's row of log.csv, accuracies aside."""
+    seed_everything(training.seed, epoch)
+    objective, per_epoch = training.objective, training.steps_per_epoch()
+    total = training.epochs * per_epoch
+    objective.train()
+    training.train_loader.set_epoch(epoch)
+    arch_batches = endless(training.arch_loader, epoch) if training.arch_loader is not None else None
+    sums: dict[str, float] = {}
+    images_seen, start = 0, time.perf_counter()
+    if training.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for i, (images, target) in enumerate(training.train_loader):
+        number = epoch * per_epoch + i
+        step = Step(t=number / total, number=number, total=total)
+        images, target = images.to(training.device), target.to(training.device)
+        terms = update_weights(training, images, target, step, grad_scaler)
+        if arch_batches is not None:
+            images_a, target_a = next(arch_batches)
+            update_choices(training, images_a.to(training.device), target_a.to(training.device), step)
+        objective.after_step(step)
+        if training.ema is not None:
+            training.ema.update(objective.supernet.backbone, step=number)
+        if training.scheduler is not None:
+            training.scheduler.step_update(num_updates=number + 1)
+        images_seen += len(images)
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + value
+        advance()
+    if training.scheduler is not None:
+        training.scheduler.step(epoch + 1)
+    seconds = time.perf_counter() - start
+    end = Step(t=(epoch + 1) / training.epochs, number=(epoch + 1) * per_epoch, total=total)
+    means = {name: value / per_epoch for name, value in sums.items()}
+    row: dict[str, Any] = {"epoch": epoch + 1, "t": end.t, "loss": sum(means.values())}
+    row |= {f"loss_{name}": value for name, value in means.items()} | objective.log(end)
+    row["lr"] = training.optimizer.param_groups[0]["lr"]
+    if training.arch_optimizer is not None:
+        row["arch_lr"] = training.arch_optimizer.param_groups[0]["lr"]
+    return row | {
+        "images_per_s": images_seen / seconds,
+        "peak_memory_mb": peak_memory_mb(training.device),
+        "seconds": seconds,
+    }
+
+
+def update_weights(
+    training: Training, images: Tensor, target: Tensor, step: Step, grad_scaler: Any
+) -> dict[str, float]:
+    """One optimiser step on weights, and on the architecture parameters when they share the batch."""
+    if training.mixup is not None:
+        images, target = training.mixup(images, target)
+    with training.autocast():
+        terms = training.objective(images, target, step)
+    values = check_finite(terms, step)
+    loss = torch.stack([v.float() for v in terms.values()]).sum()
+    grad_scaler.scale(loss).backward()
+    optimizers = [training.optimizer]
+    if training.arch_optimizer is not None and training.arch_loader is None:
+        optimizers.append(training.arch_optimizer)
+    for optimizer in optimizers:
+        grad_scaler.unscale_(optimizer)
+    if training.clip_grad is not None:
+        weights = [p for group in training.optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(weights, training.clip_grad)
+    for optimizer in optimizers:
+        grad_scaler.step(optimizer)
+    grad_scaler.update()
+    training.objective.zero_grad(set_to_none=True)
+    return values
+
+
+def update_choices(training: Training, images: Tensor, target: Tensor, step: Step) -> None:
+    """One step of the architecture parameters alone, on a held-out batch (--arch-data val)."""
+    assert training.arch_optimizer is not None
+    with training.autocast():
+        terms = training.objective(images, target, step)
+    check_finite(terms, step)
+    parameters = training.objective.architecture_parameters()
+    loss = torch.stack([v.float() for v in terms.values()]).sum()
+    for p, g in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+        p.grad = g
+    training.arch_optimizer.step()
+    training.objective.zero_grad(set_to_none=True)
+
+
+def check_finite(terms: Mapping[str, Tensor], step: Step) -> dict[str, float]:
+    """The terms as floats; UserError naming the one that is not finite."""
+    floats = torch.stack([v.detach().double() for v in terms.values()]).tolist()  # one synchronisation
+    values = dict(zip(terms, floats, strict=True))
+    for name, value in values.items():
+        if not np.isfinite(value):
+            raise UserError(
+                f"the {name} term of the loss is {value} at step {step.number + 1} of {step.total};"
+                " the last checkpoint is kept; lower --lr or set --clip-grad"
+            )
+    return values
+
+
+def endless(loader: Any, epoch: int) -> Iterable[Any]:
+    """Batches of a loader over and over, its order drawn from the epoch."""
+    turn = 0
+    while True:
+        loader.set_epoch(epoch * 1000 + turn)
+        yield from loader
+        turn += 1
+
+
+def save(training: Training, epochs_done: int) -> None:
+    """The checkpoint first, then the tables it holds: a kill in between loses and doubles no row."""
+    state: dict[str, Any] = {
+        "epoch": epochs_done,
+        "objective": training.objective.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "rows": training.rows,
+        "choice_rows": training.choice_rows,
+    }
+    if training.scheduler is not None:
+        state["scheduler"] = training.scheduler.state_dict()
+    if training.arch_optimizer is not None:
+        state["arch_optimizer"] = training.arch_optimizer.state_dict()
+    if training.ema is not None:
+        state["ema"] = training.ema.module.state_dict()
+    save_checkpoint(state, training.folder / CHECKPOINT)
+    write_tables(training)
+
+
+def write_tables(training: Training) -> None:
+    """log.csv and, in a search, choices.csv."""
+    if training.rows:
+        write_csv(training.folder / "log.csv", training.rows)
+    if training.choice_rows:
+        write_csv(training.folder / "choices.csv", training.choice_rows)
+
+
+def restore(training: Training) -> int:
+    """Load the folder's checkpoint, if there is one. Returns the epochs done."""
+    path = training.folder / CHECKPOINT
+    if not path.exists():
+        return 0
+    state = load_checkpoint(path)
+    try:
+        training.objective.load_state_dict(state["objective"])
+        training.optimizer.load_state_dict(state["optimizer"])
+        if training.scheduler is not None:
+            training.scheduler.load_state_dict(state["scheduler"])
+        if training.arch_optimizer is not None:
+            training.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        if training.ema is not None:
+            training.ema.module.load_state_dict(state["ema"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} belongs to another run: {str(error).splitlines()[0]}") from None
+    training.rows, training.choice_rows = state["rows"], state["choice_rows"]
+    write_tables(training)
+    return int(state["epoch"])
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory: of the device where there is one, of the process otherwise. MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def summary_line(row: Mapping[str, Any], epochs: int) -> str:
+    """One epoch in one line."""
+    parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.3f}"]
+    for key in ("large_top1", "subnet_top1"):
+        if key in row:
+            parts.append(f"{key.removesuffix('_top1')} {row[key]:.2f} %")
+    if "expected_gflops" in row:
+        parts.append(f"expected {row['expected_gflops']:.4g} G, selected {row['selected_gflops']:.4g} G")
+    return "  ".join([*parts, f"{row['images_per_s']:.0f} images/s"])

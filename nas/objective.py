@@ -1,0 +1,163 @@
+"""What is minimised: a module from a batch to the terms of the loss. One file per method only where it differs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nas.choices import ChoiceLogits, alpha_mixture
+from nas.costs import SpaceCosts
+from nas.gumbel import adjoined_weight, step_generator, temperature
+from nas.losses import cross_entropy, kl_divergence
+from nas.selection import Selection, select
+from search_spaces.method import Picks
+from search_spaces.slices import NetworkSlice, network_slice
+from supernets.elastic import BlockMixture
+from supernets.supernet import Supernet
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where in the run a step stands. t: steps done over all steps. number: steps done."""
+
+    t: float
+    number: int
+    total: int
+
+
+class Adjoined(nn.Module):
+    """L = CE(p) + lambda(t) KL(p || q) on a fixed subnet, equation (3.4)."""
+
+    def __init__(
+        self, supernet: Supernet, subnet: NetworkSlice, smoothing: float = 0.0, detach_teacher: bool = False
+    ) -> None:
+        super().__init__()
+        self.supernet = supernet
+        self.subnet = subnet
+        self.smoothing = smoothing
+        self.detach_teacher = detach_teacher
+
+    def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
+        """The weighted terms; their sum is the loss."""
+        p, q = self.supernet(images, self.subnet)
+        return {
+            "ce": cross_entropy(p, target, self.smoothing),
+            "kl": adjoined_weight(step.t) * kl_divergence(p, q, self.detach_teacher),
+        }
+
+    def architecture_parameters(self) -> list[nn.Parameter]:
+        """Parameters with an optimiser of their own."""
+        return []
+
+    def after_step(self, step: Step) -> None:
+        """Updates that are not gradient steps."""
+
+    def current_subnet(self) -> NetworkSlice:
+        """The subnet to evaluate."""
+        return self.subnet
+
+    def log(self, step: Step) -> dict[str, float]:
+        """Values for the epoch's row in log.csv."""
+        return {"lam": adjoined_weight(step.t), "selected_gflops": self.supernet.flops(self.subnet) / 1e9}
+
+    def choice_rows(self) -> list[dict[str, Any]]:
+        """The epoch's rows in choices.csv: block, choice, candidate, probability."""
+        return []
+
+
+class Differentiable(Adjoined):
+    """L = CE(p) + lambda(t) (KL(p || q) + penalty), q a Gumbel-softmax mixture, equations (3.5) to (3.8).
+
+    penalty: gamma * n_f, or with a budget z * E[F]/F_full, z the multiplier of E[F]/F_full <= B (section 2.6).
+    multiplier_rate is per step; the default lets a violation of 0.1 raise z by 1 in a tenth of the run.
+    """
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        costs: SpaceCosts,
+        *,
+        budget: float | None,
+        gamma: float,
+        seed: int,
+        total_steps: int,
+        smoothing: float = 0.0,
+        detach_teacher: bool = False,
+    ) -> None:
+        super().__init__(supernet, supernet.identity(), smoothing, detach_teacher)
+        self.costs = costs
+        self.budget, self.gamma, self.seed = budget, gamma, seed
+        self.choices = ChoiceLogits(costs.space)
+        self.multiplier_rate = 100.0 / max(total_steps, 1)
+        self.register_buffer("multiplier", torch.zeros((), dtype=torch.float64))
+
+    def mixtures(self, draw: list[dict[str, Tensor]]) -> list[BlockMixture]:
+        """What each block of the small path computes at a draw."""
+        return [
+            alpha_mixture([o.slice for o in options], g["alpha"], costs)
+            for options, costs, g in zip(self.costs.options, self.costs.network.blocks, draw, strict=True)
+        ]
+
+    def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
+        draw = self.choices.sample(temperature(step.t), step_generator(self.seed, step.number))
+        p, q = self.supernet(images, self.mixtures(draw))
+        lam = adjoined_weight(step.t)
+        return {
+            "ce": cross_entropy(p, target, self.smoothing),
+            "kl": lam * kl_divergence(p, q, self.detach_teacher),
+            "penalty": lam * self.penalty(draw),
+        }
+
+    def penalty(self, draw: list[dict[str, Tensor]]) -> Tensor:
+        """gamma * n_f of the draw, or z * E[F]/F_full under a budget."""
+        if self.budget is None:
+            return self.gamma * self.costs.block_penalty(draw)
+        return self.multiplier * self.expected_fraction()
+
+    def expected_fraction(self) -> Tensor:
+        """E[F]/F_full under softmax(eta)."""
+        return self.costs.expected(self.choices.probabilities()) / self.costs.full_flops
+
+    def architecture_parameters(self) -> list[nn.Parameter]:
+        return list(self.choices.parameters())
+
+    @torch.no_grad()
+    def after_step(self, step: Step) -> None:
+        """z <- max(0, z + rate * (E[F]/F_full - B))."""
+        if self.budget is not None:
+            violation = self.expected_fraction() - self.budget
+            self.multiplier.add_(self.multiplier_rate * violation).clamp_(min=0.0)
+
+    def selection(self) -> tuple[list[Picks], Selection | None]:
+        """The architecture that the logits stand for: argmax, or the best that fits the budget."""
+        if self.budget is None:
+            return self.choices.argmax(), None
+        with torch.no_grad():
+            problem = self.costs.problem(self.choices.probabilities())
+        chosen = select(problem, self.costs.full_flops, self.budget)
+        return [self.costs.options[i][k].picks for i, k in enumerate(chosen.picks)], chosen
+
+    def current_subnet(self) -> NetworkSlice:
+        space = self.costs.space
+        picks, _ = self.selection()
+        return network_slice(space.shapes, space.block_slices(picks), self.costs.full_stage_width)
+
+    @torch.no_grad()
+    def log(self, step: Step) -> dict[str, float]:
+        return {
+            "lam": adjoined_weight(step.t),
+            "tau": temperature(step.t),
+            "multiplier": float(self.multiplier),
+            "expected_gflops": float(self.expected_fraction()) * self.costs.full_flops / 1e9,
+            "selected_gflops": self.supernet.flops(self.current_subnet()) / 1e9,
+        }
+
+    @torch.no_grad()
+    def choice_rows(self) -> list[dict[str, Any]]:
+        return [
+            {"block": i, "choice": name, "candidate": candidate, "probability": float(p[k])}
+            for i, block in enumerate(self.choices.probabilities())
+            for name, p in block.items()
+            for k, candidate in enumerate(self.costs.space.candidates[i][name])
+        ]

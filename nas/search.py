@@ -1,0 +1,309 @@
+"""Stage 1: search a supernet for an architecture, and write arch.json."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nas.checkpoint import save_weights
+from nas.config import SearchConfig, parse_key_values, with_defaults
+from nas.costs import SpaceCosts, space_costs
+from nas.evaluate import print_table, top_k
+from nas.loop import Training, fit
+from nas.objective import Differentiable
+from nas.run import open_run, write_json
+from nas.selection import reachable_range
+from nas.setup import (
+    amp_dtype,
+    check_common,
+    dataset_of,
+    make_loaders,
+    make_optimizer,
+    make_scheduler,
+    make_supernet,
+    meta_supernet,
+    model_of,
+    open_data,
+    pick_device,
+    results_path,
+    search_space,
+    start_of,
+)
+from search_spaces.architecture import Architecture, save_architecture
+from search_spaces.errors import UserError
+from search_spaces.method import Picks
+from search_spaces.registry import Space, get_space
+from search_spaces.slices import NetworkSlice, network_slice
+from search_spaces.space import SearchSpace, check_uniform_alpha, require_search, uniform_alphas
+from supernets.supernet import Supernet
+
+GAMMA = 1e-12  # equation (3.7), on raw MACs
+
+
+def resolve(config: SearchConfig) -> tuple[SearchConfig, Space]:
+    """Fill in the space's defaults and check every option that needs no data."""
+    space = get_space(config.space)
+    if config.gflops is not None:
+        if config.budget:
+            raise UserError("--budget and --gflops name the same thing; give one of them")
+        config = replace(config, budget=0.0)
+    config = with_defaults(config, space, "search")
+    config = replace(config, dataset=dataset_of(config))
+    if config.gamma is not None and config.gamma < 0:
+        raise UserError(f"--gamma {config.gamma}; expected 0 or more")
+    check_common(config)
+    if config.budget is not None and not 0 <= config.budget <= 1:
+        raise UserError(f"--budget {config.budget}; expected a fraction of the backbone's FLOPs, 0 < B <= 1")
+    if config.arch_data == "val" and config.val_fraction == 0:
+        raise UserError("--arch-data val needs a held-out part; set --val-fraction above 0")
+    if config.alpha is not None and space.method.name != "an":
+        raise UserError(f"--alpha is AN's one factor; {space.name} searches, offer it candidates with --alphas")
+    parse_key_values(config.model_kwargs)
+    return config, space
+
+
+def budget_fraction(config: SearchConfig, full_flops: int) -> float | None:
+    """The budget as a fraction of the backbone's FLOPs; None when there is none."""
+    if config.gflops is not None:
+        if config.gflops <= 0:
+            raise UserError(f"--gflops {config.gflops}; expected more than 0")
+        return min(config.gflops * 1e9 / full_flops, 1.0)
+    return config.budget or None
+
+
+def check_budget(costs: SpaceCosts, budget: float | None) -> None:
+    """Refuse a budget that no architecture reaches, with the range that can be reached."""
+    if budget is None:
+        return
+    low, high = reachable_range(costs.uniform())
+    if low > budget * costs.full_flops:
+        full = costs.full_flops
+        raise UserError(
+            f"--budget {budget:.4g}: {costs.space.name} reaches {low / full:.4f} to {high / full:.4f} of the"
+            f" backbone's FLOPs ({low / 1e9:.4g} to {high / 1e9:.4g} GFLOPs); ask for at least {low / full:.4f}"
+        )
+
+
+def run_search(config: SearchConfig) -> Path:
+    """Run stage 1 to its end and return the run's folder."""
+    config, space = resolve(config)
+    device = pick_device(config)
+    model, model_kwargs = model_of(config, space)
+    splits = open_data(config, space)
+    meta = meta_supernet(model, model_kwargs, splits.num_classes, space)
+    choices = search_space(space, meta, config.width, config.alphas)
+    costs = space_costs(choices, meta.adapter.costs, meta.flops(), config.stage_width == "full")
+    budget = budget_fraction(config, meta.flops())
+    if space.method.name != "an":
+        require_search(choices)
+        check_budget(costs, budget)
+    elif config.alpha is None and budget is None:
+        raise UserError(f"{space.name} needs --alpha or --budget; allowed alpha: {_list(uniform_alphas(choices))}")
+    alpha = None if space.method.name != "an" else pick_alpha(costs, config.alpha, budget)
+    config = open_run(config, f"search-{space.name}-{config.dataset}")
+    folder = config.output
+    assert folder is not None
+    for line in choices.dropped:
+        print(f"{space.name}: {line}")
+    if alpha is not None:
+        picks: list[Picks] = [{"alpha": alpha}] * len(choices.shapes)
+        write_architecture(folder, config, space, choices, meta, picks, budget, model, model_kwargs, splits.num_classes)
+        print(f"alpha {alpha} in every block; AN needs no search\nnext: {next_command(config, folder)}")
+        return folder
+    supernet, lines = make_supernet(
+        model, model_kwargs, splits, start_of(config), space, config.drop_path, device
+    )
+    for line in lines:
+        print(line)
+    training, objective, loaders = make_training(config, supernet, costs, splits, budget, device)
+    print(
+        f"{space.name} on {config.dataset}: {choices.size():.3g} architectures, backbone {model}"
+        f" {meta.params() / 1e6:.2f} M parameters, {meta.flops() / 1e9:.4g} GFLOPs (MACs)"
+        + (f", budget {budget:.4g}" if budget is not None else f", gamma {objective.gamma:g}")
+    )
+    fit(training, config.resume, "search")
+    conclude(config, space, choices, objective, training, loaders, budget, model, model_kwargs, splits.num_classes)
+    return folder
+
+
+def make_training(
+    config: SearchConfig,
+    supernet: Supernet,
+    costs: SpaceCosts,
+    splits: Any,
+    budget: float | None,
+    device: torch.device,
+) -> tuple[Training, Differentiable, Any]:
+    """The search's objective and everything it trains with."""
+    assert config.epochs is not None and config.output is not None
+    loaders = make_loaders(config, splits, supernet, device)
+    total = config.epochs * len(loaders.train)
+    objective = Differentiable(
+        supernet,
+        costs,
+        budget=budget,
+        gamma=GAMMA if config.gamma is None else config.gamma,
+        seed=config.seed,
+        total_steps=total,
+        smoothing=config.smoothing or 0.0,
+        detach_teacher=config.detach_teacher,
+    ).to(device)
+    optimizer = make_optimizer(config, supernet.backbone)
+
+    def evaluate() -> dict[str, float]:
+        subnet = objective.current_subnet()
+        networks = {"large": supernet.large, "subnet": lambda x: supernet.small(x, subnet)}
+        if loaders.val is None:
+            return {}
+        return top_k(networks, loaders.val, device, training.autocast)
+
+    training = Training(
+        objective=objective,
+        optimizer=optimizer,
+        scheduler=make_scheduler(config, optimizer, len(loaders.train)),
+        train_loader=loaders.train,
+        epochs=config.epochs,
+        folder=config.output,
+        seed=config.seed,
+        device=device,
+        evaluate=evaluate,
+        arch_optimizer=torch.optim.Adam(objective.architecture_parameters(), lr=config.arch_lr or 1e-3),
+        arch_loader=loaders.arch if config.arch_data == "val" else None,
+        mixup=loaders.mixup,
+        clip_grad=config.clip_grad,
+        amp_dtype=amp_dtype(config, device),
+    )
+    return training, objective, loaders
+
+
+def pick_alpha(costs: SpaceCosts, alpha: int | None, budget: float | None) -> int:
+    """AN: the alpha asked for, or the smallest whose network fits the budget."""
+    space = costs.space
+    if alpha is not None:
+        check_uniform_alpha(space, alpha)
+        return alpha
+    assert budget is not None
+    options = uniform_alphas(space)
+    fractions = []
+    for a in options:
+        picks = [choices.index(a) for choices in ([o.picks["alpha"] for o in row] for row in costs.options)]
+        fractions.append(costs.uniform().flops(picks) / costs.full_flops)
+        if fractions[-1] <= budget:
+            return a
+    reach = ", ".join(f"{a}: {f:.4f}" for a, f in zip(options, fractions, strict=True))
+    raise UserError(f"--budget {budget:.4g}: no alpha of {space.name} fits; FLOPs fraction by alpha: {reach}")
+
+
+def write_architecture(
+    folder: Path,
+    config: SearchConfig,
+    space: Space,
+    choices: SearchSpace,
+    supernet: Supernet,
+    picks: list[Picks],
+    budget: float | None,
+    model: str,
+    model_kwargs: dict[str, Any],
+    num_classes: int,
+) -> tuple[Architecture, NetworkSlice]:
+    """Write arch.json for the picks and return it with its slices."""
+    subnet = network_slice(supernet.shapes, choices.block_slices(picks), config.stage_width == "full")
+    settings = {
+        k: v for k, v in asdict(config).items() if k in SEARCH_FACTS and v is not None
+    } | {"budget": budget, "space_size": float(choices.size())}
+    if config.checkpoint is not None:
+        settings["checkpoint"] = str(config.checkpoint)
+    arch = Architecture(
+        space=space.name,
+        method=space.method.name,
+        model=model,
+        model_kwargs=model_kwargs,
+        input_size=supernet.adapter.input_size,
+        num_classes=num_classes,
+        width=config.width,
+        stage_widths=subnet.stage_widths,
+        blocks=tuple(dict(p) for p in picks),
+        flops=supernet.flops(subnet),
+        params=supernet.params(subnet),
+        backbone_flops=supernet.flops(),
+        backbone_params=supernet.params(),
+        search=settings,
+    )
+    save_architecture(arch, folder / "arch.json")
+    return arch, subnet
+
+
+SEARCH_FACTS = (
+    "dataset", "epochs", "batch_size", "lr", "arch_lr", "arch_data", "gamma", "seed", "stage_width", "alphas",
+    "pretrained", "amp", "detach_teacher",
+)  # fmt: skip
+
+
+def conclude(
+    config: SearchConfig,
+    space: Space,
+    choices: SearchSpace,
+    objective: Differentiable,
+    training: Training,
+    loaders: Any,
+    budget: float | None,
+    model: str,
+    model_kwargs: dict[str, Any],
+    num_classes: int,
+) -> None:
+    """Select, write arch.json and the weights, measure, draw."""
+    folder, supernet, device = training.folder, objective.supernet, training.device
+    picks, selection = objective.selection()
+    arch, subnet = write_architecture(
+        folder, config, space, choices, supernet, picks, budget, model, model_kwargs, num_classes
+    )
+    if selection is not None and not selection.in_band:
+        print(
+            f"no architecture between {budget - 0.02:.4f} and {budget:.4f} of the FLOPs: "  # type: ignore[operator]
+            f"{budget - arch.flops / arch.backbone_flops:.4f} of the budget is unused"  # type: ignore[operator]
+        )
+    save_weights(supernet.backbone.state_dict(), folder / "supernet.safetensors")
+    supernet.eval()
+    full = network_slice(supernet.shapes, choices.block_slices(picks), full_stage_width=True)
+    networks = {
+        "large": supernet.large,
+        "full_width": lambda x: supernet.small(x, full),
+        "subnet": lambda x: supernet.small(x, subnet),
+    }
+    scores = {} if loaders.val is None else top_k(networks, loaders.val, device, training.autocast)
+    table: dict[str, dict[str, float]] = {
+        "large": {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9},
+        "subnet": {"params": arch.params, "gflops": arch.flops / 1e9},
+    }
+    for name, row in table.items():
+        row |= {k: scores[f"{name}_{k}"] for k in ("top1", "top5") if f"{name}_{k}" in scores}
+    narrowing = {
+        "stage_widths": list(subnet.stage_widths),
+        "top1_full_stage_width": scores.get("full_width_top1"),
+        "top1_narrowed": scores.get("subnet_top1"),
+    }
+    facts = {"stage": "search", "space": space.name, "dataset": config.dataset, "seed": config.seed}
+    facts |= {"budget": budget, "split": "val", "precision": str(training.amp_dtype or torch.float32)}
+    write_json(folder / "summary.json", facts | table | {"narrowing": narrowing})
+    print_table(table, f"{space.name} on {config.dataset}, validation split")
+    if subnet != full and scores:
+        print(
+            f"top-1 of the subnet before narrowing its stages {scores['full_width_top1']:.2f} %,"
+            f" after {scores['subnet_top1']:.2f} %"
+        )
+    from nas.plot import plot_run
+
+    plot_run(folder)
+    print(f"results in {results_path(folder)}\nnext: {next_command(config, folder)}")
+
+
+def next_command(config: SearchConfig, folder: Path) -> str:
+    """What to type for stage 2."""
+    data = f" --dataset {config.dataset}" if config.dataset != "digits" else ""
+    data += f" --data-dir {config.data_dir}" if config.data_dir else ""
+    return f"python retrain.py --arch {results_path(folder)}/arch.json{data}"
+
+
+def _list(values: list[int]) -> str:
+    return ", ".join(map(str, values))

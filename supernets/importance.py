@@ -1,0 +1,111 @@
+"""Importance order: sort heads, hidden neurons and stream channels so that a prefix keeps the best (section 2.7).
+
+A permutation of the backbone's own parameters that leaves its function unchanged: one order of the stream per
+stage, the same for everything that reads or writes it and in all four quadrants of patch merging; one order of
+the heads and one of the hidden neurons per block.
+
+Orders are named "stream.<stage>", "<block>.heads" and "<block>.hidden"; order[i] is the old place of what
+stands at i.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from search_spaces.errors import UserError
+from supernets.axes import BLOCK_AXES, block_parameters
+from supernets.supernet import Supernet
+
+Orders = Mapping[str, list[int]]
+
+
+def _axes(supernet: Supernet) -> Iterator[tuple[nn.Parameter, int, str, dict[str, int], dict[str, str]]]:
+    """Every sorted axis: parameter, dimension, its letters, the letters' sizes, and the order's name by letter."""
+    adapter = supernet.adapter
+    for name, axes in adapter.outer_axes.items():
+        p = adapter.backbone.get_parameter(name)
+        for dim, axis in enumerate(axes):
+            if axis is not None:
+                letters, stage = axis
+                sizes = {"4": 4, "S": p.shape[dim] // 4 if letters == "4S" else p.shape[dim]}
+                yield p, dim, letters, sizes, {"S": f"stream.{stage}"}
+    for block_name, block, shape in zip(adapter.block_names, adapter.blocks(), supernet.shapes, strict=True):
+        stream = f"stream.{shape.stage}"
+        orders = {"S": stream, "R": stream, "H": f"{block_name}.heads", "M": f"{block_name}.hidden"}
+        for name, p in block_parameters(block).items():
+            for dim, letters in enumerate(BLOCK_AXES[name]):
+                if letters != ".":
+                    sizes = {"3": 3, "H": shape.num_heads, "D": shape.head_dim}
+                    sizes |= {letter: p.shape[dim] for letter in "SRM"}
+                    yield p, dim, letters, sizes, orders  # type: ignore[misc]
+
+
+def group_scores(supernet: Supernet, weight_score: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+    """Sum a score of single weights over every group: order's name -> (units,) in float64.
+
+    weight_score: parameter -> scores of its shape, or None to leave it out.
+    """
+    totals: dict[str, Tensor] = {}
+    for p, dim, letters, sizes, orders in _axes(supernet):
+        scores = weight_score(p)
+        if scores is None:
+            continue
+        factors = scores.detach().double().unflatten(dim, [sizes[letter] for letter in letters])
+        for offset, letter in enumerate(letters):
+            if letter in orders:
+                others = [d for d in range(factors.dim()) if d != dim + offset]
+                group = factors.sum(others) if others else factors
+                totals[orders[letter]] = totals.get(orders[letter], 0) + group
+    return totals
+
+
+def magnitude_scores(supernet: Supernet) -> dict[str, Tensor]:
+    """Squared norm of every group."""
+    return group_scores(supernet, lambda p: p.detach().square())
+
+
+def taylor_scores(supernet: Supernet) -> dict[str, Tensor]:
+    """First-order Taylor: |w * dL/dw| summed over every group, from the gradients that the parameters hold."""
+    return group_scores(supernet, lambda p: None if p.grad is None else (p.detach() * p.grad).abs())
+
+
+def orders_of(scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Descending order of every group's scores; equal scores keep their place."""
+    return {name: torch.argsort(s, descending=True, stable=True).tolist() for name, s in scores.items()}
+
+
+@torch.no_grad()
+def permute(supernet: Supernet, orders: Orders) -> None:
+    """Reorder the backbone's parameters in place. UserError when the orders are another network's."""
+    known: dict[str, int] = {}
+    for _, _, letters, sizes, names in _axes(supernet):
+        known |= {names[letter]: sizes[letter] for letter in letters if letter in names}
+    for name, order in orders.items():
+        if known.get(name) != len(order):
+            raise UserError(
+                f"importance order '{name}' sorts {len(order)} units, the backbone has {known.get(name, 'none')};"
+                " the architecture was made for another network"
+            )
+    for p, dim, letters, sizes, names in _axes(supernet):
+        moved = p.detach().unflatten(dim, [sizes[letter] for letter in letters])
+        for offset, letter in enumerate(letters):
+            if letter in names and names[letter] in orders:
+                index = torch.tensor(orders[names[letter]], device=p.device)
+                moved = moved.index_select(dim + offset, index)
+        p.copy_(moved.flatten(dim, dim + len(letters) - 1))
+
+
+def taylor_pass(supernet: Supernet, batches: list[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
+    """Taylor scores of the large network, summed over batches of (images, target). Leaves no gradients behind."""
+    was_training = supernet.training
+    supernet.eval()
+    totals: dict[str, Tensor] = {}
+    for images, target in batches:
+        supernet.zero_grad(set_to_none=True)
+        loss(supernet.large(images), target).backward()
+        for name, score in taylor_scores(supernet).items():
+            totals[name] = totals.get(name, 0) + score
+    supernet.zero_grad(set_to_none=True)
+    supernet.train(was_training)
+    return totals

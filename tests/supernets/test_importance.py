@@ -1,0 +1,89 @@
+"""Invariant 4: importance order leaves the large network's function unchanged, and puts the best first."""
+
+import copy
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import nn
+
+from search_spaces.errors import UserError
+from supernets.importance import magnitude_scores, orders_of, permute, taylor_pass, taylor_scores
+from supernets.supernet import Supernet
+from tests.strategies import images, swin_backbones
+from tests.supernets.test_invariants import FAMILIES, few, over_families, relative
+
+
+def random_orders(supernet: Supernet, seed: int) -> dict[str, list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.randperm(len(s), generator=generator).tolist() for n, s in magnitude_scores(supernet).items()}
+
+
+@over_families
+@given(data=st.data(), seed=st.integers(0, 1000))
+@few
+def test_4_any_order_leaves_the_function_unchanged(family: str, data: st.DataObject, seed: int) -> None:
+    backbone = data.draw(FAMILIES[family]()).double()
+    supernet = Supernet(backbone).eval()
+    x = images(backbone)
+    before = supernet.large(x)
+    orders = random_orders(supernet, seed)
+    shapes = supernet.shapes
+    assert len(orders) == shapes[-1].stage + 1 + 2 * len(shapes)
+    permute(supernet, orders)
+    assert relative(before, supernet.large(x)) < 1e-12
+
+
+@over_families
+@given(data=st.data())
+@few
+def test_order_sorts_every_group_by_its_own_score(family: str, data: st.DataObject) -> None:
+    supernet = Supernet(data.draw(FAMILIES[family]())).eval()
+    permute(supernet, orders_of(magnitude_scores(supernet)))
+    for name, scores in magnitude_scores(supernet).items():
+        assert torch.all(scores[:-1] >= scores[1:] - 1e-9 * scores[:-1].abs()), name
+
+
+@given(backbone=swin_backbones())
+@few
+def test_magnitude_of_a_head_is_the_sum_over_timms_reshape(backbone: nn.Module) -> None:
+    supernet = Supernet(copy.deepcopy(backbone))
+    block = backbone.layers[1].blocks[0]
+    H = block.attn.num_heads
+    qkv = block.attn.qkv.weight.double().square().reshape(3, H, -1, block.dim).sum((0, 2, 3))
+    proj = block.attn.proj.weight.double().square().reshape(block.dim, H, -1).sum((0, 2))
+    table = block.attn.relative_position_bias_table.double().square().sum(0)
+    expected = qkv + proj + table
+    if block.attn.qkv.bias is not None:
+        expected = expected + block.attn.qkv.bias.double().square().reshape(3, H, -1).sum((0, 2))
+    assert torch.allclose(magnitude_scores(supernet)["layers.1.blocks.0.heads"], expected)
+
+
+def test_taylor_scores_are_weight_times_gradient_and_leave_no_gradients() -> None:
+    import timm
+
+    torch.manual_seed(0)
+    backbone = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=3
+    )
+    supernet = Supernet(backbone)
+    x, y = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    loss = nn.functional.cross_entropy
+    scores = taylor_pass(supernet, [(x, y), (x, y)], loss)
+    assert all(p.grad is None for p in supernet.parameters())
+    supernet.eval()
+    loss(supernet.large(x), y).backward()
+    fc1, fc2 = backbone.blocks[0].mlp.fc1, backbone.blocks[0].mlp.fc2
+    expected = (fc1.weight * fc1.weight.grad).abs().sum(1) + (fc1.bias * fc1.bias.grad).abs()
+    expected = expected + (fc2.weight * fc2.weight.grad).abs().sum(0)
+    assert torch.allclose(scores["blocks.0.hidden"].float(), 2 * expected, rtol=1e-4)
+    assert torch.allclose(taylor_scores(supernet)["blocks.0.hidden"].float(), expected, rtol=1e-4)
+
+
+def test_orders_of_another_network_are_refused() -> None:
+    import timm
+
+    backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2)
+    with pytest.raises(UserError, match=r"stream\.0.*3 units.*16"):
+        permute(Supernet(backbone), {"stream.0": [2, 0, 1]})
