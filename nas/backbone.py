@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nas.checkpoint import load_weights
 from search_spaces.errors import UserError
+from supernets import t2t_vit  # noqa: F401  registers T2T-ViT with timm
 
 FAMILY_CLASSES = {
     "swin": ("SwinTransformer",),
@@ -80,8 +81,8 @@ def starting_backbone(
     start: Start,
     class_names: Sequence[str] | None = None,
     drop_path: float | None = None,
-) -> tuple[nn.Module, list[str]]:
-    """The backbone with its starting weights, and what is worth saying about them.
+) -> tuple[nn.Module, list[str], bool]:
+    """The backbone with its starting weights, what is worth saying about them, and whether the classifier is new.
 
     A pretrained ImageNet classifier keeps the rows of the dataset's classes when these are ImageNet's
     (section 2.8); any other classifier of the wrong size is made anew.
@@ -89,20 +90,22 @@ def starting_backbone(
     extra: dict[str, Any] = {} if drop_path is None else {"drop_path_rate": drop_path}
     torch.manual_seed(start.seed)
     if not start.given():
-        return build(model, model_kwargs, num_classes=num_classes, **extra), []
+        return build(model, model_kwargs, num_classes=num_classes, **extra), [], True
     if start.checkpoint is not None:
         backbone = build(model, model_kwargs, num_classes=num_classes, **extra)
-        return backbone, load_into(backbone, load_weights(start.checkpoint), str(start.checkpoint), class_names)
+        return backbone, *load_into(backbone, load_weights(start.checkpoint), str(start.checkpoint), class_names)
     source = build(model, model_kwargs, pretrained=True, **extra)
     state = dict(source.state_dict())
     backbone = build(model, model_kwargs, num_classes=num_classes, **extra)
-    return backbone, load_into(backbone, state, f"timm's weights of {model}", class_names)
+    return backbone, *load_into(backbone, state, f"timm's weights of {model}", class_names)
 
 
 def load_into(
     backbone: nn.Module, state: Mapping[str, Tensor], source: str, class_names: Sequence[str] | None
-) -> list[str]:
-    """Load weights into a backbone, classifier aside when it does not fit. Returns what did not match, in words.
+) -> tuple[list[str], bool]:
+    """Load weights into a backbone, classifier aside when it does not fit.
+
+    Returns what did not match, in words, and whether the classifier is new.
 
     Raises UserError when anything but the classifier is missing or has another shape.
     """
@@ -138,7 +141,7 @@ def load_into(
     if unexpected:
         lines.append(f"not used from {source}: {_few(unexpected)}")
     backbone.load_state_dict({n: state[n] for n in own if n in state}, strict=False)
-    return lines
+    return lines, bool(fresh)
 
 
 def classifier_names(backbone: Any) -> list[str]:

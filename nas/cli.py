@@ -33,6 +33,10 @@ def fail(program: str, message: str) -> None:
 
 def parse(kind: type[C], arguments: list[str], program: str) -> C:
     """The config from --config FILE (YAML, option: value) or a run to --resume, then the command line over it."""
+    for flag, value in (("--pretrained", "True"), ("--no-pretrained", "False")):  # a flag whose default is the space's
+        i = arguments.index(flag) if flag in arguments else -1
+        if i >= 0 and arguments[i + 1 : i + 2] not in (["True"], ["False"], ["None"]):
+            arguments = [*arguments[:i], "--pretrained", value, *arguments[i + 1 :]]
     arguments, config_file = take_option(arguments, "--config")
     default = None
     if config_file is not None:
@@ -82,7 +86,8 @@ def read_yaml(kind: type[C], path: Path, program: str) -> C:
         if value is None:
             continue
         if isinstance(value, bool):
-            arguments.append(flag if value else flag.replace("--", "--no-", 1))
+            optional = flag == "--pretrained"
+            arguments += [flag, str(value)] if optional else [flag if value else flag.replace("--", "--no-", 1)]
         elif isinstance(value, list):
             arguments += [flag, *map(str, value)] if value else []
         elif isinstance(value, dict):

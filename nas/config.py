@@ -42,6 +42,10 @@ class Common:
     checkpoint: Path | None = None
     """start from these weights (safetensors, or a torch file)"""
 
+    importance: Literal["none", "magnitude", "taylor"] | None = None
+    """order heads, neurons and channels before anything is cut; by default taylor for trained weights, magnitude
+    when their classifier is fresh, none from scratch"""
+
     epochs: int | None = None
     batch_size: int | None = None
     opt: str | None = None

@@ -1,5 +1,6 @@
 """Folders and tars with one folder per class, read by timm: `folder`, `imagenet` and `imagenet100`."""
 
+import io
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -108,10 +109,8 @@ def _read_folder(path: Path, name: str, classes: dict[str, int] | str | None) ->
     expected = f"expected {layout(name, path.parent)}"
     if is_tar and path.suffix.lower() != ".tar":
         raise UserError(f"{path} is neither a folder nor a .tar file; {expected}")
-    # An open tar kept by the reader would be shared by forked workers, file offset and all.
-    options = {"cache_tarfiles": False} if is_tar else {}
     try:
-        reader = create_dataset("", str(path), search_split=False, class_map=classes, **options).reader
+        reader = create_dataset("", str(path), search_split=False, class_map=classes).reader
     except Exception as error:  # each of timm's readers raises its own: no images, damaged tar, no class map
         nothing = isinstance(error, ValueError) and "unpack" in str(
             error
@@ -134,8 +133,20 @@ def _read_folder(path: Path, name: str, classes: dict[str, int] | str | None) ->
         raise UserError(
             f"{path}: no images in {len(absent)} classes of {name}: {few(absent, 100)}; {expected}"
         )
-    filename = partial(reader.filename, absolute=True)
-    return Source(partial(read_timm, reader), filename, labels, names_by_label(class_to_idx))
+    read = partial(_read_tar if is_tar else read_timm, reader)
+    return Source(read, partial(reader.filename, absolute=True), labels, names_by_label(class_to_idx))
+
+
+def _read_tar(reader: Any, index: int) -> Image.Image:
+    """One image of a tar, or of a tar inside it, at the place that timm's reader has found.
+
+    The reader itself either keeps the tar open, and forked workers would share its file offset, or opens and
+    scans it for each image, which takes longer than to decode a small one.
+    """
+    member, _, parent = reader.samples[index]
+    with open(reader.root, "rb") as file:
+        file.seek(member.offset_data + (parent.offset_data if parent else 0))
+        return Image.open(io.BytesIO(file.read(member.size))).convert("RGB")
 
 
 def _without_images(class_to_idx: dict[str, int], labels: NDArray[np.int64]) -> list[str]:

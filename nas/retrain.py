@@ -25,6 +25,7 @@ from nas.setup import (
     meta_supernet,
     model_of,
     open_data,
+    order_by_importance,
     pick_device,
     results_path,
     search_space,
@@ -36,8 +37,10 @@ from search_spaces.registry import Space, get_space
 from search_spaces.slices import NetworkSlice, network_slice
 from search_spaces.space import check_uniform_alpha
 from supernets.compact import cut
+from supernets.importance import permute
 from supernets.supernet import Supernet
 
+SUPERNET = "the search's supernet"
 TOLERANCE = 1e-5  # invariant 2: compact against subnet, relative to the largest logit
 
 
@@ -106,7 +109,7 @@ def starting_point(config: RetrainConfig, arch: Architecture, num_classes: int) 
         if supernet_file is None or not available:
             where = supernet_file or "a search's folder"
             raise UserError(f"--init supernet: {where} is not there; use --init base")
-        return Start(checkpoint=supernet_file, seed=config.seed), "the search's supernet"
+        return Start(checkpoint=supernet_file, seed=config.seed), SUPERNET
     start = start_of(config)
     if arch.search.get("checkpoint") and config.checkpoint is None:
         start = Start(checkpoint=Path(str(arch.search["checkpoint"])), seed=config.seed)
@@ -135,17 +138,24 @@ def run_retrain(config: RetrainConfig) -> Path:
     config = open_run(config, f"retrain-{space.name}-{config.dataset}")
     folder = config.output
     assert folder is not None
-    save_architecture(arch, folder / "arch.json")
-    supernet, lines = make_supernet(
-        arch.model, dict(arch.model_kwargs), splits, start, space, config.drop_path, device
+    supernet, lines, fresh = make_supernet(
+        (arch.model, dict(arch.model_kwargs)), splits, start, space, config.drop_path, device
     )
     for line in lines:
         print(line)
+    training, loaders = make_training(config, supernet, subnet, splits, device)
+    if config.arch is None:
+        orders = order_by_importance(
+            config, supernet, loaders.train, device, trained=start.given(), fresh_classifier=fresh
+        )
+        arch = replace(arch, permutation=orders)
+    elif arch.permutation and origin != SUPERNET:  # the search's weights are in that order already
+        permute(supernet, arch.permutation)
+    save_architecture(arch, folder / "arch.json")
     print(
         f"{space.name} on {config.dataset}, from {origin}: large {arch.backbone_params / 1e6:.3f} M,"
         f" {arch.backbone_flops / 1e9:.4g} GFLOPs (MACs); small {arch.params / 1e6:.3f} M, {arch.flops / 1e9:.4g} GFLOPs"
     )
-    training, loaders = make_training(config, supernet, subnet, splits, device)
     fit(training, config.resume, "retrain")
     conclude(config, arch, subnet, training, loaders)
     return folder

@@ -13,7 +13,7 @@ from nas.evaluate import print_table, top_k
 from nas.loop import Training, fit
 from nas.objective import Differentiable
 from nas.run import open_run, write_json
-from nas.selection import reachable_range
+from nas.selection import check_budget
 from nas.setup import (
     amp_dtype,
     check_common,
@@ -25,6 +25,7 @@ from nas.setup import (
     meta_supernet,
     model_of,
     open_data,
+    order_by_importance,
     pick_device,
     results_path,
     search_space,
@@ -35,7 +36,7 @@ from search_spaces.errors import UserError
 from search_spaces.method import Picks
 from search_spaces.registry import Space, get_space
 from search_spaces.slices import NetworkSlice, network_slice
-from search_spaces.space import SearchSpace, check_uniform_alpha, require_search, uniform_alphas
+from search_spaces.space import SearchSpace, check_uniform_alpha, label, require_search, uniform_alphas
 from supernets.supernet import Supernet
 
 GAMMA = 1e-12  # equation (3.7), on raw MACs
@@ -72,19 +73,6 @@ def budget_fraction(config: SearchConfig, full_flops: int) -> float | None:
     return config.budget or None
 
 
-def check_budget(costs: SpaceCosts, budget: float | None) -> None:
-    """Refuse a budget that no architecture reaches, with the range that can be reached."""
-    if budget is None:
-        return
-    low, high = reachable_range(costs.uniform())
-    if low > budget * costs.full_flops:
-        full = costs.full_flops
-        raise UserError(
-            f"--budget {budget:.4g}: {costs.space.name} reaches {low / full:.4f} to {high / full:.4f} of the"
-            f" backbone's FLOPs ({low / 1e9:.4g} to {high / 1e9:.4g} GFLOPs); ask for at least {low / full:.4f}"
-        )
-
-
 def run_search(config: SearchConfig) -> Path:
     """Run stage 1 to its end and return the run's folder."""
     config, space = resolve(config)
@@ -97,7 +85,8 @@ def run_search(config: SearchConfig) -> Path:
     budget = budget_fraction(config, meta.flops())
     if space.method.name != "an":
         require_search(choices)
-        check_budget(costs, budget)
+        if budget is not None:
+            check_budget(costs.uniform(), costs.full_flops, budget)
     elif config.alpha is None and budget is None:
         raise UserError(f"{space.name} needs --alpha or --budget; allowed alpha: {_list(uniform_alphas(choices))}")
     alpha = None if space.method.name != "an" else pick_alpha(costs, config.alpha, budget)
@@ -108,22 +97,24 @@ def run_search(config: SearchConfig) -> Path:
         print(f"{space.name}: {line}")
     if alpha is not None:
         picks: list[Picks] = [{"alpha": alpha}] * len(choices.shapes)
-        write_architecture(folder, config, space, choices, meta, picks, budget, model, model_kwargs, splits.num_classes)
+        write_architecture(folder, config, space, choices, meta, picks, budget, model, model_kwargs, {})
         print(f"alpha {alpha} in every block; AN needs no search\nnext: {next_command(config, folder)}")
         return folder
-    supernet, lines = make_supernet(
-        model, model_kwargs, splits, start_of(config), space, config.drop_path, device
-    )
+    start = start_of(config)
+    supernet, lines, fresh = make_supernet((model, model_kwargs), splits, start, space, config.drop_path, device)
     for line in lines:
         print(line)
     training, objective, loaders = make_training(config, supernet, costs, splits, budget, device)
+    orders = order_by_importance(
+        config, supernet, loaders.train, device, trained=start.given(), fresh_classifier=fresh
+    )
     print(
         f"{space.name} on {config.dataset}: {choices.size():.3g} architectures, backbone {model}"
         f" {meta.params() / 1e6:.2f} M parameters, {meta.flops() / 1e9:.4g} GFLOPs (MACs)"
         + (f", budget {budget:.4g}" if budget is not None else f", gamma {objective.gamma:g}")
     )
     fit(training, config.resume, "search")
-    conclude(config, space, choices, objective, training, loaders, budget, model, model_kwargs, splits.num_classes)
+    conclude(config, space, choices, objective, training, loaders, budget, model, model_kwargs, orders)
     return folder
 
 
@@ -205,9 +196,11 @@ def write_architecture(
     budget: float | None,
     model: str,
     model_kwargs: dict[str, Any],
-    num_classes: int,
+    orders: dict[str, list[int]],
 ) -> tuple[Architecture, NetworkSlice]:
-    """Write arch.json for the picks and return it with its slices."""
+    """Write arch.json for the picks, checked against the space's grammar, and return it with its slices."""
+    sample = {label(i, name): option for i, pick in enumerate(picks) for name, option in pick.items()}
+    picks = list(choices.freeze(sample))
     subnet = network_slice(supernet.shapes, choices.block_slices(picks), config.stage_width == "full")
     settings = {
         k: v for k, v in asdict(config).items() if k in SEARCH_FACTS and v is not None
@@ -220,7 +213,7 @@ def write_architecture(
         model=model,
         model_kwargs=model_kwargs,
         input_size=supernet.adapter.input_size,
-        num_classes=num_classes,
+        num_classes=supernet.backbone.num_classes,  # type: ignore[arg-type]
         width=config.width,
         stage_widths=subnet.stage_widths,
         blocks=tuple(dict(p) for p in picks),
@@ -228,6 +221,7 @@ def write_architecture(
         params=supernet.params(subnet),
         backbone_flops=supernet.flops(),
         backbone_params=supernet.params(),
+        permutation=orders,
         search=settings,
     )
     save_architecture(arch, folder / "arch.json")
@@ -250,13 +244,13 @@ def conclude(
     budget: float | None,
     model: str,
     model_kwargs: dict[str, Any],
-    num_classes: int,
+    orders: dict[str, list[int]],
 ) -> None:
     """Select, write arch.json and the weights, measure, draw."""
     folder, supernet, device = training.folder, objective.supernet, training.device
     picks, selection = objective.selection()
     arch, subnet = write_architecture(
-        folder, config, space, choices, supernet, picks, budget, model, model_kwargs, num_classes
+        folder, config, space, choices, supernet, picks, budget, model, model_kwargs, orders
     )
     if selection is not None and not selection.in_band:
         print(

@@ -1,5 +1,7 @@
 """From options to the pieces of a run: device, data, supernet, space, optimisers."""
 
+import itertools
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +13,20 @@ import torch
 from torch import nn
 
 from nas.backbone import Start, build, check_family, starting_backbone
+from nas.checkpoint import write_text
 from nas.config import Common, parse_key_values
 from nas.data import LoaderSpec, eval_loader, mixup_fn, train_loader
 from nas.datasets import DataSpec, Splits, open_splits
+from nas.loop import seed_everything
+from nas.losses import cross_entropy
 from search_spaces.errors import UserError
 from search_spaces.method import Settings
 from search_spaces.registry import Space
 from search_spaces.space import SearchSpace, make_space
+from supernets.importance import magnitude_scores, orders_of, permute, taylor_pass
 from supernets.supernet import Supernet
+
+TAYLOR_BATCHES = 8
 
 
 def check_common(config: Common) -> None:
@@ -193,20 +201,53 @@ def amp_dtype(config: Common, device: torch.device) -> torch.dtype | None:
 
 
 def make_supernet(
-    model: str,
-    model_kwargs: dict[str, Any],
+    arguments: tuple[str, dict[str, Any]],
     splits: Splits,
     start: Start,
     space: Space,
     drop_path: float | None,
     device: torch.device,
-) -> tuple[Supernet, list[str]]:
-    """The supernet with its starting weights, on the device, and what is worth saying about the weights."""
-    backbone, lines = starting_backbone(
-        model, model_kwargs, splits.num_classes, start, splits.class_names, drop_path
+) -> tuple[Supernet, list[str], bool]:
+    """The supernet of a (model, model_kwargs) with its starting weights, on the device.
+
+    Also what is worth saying about the weights, and whether the classifier is new.
+    """
+    backbone, lines, fresh = starting_backbone(
+        *arguments, splits.num_classes, start, splits.class_names, drop_path
     )
-    check_family(backbone, space.family, model)
-    return Supernet(backbone).to(device), lines
+    check_family(backbone, space.family, arguments[0])
+    return Supernet(backbone).to(device), lines, fresh
+
+
+def order_by_importance(
+    config: Common, supernet: Supernet, loader: Any, device: torch.device, *, trained: bool, fresh_classifier: bool
+) -> dict[str, list[int]]:
+    """Sort the supernet in place (section 2.7) and return the permutation; empty when there is none.
+
+    The order is written down before it is applied: a resume loads it and never computes it again.
+    """
+    kind = config.importance
+    if kind is None:
+        kind = "none" if not trained else "magnitude" if fresh_classifier else "taylor"
+    if kind == "none":
+        return {}
+    assert config.output is not None
+    path = config.output / "permutation.json"
+    if config.resume and path.is_file():
+        orders: dict[str, list[int]] = json.loads(path.read_text())
+    else:
+        if kind == "magnitude":
+            scores = magnitude_scores(supernet)
+        else:
+            seed_everything(config.seed, -1)
+            loader.set_epoch(0)
+            batches = [(x.to(device), y.to(device)) for x, y in itertools.islice(loader, TAYLOR_BATCHES)]
+            scores = taylor_pass(supernet, batches, cross_entropy)
+        orders = orders_of(scores)
+        write_text(path, json.dumps(orders))
+    permute(supernet, orders)
+    print(f"heads, neurons and channels sorted by importance ({kind})")
+    return orders
 
 
 def results_path(folder: Path) -> str:

@@ -37,8 +37,9 @@ MODELS = {
     "swin": "swin_base_patch4_window7_224.ms_in22k_ft_in1k",
     "vit": "vit_base_patch16_224",
     "deit": "deit_small_patch16_224",
+    "t2t": "t2t_vit_14",
 }
-ALPHAS: dict[str, tuple[int, ...] | None] = {"swin": (1, 2, 4, 8)}
+ALPHAS: dict[str, tuple[int, ...] | None] = {"swin": (1, 2, 4, 8), "t2t": (1, 2, 3)}
 
 NANO_VIT = dict(img_size=32, patch_size=4, embed_dim=72, depth=6, num_heads=6)
 NANO: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,6 +49,10 @@ NANO: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "vit": ("vit_tiny_patch16_224", dict(NANO_VIT, class_token=False, global_pool="avg")),
     "deit": ("deit_tiny_patch16_224", NANO_VIT),
+    "t2t": (
+        "t2t_vit_7",
+        dict(img_size=32, embed_dim=72, depth=6, num_heads=6, mlp_ratio=3.0, token_dim=16, token_drop_rate=0.0),
+    ),
 }
 
 # The backbone authors' augmentation (Swin and DeiT share it), used by both stages of the full-size spaces.

@@ -408,11 +408,12 @@ class TestStreams:
         )
         for split in ("train", "validation"):
             made.to_parquet(tmp_path / "hub" / f"{split}-00000-of-00001.parquet")
+        names = "".join(f"          '{label}': {name}\n" for label, name in enumerate("xyz"))
+        size = "  - name: {}\n    num_examples: 24\n    num_bytes: 1\n"
+        sizes = size.format("train") + size.format("validation")
         (tmp_path / "hub" / "README.md").write_text(
-            "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n"
-            "      class_label:\n        names:\n          '0': x\n          '1': y\n          '2': z\n  splits:\n"
-            "  - name: train\n    num_examples: 24\n    num_bytes: 1\n"
-            "  - name: validation\n    num_examples: 24\n    num_bytes: 1\n---\n"
+            "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n"
+            f"    dtype:\n      class_label:\n        names:\n{names}  splits:\n{sizes}---\n"
         )
         splits = open_splits(DataSpec(f"hfids/{tmp_path / 'hub'}", tmp_path / "cache", val_fraction=0))
         assert splits.class_names == ("x", "y", "z")

@@ -150,6 +150,29 @@ def test_one_folder_or_tar_gets_a_fixed_test_split(tree, name):
     assert np.bincount(splits.test.labels).tolist() == [2, 2, 2]
 
 
+@pytest.mark.parametrize("kind", ["folders", "tars", ""])
+def test_spawned_workers_can_be_sent_the_images(tree, kind):
+    spec = DataSpec("folder", tree / kind) if kind else DataSpec()
+    images = open_splits(spec).train
+    _ = images[0]
+    sent = pickle.loads(pickle.dumps(images))
+    assert sent[5][1] == images[5][1]
+    assert np.array_equal(np.asarray(sent[5][0]), np.asarray(images[5][0]))
+    assert sent.name(5) == images.name(5)
+
+
+def test_tar_of_tars(tree, tmp_path):
+    """One tar per class inside the tar of the split, as ImageNet is distributed."""
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as out:
+            for name in CLASSES:
+                out.add(as_tar(tree / "folders" / split / name, tmp_path / "inner.tar"), f"{name}.tar")
+    splits = open_splits(DataSpec("folder", tmp_path))
+    assert splits.class_names == ("a2", "a10", "b")
+    assert [[1, 0, 2][red] for red in reds(splits.test)] == splits.test.labels.tolist()
+    assert sorted(splits.test.labels) == [0] * 4 + [1] * 4 + [2] * 4
+
+
 def test_train_and_val_carry_their_own_transforms(tree):
     splits = open_splits(DataSpec("folder", tree / "folders"))
     splits.train.transform = lambda image: "train"
