@@ -42,7 +42,12 @@ NETS: dict[str, tuple[str, str, dict[str, Any], tuple[int, ...]]] = {
     ),
     "swin-t": ("swin-dan", "swin_tiny_patch4_window7_224", dict(drop_path_rate=0.0), (1, 2, 4, 8)),
     "vit": ("vit-dan", "vit_base_patch16_224", dict(depth=4), (1, 2, 4)),
-    "nano": ("swin-dan-nano", SPACES["swin-dan-nano"].model, dict(SPACES["swin-dan-nano"].model_kwargs), (1, 2, 4, 8)),
+    "nano": (
+        "swin-dan-nano",
+        SPACES["swin-dan-nano"].model,
+        dict(SPACES["swin-dan-nano"].model_kwargs),
+        (1, 2, 4, 8),
+    ),
 }
 
 
@@ -123,7 +128,11 @@ def objectives(net: str, width: str, size: int) -> tuple[dict[str, Differentiabl
 
 
 def steps(
-    search: Differentiable, masked: Differentiable, images: Tensor, target: Tensor, autocast: Callable[[], Any]
+    search: Differentiable,
+    masked: Differentiable,
+    images: Tensor,
+    target: Tensor,
+    autocast: Callable[[], Any],
 ) -> dict[str, Callable[[], None]]:
     """One training step of each kind, weights and logits updated."""
     backbone = search.supernet.backbone

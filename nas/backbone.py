@@ -134,8 +134,7 @@ def load_into(
     if missing or wrong:
         what = (["missing: " + _few(missing)] if missing else []) + (["shape: " + _few(wrong)] if wrong else [])
         raise UserError(
-            f"{source} does not fit {type(backbone).__name__}: {'; '.join(what)};"
-            " check --model and --model-kwargs"
+            f"{source} does not fit {type(backbone).__name__}: {'; '.join(what)}; check --model and --model-kwargs"
         )
     unexpected = sorted(set(state) - set(own))
     if unexpected:

@@ -45,9 +45,7 @@ def isolated_rng() -> Iterator[None]:
 def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(
-        seed
-    )  # torch.manual_seed would visit every accelerator, for each image
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would visit every accelerator, for each image
 
 
 class TrainBatches:

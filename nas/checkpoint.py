@@ -16,7 +16,7 @@ from search_spaces.errors import UserError
 FORMAT = 1
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, rename it over `path`.
 
     Whatever goes wrong, `path` is the old file or the new one. A full disk is a UserError.
@@ -36,7 +36,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    write_atomically(path, lambda p: p.write_text(text) and None)
+    write_atomically(path, lambda p: p.write_text(text))
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -75,7 +75,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such file; give --checkpoint a safetensors or torch file")
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            return dict(load_file(path))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is not a readable safetensors file: {error}") from None
     try:

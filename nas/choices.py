@@ -20,9 +20,7 @@ class ChoiceLogits(nn.Module):
         super().__init__()
         self.candidates = space.candidates
         self.eta = nn.ParameterList(
-            nn.Parameter(torch.zeros(len(options)))
-            for choices in space.candidates
-            for options in choices.values()
+            nn.Parameter(torch.zeros(len(options))) for choices in space.candidates for options in choices.values()
         )
 
     def _by_block(self, values: Sequence[Tensor]) -> list[dict[str, Tensor]]:
@@ -78,9 +76,6 @@ def alpha_mixture(slices: Sequence[BlockSlice], weights: Tensor, costs: BlockCos
 def one_hot(space: SearchSpace, picks: Sequence[Picks]) -> list[Mapping[str, Tensor]]:
     """The draw that takes exactly the given candidates."""
     return [
-        {
-            name: torch.tensor([float(option == pick[name]) for option in options])
-            for name, options in choices.items()
-        }
+        {name: torch.tensor([float(option == pick[name]) for option in options]) for name, options in choices.items()}
         for choices, pick in zip(space.candidates, picks, strict=True)
     ]

@@ -33,7 +33,10 @@ def fail(program: str, message: str) -> None:
 
 def parse(kind: type[C], arguments: list[str], program: str) -> C:
     """The config from --config FILE (YAML, option: value) or a run to --resume, then the command line over it."""
-    for flag, value in (("--pretrained", "True"), ("--no-pretrained", "False")):  # a flag whose default is the space's
+    for flag, value in (
+        ("--pretrained", "True"),
+        ("--no-pretrained", "False"),
+    ):  # a flag whose default is the space's
         i = arguments.index(flag) if flag in arguments else -1
         if i >= 0 and arguments[i + 1 : i + 2] not in (["True"], ["False"], ["None"]):
             arguments = [*arguments[:i], "--pretrained", value, *arguments[i + 1 :]]
@@ -48,7 +51,8 @@ def parse(kind: type[C], arguments: list[str], program: str) -> C:
 
             default = saved_config(kind, Path(output))
     options: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,), **options)
+    config: C = tyro.cli(kind, args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,), **options)
+    return config
 
 
 def take_option(arguments: list[str], option: str) -> tuple[list[str], str | None]:

@@ -45,7 +45,9 @@ def slices_of(arch: Architecture, shapes: tuple[BlockShape, ...]) -> NetworkSlic
 def _check_stage_widths(arch: Architecture, shapes: tuple[BlockShape, ...], streams: list[int]) -> None:
     stages = 1 + max(shape.stage for shape in shapes)
     if len(arch.stage_widths) != stages:
-        raise UserError(f"arch.json: field 'stage_widths' has {len(arch.stage_widths)} entries, {arch.model} has {stages}")
+        raise UserError(
+            f"arch.json: field 'stage_widths' has {len(arch.stage_widths)} entries, {arch.model} has {stages}"
+        )
     for stage, width in enumerate(arch.stage_widths):
         blocks = [i for i, shape in enumerate(shapes) if shape.stage == stage]
         low, high = max(streams[i] for i in blocks), shapes[blocks[0]].embed_dim
@@ -75,7 +77,9 @@ def load_compact(folder: Path, device: torch.device | str = "cpu") -> nn.Module:
         compact.load_state_dict(weights)
     except RuntimeError as error:
         lines = str(error).splitlines()
-        raise UserError(f"{folder / WEIGHTS} does not belong to {folder / 'arch.json'}: {' '.join(lines[1:3])}") from None
+        raise UserError(
+            f"{folder / WEIGHTS} does not belong to {folder / 'arch.json'}: {' '.join(lines[1:3])}"
+        ) from None
     return compact.to(device).eval()  # type: ignore[no-any-return]
 
 

@@ -88,9 +88,7 @@ class SpaceCosts:
         for i, options in enumerate(self.options):
             p = joint_probability(probabilities[i], self.space.candidates[i]).detach().double()
             scores = p.clamp_min(1e-300).log().tolist()
-            blocks.append(
-                tuple(Candidate(o.flops, o.slice.stream, s) for o, s in zip(options, scores, strict=True))
-            )
+            blocks.append(tuple(Candidate(o.flops, o.slice.stream, s) for o, s in zip(options, scores, strict=True)))
         per, shapes = self.network.flops, self.space.shapes
         stages = range(shapes[-1].stage + 1)
         full = tuple(shapes[self.stage_options(s)[0]].embed_dim for s in stages)

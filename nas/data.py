@@ -110,9 +110,7 @@ class Loader:
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
-        source = (
-            self._loader.dataset if isinstance(self._loader.dataset, Stream) else self._loader.batch_sampler
-        )
+        source = self._loader.dataset if isinstance(self._loader.dataset, Stream) else self._loader.batch_sampler
         source.set_epoch(epoch)  # type: ignore[union-attr]
 
     def __len__(self) -> int:
@@ -161,9 +159,7 @@ def train_loader(
         return Loader(loader, steps, len(reader), spec, seed, torch.device(device))
     batches = TrainBatches(len(dataset), spec.batch_size, repeats, spec.drop_last, seed, rank, world_size)
     if not len(batches):
-        raise UserError(
-            f"{len(dataset)} training images make no batch of {batches.global_batch}; lower --batch-size"
-        )
+        raise UserError(f"{len(dataset)} training images make no batch of {batches.global_batch}; lower --batch-size")
     # One substitute more than may be unreadable: if all fail, the loader stops for good reason.
     fetch = Fetch(dataset, transform, substitutes=int(TOLERATED * len(dataset)) + 1)
     loader = _data_loader(fetch, spec, device, batch_sampler=batches)
@@ -276,9 +272,7 @@ def _reader(dataset: Any, spec: LoaderSpec, seed: int, rank: int, world_size: in
     return reader
 
 
-def _data_loader(
-    dataset: Fetch | Stream, spec: LoaderSpec, device: torch.device | str, **batching: Any
-) -> Any:
+def _data_loader(dataset: Fetch | Stream, spec: LoaderSpec, device: torch.device | str, **batching: Any) -> Any:
     return DataLoader(
         dataset,
         num_workers=max(1, spec.workers) if isinstance(dataset, Stream) else spec.workers,

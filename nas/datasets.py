@@ -79,13 +79,9 @@ def open_splits(spec: DataSpec) -> Splits:
         if not spec.data_dir:
             raise UserError(f"--dataset {name} needs --data-dir; expected {layout(name, 'DIR')}")
         root = Path(spec.data_dir).expanduser()
-        train, test = open_folders(
-            name, root, spec.train_split, spec.test_split, spec.class_map, TEST_FRACTION
-        )
+        train, test = open_folders(name, root, spec.train_split, spec.test_split, spec.class_map, TEST_FRACTION)
     else:
-        train, test = (
-            Images(_open_scheme(spec, name, split)) for split in (spec.train_split, spec.test_split)
-        )
+        train, test = (Images(_open_scheme(spec, name, split)) for split in (spec.train_split, spec.test_split))
         if name in ("torch/folder", "torch/image_folder") and train.name(0) == test.name(0):
             raise UserError(f"{name}: no {spec.train_split} and {spec.test_split} folders in {spec.data_dir}")
     num_classes, names = _common_classes(spec, train, test)
@@ -104,17 +100,14 @@ def _checked_name(spec: DataSpec) -> tuple[str, str]:
         near = difflib.get_close_matches(name.lower(), [*NAMES, *(f"torch/{n}" for n in NAMES)], cutoff=0.5)
         known = ", ".join([*NAMES, *(f"{s}/…" for s in SCHEMES)])
         raise UserError(
-            f"unknown dataset {name!r}; "
-            + (f"did you mean {' or '.join(near)}?" if near else f"known: {known}")
+            f"unknown dataset {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"known: {known}")
         )
     if name in ("cifar10", "cifar100"):
         name, scheme = f"torch/{name}", "torch"
     if not 0 <= spec.val_fraction < 1:
         raise UserError(f"--val-fraction is {spec.val_fraction:g}; it must lie in [0, 1)")
     if name == "digits" and spec.data_dir:
-        raise UserError(
-            f"digits is built in and reads no --data-dir, got {spec.data_dir}; which --dataset is it?"
-        )
+        raise UserError(f"digits is built in and reads no --data-dir, got {spec.data_dir}; which --dataset is it?")
     if spec.class_map and (name in ("digits", "imagenet", "imagenet100") or scheme == "torch"):
         raise UserError(f"--class-map: the classes of {spec.dataset} are fixed; use it with --dataset folder")
     if spec.download and scheme in ("", "wds"):
@@ -130,15 +123,11 @@ def _common_classes(spec: DataSpec, train: Images, test: Images) -> tuple[int, t
             f"{spec.dataset}: training and test classes differ: {_difference(names or (), test_names or ())}"
         )
     if not len(train) or not len(test):
-        raise UserError(
-            f"{spec.dataset}: {len(train)} training and {len(test)} test images; both must have some"
-        )
+        raise UserError(f"{spec.dataset}: {len(train)} training and {len(test)} test images; both must have some")
     labels = np.concatenate([train.labels, test.labels])
     num_classes = len(names) if names else spec.num_classes or int(labels.max()) + 1
     if spec.num_classes not in (None, num_classes):
-        raise UserError(
-            f"{spec.dataset} has {num_classes} classes, not {spec.num_classes}; drop --num-classes"
-        )
+        raise UserError(f"{spec.dataset} has {num_classes} classes, not {spec.num_classes}; drop --num-classes")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise UserError(
             f"{spec.dataset}: labels run from {labels.min()} to {labels.max()}, not 0 to {num_classes - 1}; "
@@ -149,10 +138,7 @@ def _common_classes(spec: DataSpec, train: Images, test: Images) -> tuple[int, t
 
 def _difference(train: Sequence[str], test: Sequence[str]) -> str:
     parts = (("training", set(train) - set(test)), ("test", set(test) - set(train)))
-    return (
-        "; ".join(f"only in {where}: {few(sorted(only))}" for where, only in parts if only)
-        or "in their order"
-    )
+    return "; ".join(f"only in {where}: {few(sorted(only))}" for where, only in parts if only) or "in their order"
 
 
 def _digits() -> Source:
@@ -180,13 +166,10 @@ def _create(spec: DataSpec, name: str, split: str, **options: Any) -> Any:
     if name.startswith("torch/") and not spec.download and not Path(str(root)).is_dir():
         raise UserError(f"--data-dir {root} does not exist; expected {_torch_layout(name, root)}")
     try:
-        return create_dataset(
-            name, root, split=split, class_map=spec.class_map, download=spec.download, **options
-        )
+        return create_dataset(name, root, split=split, class_map=spec.class_map, download=spec.download, **options)
     except ImportError as error:
-        raise UserError(
-            f"--dataset {spec.dataset} needs a package that is not installed: {one_line(error)}"
-        ) from error
+        what = f"needs a package that is not installed: {one_line(error)}"
+        raise UserError(f"--dataset {spec.dataset} {what}") from error
     except Exception as error:  # each package raises its own: files, split, configuration, network
         hint = f"; expected {_torch_layout(name, root)}" if name.startswith("torch/") else ""
         where = f" under {root}" if root else ""
@@ -204,20 +187,14 @@ def _open_scheme(spec: DataSpec, name: str, split: str) -> Source:
     dataset = _create(spec, name, split)
     if not name.startswith("torch/"):
         reader = dataset.reader
-        labels = _hf_labels(reader, spec.dataset)
-        return Source(
-            partial(read_timm, reader), partial(_hf_name, reader), labels, names_by_label(reader.class_to_idx)
-        )
+        labels, names = _hf_labels(reader, spec.dataset), names_by_label(reader.class_to_idx)
+        return Source(partial(read_timm, reader), partial(_hf_name, reader), labels, names)
     if hasattr(dataset, "targets"):
-        targets = np.asarray(dataset.targets)
-        labels = (
-            targets if targets.ndim == 1 else targets[:, 0]
-        )  # QMNIST: the digit is the first of eight columns
+        labels = np.asarray(dataset.targets)
+        labels = labels if labels.ndim == 1 else labels[:, 0]  # QMNIST: its first column is the digit
     else:  # iNaturalist
-        kind = dataset.target_type[0]
-        labels = np.array(
-            [c if kind == "full" else dataset.categories_map[c][kind] for c, _ in dataset.index]
-        )
+        kind, index = dataset.target_type[0], dataset.index
+        labels = np.array([c if kind == "full" else dataset.categories_map[c][kind] for c, _ in index])
     names = getattr(dataset, "wnids", None) or getattr(dataset, "classes", None)
     return Source(
         partial(_read_torch, dataset),
@@ -238,18 +215,21 @@ def _torch_name(dataset: Any, name: str, index: int) -> str:
 
 
 def _hf_labels(reader: Any, dataset: str) -> NDArray[np.int64]:
-    column = list(reader.dataset[reader.label_key])
+    labels = list(reader.dataset[reader.label_key])
     if reader.remap_class:
-        names = getattr(reader.dataset.features[reader.label_key], "names", None)
-        column = [
-            reader.class_to_idx[y if y in reader.class_to_idx or not names else names[y]] for y in column
-        ]
-    labels = np.asarray(column)
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise UserError(
-            f"--dataset {dataset}: labels are not one number per image; give a --class-map of the names"
+        classes, names = (
+            reader.class_to_idx,
+            getattr(reader.dataset.features[reader.label_key], "names", None),
         )
-    return labels.astype(np.int64)
+        labels = [names[y] if names and y not in classes else y for y in labels]
+        if absent := set(labels) - set(classes):
+            raise UserError(f"--class-map lacks classes of {dataset}: {few(sorted(map(str, absent)))}")
+        labels = [classes[y] for y in labels]
+        reader.remap_class = False  # only images are read from here on, and timm 1.0.26 cannot map numbers
+    out = np.asarray(labels)
+    if out.ndim != 1 or out.dtype.kind not in "iu":
+        raise UserError(f"--dataset {dataset}: labels are not one number per image; name them in a --class-map")
+    return out.astype(np.int64)
 
 
 def _hf_name(reader: Any, index: int) -> str:
@@ -258,13 +238,9 @@ def _hf_name(reader: Any, index: int) -> str:
 
 def _open_streams(spec: DataSpec, name: str) -> Splits:
     if spec.val_fraction:
-        raise UserError(
-            f"--dataset {name} is a stream and nothing can be held out of it; pass --val-fraction 0"
-        )
-    train, test = (
-        _create(spec, name, spec.train_split, is_training=True),
-        _create(spec, name, spec.test_split),
-    )
+        raise UserError(f"--dataset {name} is a stream and nothing can be held out of it; pass --val-fraction 0")
+    train = _create(spec, name, spec.train_split, is_training=True)
+    test = _create(spec, name, spec.test_split)
     class_to_idx: dict[str, int] = train.reader.class_to_idx
     num_classes = spec.num_classes or (max(class_to_idx.values()) + 1 if class_to_idx else 0)
     if not num_classes:

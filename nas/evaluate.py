@@ -14,7 +14,10 @@ Network = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def top_k(
-    networks: dict[str, Network], batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, autocast: Any
+    networks: dict[str, Network],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    autocast: Any,
 ) -> dict[str, float]:
     """{"<name>_top1": percent, "<name>_top5": percent} of each network over the same batches."""
     hits = {name: torch.zeros(2, dtype=torch.long) for name in networks}

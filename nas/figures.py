@@ -95,9 +95,7 @@ def choices_figure(choices: pd.DataFrame, picks: Sequence[Mapping[str, Any]], ti
     return figure
 
 
-def _choice_panel(
-    axes: Axes, frame: pd.DataFrame, name: str, blocks: int, picks: Sequence[Mapping[str, Any]]
-) -> None:
+def _choice_panel(axes: Axes, frame: pd.DataFrame, name: str, blocks: int, picks: Sequence[Mapping[str, Any]]) -> None:
     import matplotlib
     import numpy as np
     from matplotlib.patches import Patch
@@ -119,9 +117,7 @@ def _choice_panel(
         upper = np.full(len(epochs), float(block) - 0.42)
         for candidate in candidates:
             lower = upper + 0.84 * shares[candidate].to_numpy()
-            band = axes.fill_between(
-                x, np.repeat(upper, 2), np.repeat(lower, 2), lw=0, color=colors[candidate]
-            )
+            band = axes.fill_between(x, np.repeat(upper, 2), np.repeat(lower, 2), lw=0, color=colors[candidate])
             band.set_label(f"block {block}: {candidate}")
             upper = lower
         last = shares.iloc[-1]
@@ -178,9 +174,7 @@ def curves_figure(
         return None
     log = log.dropna(subset=["epoch"]).sort_values("epoch")
     names = [str(c) for c in log.columns]
-    moving = "expected_gflops" in names or (
-        "selected_gflops" in names and log["selected_gflops"].nunique() > 1
-    )
+    moving = "expected_gflops" in names or ("selected_gflops" in names and log["selected_gflops"].nunique() > 1)
     panels = {
         "loss": any(c == "loss" or c.startswith("loss_") for c in names),
         "accuracy": any(c.startswith(("large_top", "subnet_top")) for c in names),

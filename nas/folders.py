@@ -39,9 +39,7 @@ def open_folders(
     one = train_at or test_at
     if one or name != "folder":
         found = f"only {one.name}" if one else "neither"
-        raise UserError(
-            f"{root}: looked for training and test images, found {found}; expected {layout(name, root)}"
-        )
+        raise UserError(f"{root}: looked for training and test images, found {found}; expected {layout(name, root)}")
     whole = _read_folder(root, name, classes)
     _refuse_shared_names(root, whole)
     return Images(whole).split(test_fraction)
@@ -49,9 +47,7 @@ def open_folders(
 
 def layout(name: str, root: Path | str) -> str:
     """The folders that a dataset is expected to consist of, in one line."""
-    wanted = {"imagenet": "each of 1000 ids", "imagenet100": "each of 100 ids, or all 1000"}.get(
-        name, "class"
-    )
+    wanted = {"imagenet": "each of 1000 ids", "imagenet100": "each of 100 ids, or all 1000"}.get(name, "class")
     text = f"{root}/train/<{wanted}>/*.JPEG and {root}/val/<the same>/*.JPEG, or {root}/train.tar and val.tar"
     return text if name != "folder" else f"{text}, or one folder of <class>/*.JPEG, or one .tar of it"
 
@@ -112,27 +108,19 @@ def _read_folder(path: Path, name: str, classes: dict[str, int] | str | None) ->
     try:
         reader = create_dataset("", str(path), search_split=False, class_map=classes).reader
     except Exception as error:  # each of timm's readers raises its own: no images, damaged tar, no class map
-        nothing = isinstance(error, ValueError) and "unpack" in str(
-            error
-        )  # how the tar reader fails on no image
+        nothing = isinstance(error, ValueError) and "unpack" in str(error)  # how the tar reader fails on no image
         raise UserError(f"{path}: {'found 0 images' if nothing else one_line(error)}; {expected}") from error
     class_to_idx: dict[str, int] = reader.class_name_to_idx if is_tar else reader.class_to_idx
     labels = np.asarray(reader.targets if is_tar else [label for _, label in reader.samples], dtype=np.int64)
     if "" in class_to_idx:
         number = int((labels == class_to_idx[""]).sum())
-        raise UserError(
-            f"{path}: {number} images lie outside of any class folder; expected {path}/<class>/*.JPEG"
-        )
+        raise UserError(f"{path}: {number} images lie outside of any class folder; expected {path}/<class>/*.JPEG")
     if isinstance(classes, dict):
         absent = _without_images(class_to_idx, labels)
     else:  # a class map may name more than a folder holds, and a tar does not list its empty folders
-        absent = (
-            [] if classes or is_tar else _empty_folders(path, [filename for filename, _ in reader.samples])
-        )
+        absent = [] if classes or is_tar else _empty_folders(path, [filename for filename, _ in reader.samples])
     if absent:
-        raise UserError(
-            f"{path}: no images in {len(absent)} classes of {name}: {few(absent, 100)}; {expected}"
-        )
+        raise UserError(f"{path}: no images in {len(absent)} classes of {name}: {few(absent, 100)}; {expected}")
     read = partial(_read_tar if is_tar else read_timm, reader)
     return Source(read, partial(reader.filename, absolute=True), labels, names_by_label(class_to_idx))
 

@@ -8,7 +8,7 @@ TAU_START, TAU_END = 5.0, 0.1
 
 def temperature(t: float) -> float:
     """tau = 5 * (0.1/5)^t (section 2.2)."""
-    return TAU_START * (TAU_END / TAU_START) ** t
+    return float(TAU_START * (TAU_END / TAU_START) ** t)
 
 
 def adjoined_weight(t: float) -> float:

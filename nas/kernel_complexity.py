@@ -117,9 +117,7 @@ class SecondMoment:
     def update(self, features_BD: Tensor) -> None:
         """Add a batch of the running epoch; carries no gradient. Raises ValueError if it is not (B, D)."""
         if features_BD.ndim != 2 or features_BD.shape[1] != len(self._sum_DD):
-            raise ValueError(
-                f"features of shape {tuple(features_BD.shape)}, expected (B, {len(self._sum_DD)})"
-            )
+            raise ValueError(f"features of shape {tuple(features_BD.shape)}, expected (B, {len(self._sum_DD)})")
         features_BD = features_BD.detach().to(torch.float64)
         self._sum_DD.addmm_(features_BD.T, features_BD)
         self._n += len(features_BD)
@@ -266,7 +264,7 @@ def _measure(options: argparse.Namespace) -> None:
     splits = open_splits(DataSpec(options.dataset, options.data_dir, options.val_fraction))
     kwargs = parse_key_values(tuple(options.model_kwargs))
     start = Start(options.pretrained, options.checkpoint)
-    model, notes = starting_backbone(options.model, kwargs, splits.num_classes, start, splits.class_names)
+    model, notes, _ = starting_backbone(options.model, kwargs, splits.num_classes, start, splits.class_names)
     kernel, num_features = _kernel_of(model, kwargs, splits.train, options)
 
     weights = options.checkpoint or ("timm's pretrained weights" if start.given() else "random weights")
@@ -309,13 +307,9 @@ def _kernel_of(
         device = torch.device(options.device)
         model = model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {options.device}: {str(error).splitlines()[0]}; try --device cpu"
-        ) from None
+        raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}; try --device cpu") from None
     moment: SecondMoment | None = None
-    for batch, _ in track(
-        eval_loader(images, spec, device), "features", console=Console(stderr=True), transient=True
-    ):
+    for batch, _ in track(eval_loader(images, spec, device), "features", console=Console(stderr=True), transient=True):
         features_BD = model.forward_head(model.forward_features(batch), pre_logits=True)
         if features_BD.ndim != 2:
             raise UserError(
@@ -353,9 +347,7 @@ def _figure(kernel: EpochKernel, num_features: int, minima: tuple[int, int], tit
     axes.loglog(range(1, len(shown) + 1), shown, color="black", marker=".", markersize=4, linewidth=1)
     names = (f"KC = {kernel.kc:.4g}", f"trace-normalised KC = {kernel.kc_normalised:.4g}")
     for h, name, color, stroke in zip(minima, names, PALETTE, ("--", ":"), strict=False):
-        axes.axvline(
-            h + 0.5, color=color, linestyle=stroke, linewidth=1.8, label=f"{name}, reached at h = {h}"
-        )
+        axes.axvline(h + 0.5, color=color, linestyle=stroke, linewidth=1.8, label=f"{name}, reached at h = {h}")
     rest = len(lam) - len(shown)
     axes.set_xlabel("i, from the largest eigenvalue" + (f" ({rest} more: zero to rounding)" if rest else ""))
     axes.set_ylabel("eigenvalue $\\hat\\lambda_i$ of $FF^T/n$")

@@ -6,7 +6,7 @@ run that was killed and resumed from the last checkpoint gives the run that was 
 
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,9 +90,7 @@ def fit(training: Training, resume: bool, words: str) -> None:
             progress.console.print(summary_line(row, training.epochs), highlight=False)
 
 
-def train_epoch(
-    training: Training, epoch: int, grad_scaler: Any, advance: Callable[[], None]
-) -> dict[str, Any]:
+def train_epoch(training: Training, epoch: int, grad_scaler: Any, advance: Callable[[], None]) -> dict[str, Any]:
     """One pass over the training set. Returns the epoch's row of log.csv, accuracies aside."""
     seed_everything(training.seed, epoch)
     objective, per_epoch = training.objective, training.steps_per_epoch()
@@ -191,7 +189,7 @@ def check_finite(terms: Mapping[str, Tensor], step: Step) -> dict[str, float]:
     return values
 
 
-def endless(loader: Any, epoch: int) -> Iterable[Any]:
+def endless(loader: Any, epoch: int) -> Iterator[Any]:
     """Batches of a loader over and over, its order drawn from the epoch."""
     turn = 0
     while True:

@@ -33,7 +33,7 @@ class Adjoined(nn.Module):
         self, supernet: Supernet, subnet: NetworkSlice, smoothing: float = 0.0, detach_teacher: bool = False
     ) -> None:
         super().__init__()
-        self.supernet = supernet
+        self.supernet: Supernet = supernet
         self.subnet = subnet
         self.smoothing = smoothing
         self.detach_teacher = detach_teacher
@@ -90,6 +90,7 @@ class Differentiable(Adjoined):
         self.budget, self.gamma, self.seed = budget, gamma, seed
         self.choices = ChoiceLogits(costs.space)
         self.multiplier_rate = 100.0 / max(total_steps, 1)
+        self.multiplier: Tensor
         self.register_buffer("multiplier", torch.zeros((), dtype=torch.float64))
 
     def mixtures(self, draw: list[dict[str, Tensor]]) -> list[BlockMixture]:

@@ -36,9 +36,7 @@ SPLITS = {"search": "validation", "retrain": "test"}
 INCIDENTAL = ("seed", "output", "resume", "device", "workers", "threads", "data_dir", "arch", "download")
 
 
-def plot_run(
-    folder: Path, points: Sequence[Mapping[str, Any]] | None = None, x: str = "gflops"
-) -> list[Path]:
+def plot_run(folder: Path, points: Sequence[Mapping[str, Any]] | None = None, x: str = "gflops") -> list[Path]:
     """Draw what the files of a run allow, into its folder; the paths written, in order.
 
     points: rows of `run_points` of the runs to set it among in the Pareto picture, of which those on the same
@@ -114,8 +112,7 @@ def run_points(folder: Path) -> list[dict[str, Any]]:
         "space": str(summary.get("space") or arch.get("space") or ""),
         "dataset": str(summary.get("dataset", "")),
         "seed": summary.get("seed"),
-        "split": {"val": "validation"}.get(str(summary.get("split")), summary.get("split"))
-        or SPLITS.get(stage, ""),
+        "split": {"val": "validation"}.get(str(summary.get("split")), summary.get("split")) or SPLITS.get(stage, ""),
     }
     rows = []
     for role in ("large", small):
@@ -146,23 +143,17 @@ def plot_all(root: Path, x: str = "gflops") -> list[Path]:
         raise UserError(f"{root}: no such folder; give a run's folder, or one that holds runs")
     runs = find_runs(root)
     if not runs:
-        raise UserError(
-            f"{root}: no run in it ({', '.join(RUN_FILES)}); give the folder that search.py wrote"
-        )
+        raise UserError(f"{root}: no run in it ({', '.join(RUN_FILES)}); give the folder that search.py wrote")
     points = [p for run in runs for p in run_points(run)] if runs != [root] else None
     written = [path for run in runs for path in plot_run(run, points, x)]
     sweeps = {f.parent for f in root.rglob(SWEEP_FILE) if not _hidden(f, root)}
     for folder in sorted(sweeps | ({root} - set(runs))):
-        inside = [
-            p for p in points or [] if Path(p["run"]).is_relative_to(folder.resolve()) and _drawable(p, x)
-        ]
+        inside = [p for p in points or [] if Path(p["run"]).is_relative_to(folder.resolve()) and _drawable(p, x)]
         datasets = sorted({p["dataset"] for p in inside})
         for dataset in datasets:
             name = "pareto" if len(datasets) == 1 else f"pareto-{dataset.replace('/', '-')}"
             chosen = [p for p in inside if p["dataset"] == dataset]
-            written += _draw_points(
-                chosen, folder / name, f"{folder.resolve().name}: all runs on {dataset}", x
-            )
+            written += _draw_points(chosen, folder / name, f"{folder.resolve().name}: all runs on {dataset}", x)
     return written
 
 
@@ -181,9 +172,7 @@ def _draw_points(rows: Sequence[Mapping[str, Any]], path: Path, title: str, x: s
 
 def _published() -> pd.DataFrame | None:
     """The literature's points: of this checkout, or of the results/ one stands above."""
-    found = [
-        frame for path in (PUBLISHED, Path("results/published.csv")) if (frame := _csv(path)) is not None
-    ]
+    found = [frame for path in (PUBLISHED, Path("results/published.csv")) if (frame := _csv(path)) is not None]
     return found[0] if found else None
 
 
@@ -209,9 +198,7 @@ def _label(summary: Mapping[str, Any], arch: Mapping[str, Any]) -> str:
 def _alpha(arch: Mapping[str, Any]) -> float | None:
     """The compression factor, where every block has the same."""
     blocks = arch.get("blocks")
-    factors = (
-        {_value(b, "alpha") for b in blocks if isinstance(b, dict)} if isinstance(blocks, list) else set()
-    )
+    factors = {_value(b, "alpha") for b in blocks if isinstance(b, dict)} if isinstance(blocks, list) else set()
     return factors.pop() if len(factors) == 1 and all(map(_number, factors)) else None
 
 
@@ -309,9 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0, or 2 after one line on stderr when there is nothing to draw."""
     parser = argparse.ArgumentParser(prog="python -m nas.plot", description="Redraw the pictures of runs.")
     parser.add_argument("folder", type=Path, help="a run's folder, or one that holds runs, e.g. results/")
-    parser.add_argument(
-        "--x", choices=tuple(X_AXES), default="gflops", help="cost axis of the Pareto pictures"
-    )
+    parser.add_argument("--x", choices=tuple(X_AXES), default="gflops", help="cost axis of the Pareto pictures")
     options = parser.parse_args(arguments)
     try:
         for path in plot_all(options.folder, options.x):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nas.backbone import Start
 from nas.compact_file import save_compact, slices_of
 from nas.config import RetrainConfig, with_defaults
-from nas.evaluate import images_per_second, print_table, top_k
+from nas.evaluate import Network, images_per_second, print_table, top_k
 from nas.loop import Training, fit
 from nas.objective import Adjoined
 from nas.run import open_run, write_csv, write_json
@@ -134,7 +134,9 @@ def run_retrain(config: RetrainConfig) -> Path:
         backbone_flops=meta.flops(),
         backbone_params=meta.params(),
     )
-    start, origin = starting_point(config, arch if config.arch is None else load_architecture(config.arch), splits.num_classes)
+    start, origin = starting_point(
+        config, arch if config.arch is None else load_architecture(config.arch), splits.num_classes
+    )
     config = open_run(config, f"retrain-{space.name}-{config.dataset}")
     folder = config.output
     assert folder is not None
@@ -154,7 +156,8 @@ def run_retrain(config: RetrainConfig) -> Path:
     save_architecture(arch, folder / "arch.json")
     print(
         f"{space.name} on {config.dataset}, from {origin}: large {arch.backbone_params / 1e6:.3f} M,"
-        f" {arch.backbone_flops / 1e9:.4g} GFLOPs (MACs); small {arch.params / 1e6:.3f} M, {arch.flops / 1e9:.4g} GFLOPs"
+        f" {arch.backbone_flops / 1e9:.4g} GFLOPs (MACs); small {arch.params / 1e6:.3f} M,"
+        f" {arch.flops / 1e9:.4g} GFLOPs"
     )
     fit(training, config.resume, "retrain")
     conclude(config, arch, subnet, training, loaders)
@@ -203,9 +206,7 @@ def make_ema(config: RetrainConfig, backbone: nn.Module) -> Any:
     return ModelEmaV3(backbone, decay=config.model_ema_decay, use_warmup=True)
 
 
-def conclude(
-    config: RetrainConfig, arch: Architecture, subnet: NetworkSlice, training: Training, loaders: Any
-) -> None:
+def conclude(config: RetrainConfig, arch: Architecture, subnet: NetworkSlice, training: Training, loaders: Any) -> None:
     """Cut the compact network out, check it against the subnet, measure both on the test split, draw."""
     folder, device = training.folder, training.device
     supernet = training.objective.supernet
@@ -213,7 +214,11 @@ def conclude(
         supernet.backbone.load_state_dict(training.ema.module.state_dict())
     supernet.eval()
     compact = cut(supernet.backbone, subnet).eval()
-    networks = {"large": supernet.large, "subnet": lambda x: supernet.small(x, subnet), "compact": compact}
+    networks: dict[str, Network] = {
+        "large": supernet.large,
+        "subnet": lambda x: supernet.small(x, subnet),
+        "compact": compact,
+    }
     difference = relative_difference(networks["subnet"], compact, next(iter(loaders.test))[0].to(device))
     if difference > TOLERANCE:
         raise AssertionError(f"compact and subnet differ by {difference:.1e} of the largest logit")
@@ -231,7 +236,7 @@ def conclude(
         speeds = images_per_second(networks, supernet.adapter.input_size, batch, device, training.autocast)
         for name, speed in speeds.items():
             table[name][f"images_per_s_{batch}"] = speed
-    facts = {"stage": "retrain", "space": arch.space, "dataset": config.dataset, "seed": config.seed}
+    facts: dict[str, Any] = {"stage": "retrain", "space": arch.space, "dataset": config.dataset, "seed": config.seed}
     facts |= {"budget": arch.search.get("budget"), "split": "test", "compact_minus_subnet": difference}
     facts |= {"precision": str(training.amp_dtype or torch.float32), "threads": torch.get_num_threads()}
     write_json(folder / "summary.json", facts | table)

@@ -105,9 +105,7 @@ def run_search(config: SearchConfig) -> Path:
     for line in lines:
         print(line)
     training, objective, loaders = make_training(config, supernet, costs, splits, budget, device)
-    orders = order_by_importance(
-        config, supernet, loaders.train, device, trained=start.given(), fresh_classifier=fresh
-    )
+    orders = order_by_importance(config, supernet, loaders.train, device, trained=start.given(), fresh_classifier=fresh)
     print(
         f"{space.name} on {config.dataset}: {choices.size():.3g} architectures, backbone {model}"
         f" {meta.params() / 1e6:.2f} M parameters, {meta.flops() / 1e9:.4g} GFLOPs (MACs)"
@@ -202,9 +200,10 @@ def write_architecture(
     sample = {label(i, name): option for i, pick in enumerate(picks) for name, option in pick.items()}
     picks = list(choices.freeze(sample))
     subnet = network_slice(supernet.shapes, choices.block_slices(picks), config.stage_width == "full")
-    settings = {
-        k: v for k, v in asdict(config).items() if k in SEARCH_FACTS and v is not None
-    } | {"budget": budget, "space_size": float(choices.size())}
+    settings = {k: v for k, v in asdict(config).items() if k in SEARCH_FACTS and v is not None} | {
+        "budget": budget,
+        "space_size": float(choices.size()),
+    }
     if config.checkpoint is not None:
         settings["checkpoint"] = str(config.checkpoint)
     arch = Architecture(
@@ -277,7 +276,7 @@ def conclude(
         "top1_full_stage_width": scores.get("full_width_top1"),
         "top1_narrowed": scores.get("subnet_top1"),
     }
-    facts = {"stage": "search", "space": space.name, "dataset": config.dataset, "seed": config.seed}
+    facts: dict[str, Any] = {"stage": "search", "space": space.name, "dataset": config.dataset, "seed": config.seed}
     facts |= {"budget": budget, "split": "val", "precision": str(training.amp_dtype or torch.float32)}
     write_json(folder / "summary.json", facts | table | {"narrowing": narrowing})
     print_table(table, f"{space.name} on {config.dataset}, validation split")

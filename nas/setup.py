@@ -212,15 +212,19 @@ def make_supernet(
 
     Also what is worth saying about the weights, and whether the classifier is new.
     """
-    backbone, lines, fresh = starting_backbone(
-        *arguments, splits.num_classes, start, splits.class_names, drop_path
-    )
+    backbone, lines, fresh = starting_backbone(*arguments, splits.num_classes, start, splits.class_names, drop_path)
     check_family(backbone, space.family, arguments[0])
     return Supernet(backbone).to(device), lines, fresh
 
 
 def order_by_importance(
-    config: Common, supernet: Supernet, loader: Any, device: torch.device, *, trained: bool, fresh_classifier: bool
+    config: Common,
+    supernet: Supernet,
+    loader: Any,
+    device: torch.device,
+    *,
+    trained: bool,
+    fresh_classifier: bool,
 ) -> dict[str, list[int]]:
     """Sort the supernet in place (section 2.7) and return the permutation; empty when there is none.
 

@@ -33,7 +33,12 @@ def list_spaces() -> None:
             picks = [[o.picks["alpha"] for o in row].index(options[-1]) for row in costs.options]
             low = costs.uniform().flops(picks)
         table.add_row(
-            space.name, space.method.name, space.model, words, f"{size:.3g}", f"{low / 1e9:.4g} to {high / 1e9:.4g}"
+            space.name,
+            space.method.name,
+            space.model,
+            words,
+            f"{size:.3g}",
+            f"{low / 1e9:.4g} to {high / 1e9:.4g}",
         )
     Console().print(table)
 

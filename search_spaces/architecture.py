@@ -49,7 +49,7 @@ def to_json(arch: Architecture) -> str:
         if name in ("blocks", "permutation") and value:
             rows = value if name == "blocks" else value.items()
             is_map = name == "permutation"
-            text = [f'{json.dumps(r[0])}: {json.dumps(r[1])}' if is_map else json.dumps(r) for r in rows]
+            text = [f"{json.dumps(r[0])}: {json.dumps(r[1])}" if is_map else json.dumps(r) for r in rows]
             opening, closing = ("{", "}") if is_map else ("[", "]")
             value_text = opening + "\n    " + ",\n    ".join(text) + "\n  " + closing
         else:
@@ -129,7 +129,9 @@ def _check_values(path: Path, data: dict[str, Any]) -> None:
         if data[name] < 1:
             raise UserError(f"{path}: field '{name}' is {data[name]}; expected at least 1")
     if len(data["input_size"]) != 3 or not whole(data["input_size"], 1):
-        raise UserError(f"{path}: field 'input_size' is {_short(data['input_size'])}; expected [channels, height, width]")
+        raise UserError(
+            f"{path}: field 'input_size' is {_short(data['input_size'])}; expected [channels, height, width]"
+        )
     if not data["stage_widths"] or not whole(data["stage_widths"], 1):
         raise UserError(f"{path}: field 'stage_widths' is {_short(data['stage_widths'])}; expected whole numbers")
     if not data["blocks"]:

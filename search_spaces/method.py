@@ -28,8 +28,12 @@ class Settings:
 class Method(Protocol):
     """One search method. A file of its own in search_spaces/."""
 
-    name: str
-    choice_names: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def choice_names(self) -> tuple[str, ...]:
+        """The choices of a block, by their names in arch.json."""
 
     def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:
         """Each choice's candidates for a block, and what was left out, in words."""

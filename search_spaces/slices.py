@@ -55,9 +55,8 @@ class BlockSlice:
     def __post_init__(self) -> None:
         if self.v_channels is not None and len(self.v_channels) != count(self.heads):
             raise ValueError(f"{len(self.v_channels)} lists of V channels for {count(self.heads)} kept heads")
-        if self.mlp_stream is not None and not isinstance(self.mlp_stream, int):
-            if any(c >= self.stream for c in self.mlp_stream):
-                raise ValueError(f"the MLP keeps channels outside the first {self.stream}: {self.mlp_stream}")
+        if isinstance(self.mlp_stream, tuple) and any(c >= self.stream for c in self.mlp_stream):
+            raise ValueError(f"the MLP keeps channels outside the first {self.stream}: {self.mlp_stream}")
 
     def num_mlp_stream(self) -> int:
         """How many channels the MLP reads and writes."""

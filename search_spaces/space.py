@@ -42,10 +42,7 @@ class SearchSpace:
         return MutableList(
             [
                 MutableDict(
-                    {
-                        name: Categorical(list(options), label=label(block, name))
-                        for name, options in choices.items()
-                    }
+                    {name: Categorical(list(options), label=label(block, name)) for name, options in choices.items()}
                 )
                 for block, choices in enumerate(self.candidates)
             ]

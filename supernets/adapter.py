@@ -79,8 +79,7 @@ class Adapter(ABC):
 def refuse(backbone: nn.Module, feature: str, instead: str) -> UserError:
     """The error for a feature of a timm model that no adapter supports."""
     return UserError(
-        f"{type(backbone).__name__}: {feature} is not supported; {instead}"
-        " (docs/backbones.md lists what is supported)"
+        f"{type(backbone).__name__}: {feature} is not supported; {instead} (docs/backbones.md lists what is supported)"
     )
 
 

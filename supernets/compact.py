@@ -23,6 +23,14 @@ class CompactBlock(nn.Module):
     stream: leading channels it works on. mlp_index: those its MLP works on, None for all of them.
     """
 
+    norm1: Any
+    attn: Any
+    norm2: Any
+    mlp: Any
+    ls1: Any
+    ls2: Any
+    drop_path1: Any
+    drop_path2: Any
     mlp_index: Tensor | None
 
     def __init__(self, block: Any, kept: BlockSlice) -> None:
@@ -67,6 +75,14 @@ class CompactBlock(nn.Module):
 
 class UnevenAttention(nn.Module):
     """timm's Attention whose V is narrower than its Q and K (UVC, section 2.5)."""
+
+    qkv: Any
+    q_norm: Any
+    k_norm: Any
+    attn_drop: Any
+    norm: Any
+    proj: Any
+    proj_drop: Any
 
     def __init__(self, attn: Any) -> None:
         super().__init__()

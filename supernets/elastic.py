@@ -84,14 +84,14 @@ def read_prefixes(x: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
     """The first w channels of x for each w."""
     if all(w == x.shape[-1] for w in widths):
         return (x,) * len(widths)
-    return _ReadPrefixes.apply(x, tuple(widths))  # type: ignore[no-any-return, no-untyped-call]
+    return _ReadPrefixes.apply(x, tuple(widths))  # type: ignore[no-any-return]
 
 
 def add_prefixes(x: Tensor, ys: Sequence[Tensor]) -> Tensor:
     """x with each y added to its first channels."""
     if len(ys) == 1 and ys[0].shape[-1] == x.shape[-1]:
         return x + ys[0]
-    return _AddPrefixes.apply(x, *ys)  # type: ignore[no-any-return, no-untyped-call]
+    return _AddPrefixes.apply(x, *ys)  # type: ignore[no-any-return]
 
 
 def norm(module: nn.Module, params: Params, name: str, x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def _axes(supernet: Supernet) -> Iterator[tuple[nn.Parameter, int, str, dict[str
             for dim, letters in enumerate(BLOCK_AXES[name]):
                 if letters != ".":
                     sizes = {"3": 3, "H": shape.num_heads, "D": shape.head_dim}
-                    sizes |= {letter: p.shape[dim] for letter in "SRM"}
+                    sizes |= dict.fromkeys("SRM", p.shape[dim])
                     yield p, dim, letters, sizes, orders  # type: ignore[misc]
 
 
@@ -96,7 +96,9 @@ def permute(supernet: Supernet, orders: Orders) -> None:
         p.copy_(moved.flatten(dim, dim + len(letters) - 1))
 
 
-def taylor_pass(supernet: Supernet, batches: list[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
+def taylor_pass(
+    supernet: Supernet, batches: list[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
     """Taylor scores of the large network, summed over batches of (images, target). Leaves no gradients behind."""
     was_training = supernet.training
     supernet.eval()

@@ -81,5 +81,3 @@ class Supernet(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.params() / 1e6:.2f} M parameters, {self.flops() / 1e9:.2f} GFLOPs (MACs)"
-
-

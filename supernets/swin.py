@@ -102,9 +102,7 @@ class SwinAdapter(Adapter):
         self.block_names, self.shapes = tuple(names), tuple(shapes)
         dims = [stage.blocks[0].dim for stage in backbone.layers]
         merges = [stage.downsample for stage in backbone.layers[1:]]
-        merged_tokens = [
-            stage.output_resolution[0] * stage.output_resolution[1] for stage in backbone.layers[1:]
-        ]
+        merged_tokens = [stage.output_resolution[0] * stage.output_resolution[1] for stage in backbone.layers[1:]]
         self.outer_axes = self._axes()
         embed, fc = backbone.patch_embed, backbone.head.fc
         classes = fc.out_features

@@ -52,9 +52,7 @@ def token_grids(img_size: int | tuple[int, int]) -> list[tuple[int, int]]:
     """
     size: tuple[int, int] = to_2tuple(img_size)
     if min(size) < 3:
-        raise UserError(
-            f"T2T-ViT: images of {size[0]} x {size[1]} px; the first split needs 3 px a side or more"
-        )
+        raise UserError(f"T2T-ViT: images of {size[0]} x {size[1]} px; the first split needs 3 px a side or more")
     grids = []
     for kernel, stride, padding in SOFT_SPLITS:
         height, width = ((side + 2 * padding - kernel) // stride + 1 for side in size)
@@ -311,9 +309,7 @@ class T2TViT(nn.Module):
         self.num_prefix_tokens = 1
         self.grad_checkpointing = False
 
-        self.tokens_to_token = T2TModule(
-            img_size, in_chans, embed_dim, token_dim, tokens_type, token_drop_rate
-        )
+        self.tokens_to_token = T2TModule(img_size, in_chans, embed_dim, token_dim, tokens_type, token_drop_rate)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = self._sinusoids()
         self.pos_drop = nn.Dropout(pos_drop_rate)
@@ -464,9 +460,7 @@ def _known(tokens_type: str) -> str:
 
 def _class_token(global_pool: str) -> str:
     if global_pool != "token":
-        raise UserError(
-            f'T2T-ViT: global_pool "{global_pool}"; it classifies from its class token, use token'
-        )
+        raise UserError(f'T2T-ViT: global_pool "{global_pool}"; it classifies from its class token, use token')
     return global_pool
 
 
@@ -498,9 +492,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: T2TViT) -> dict[s
 
     first_norm, pos_embed = weights.get("tokens_to_token.attention1.norm1.weight"), weights.get("pos_embed")
     if first_norm is None or pos_embed is None:
-        raise UserError(
-            "T2T-ViT: the checkpoint has no tokens_to_token or no pos_embed; use one of a T2T-ViT"
-        )
+        raise UserError("T2T-ViT: the checkpoint has no tokens_to_token or no pos_embed; use one of a T2T-ViT")
     in_chans = first_norm.numel() // SOFT_SPLITS[0][0] ** 2
     if in_chans != model.in_chans:
         raise UserError(

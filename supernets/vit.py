@@ -68,9 +68,7 @@ class VitAdapter(Adapter):
         )
         self.heads = tuple(name for name in ("head", "head_dist") if getattr(backbone, name, None) is not None)
         self.outer_axes = {
-            name: self._axes(name, p.dim())
-            for name, p in backbone.named_parameters()
-            if not name.startswith("blocks.")
+            name: self._axes(name, p.dim()) for name, p in backbone.named_parameters() if not name.startswith("blocks.")
         }
         E = backbone.embed_dim
         classifiers = [getattr(backbone, name) for name in self.heads]

@@ -191,9 +191,7 @@ def kept_weights(backbone: nn.Module, subnet: NetworkSlice) -> KeptWeights:
     weights.stem(backbone, widths[0])
     for (stage, name, block), kept in zip(blocks, subnet.blocks, strict=True):
         if kept.stream > subnet.stage_widths[stage]:
-            raise ValueError(
-                f"{name} uses {kept.stream} channels, its stage has {subnet.stage_widths[stage]}"
-            )
+            raise ValueError(f"{name} uses {kept.stream} channels, its stage has {subnet.stage_widths[stage]}")
         weights.block(name, block, kept)
     for stage in range(1, len(widths)):
         name = f"layers.{stage}.downsample"
@@ -250,9 +248,7 @@ def qkv_first_rows(backbone: nn.Module, subnet: NetworkSlice, x: Tensor) -> Tens
             num_heads, heads = block.attn.num_heads, among(kept.heads, block.attn.num_heads)
             for p in block.attn.qkv.parameters():  # (3 * H * d, E) and (3 * H * d,)
                 by_head = p.view(3, num_heads, len(p) // (3 * num_heads), -1)
-                by_head[:, heads] = (
-                    by_head.flatten(0, 1)[: 3 * count(kept.heads)].unflatten(0, (3, -1)).clone()
-                )
+                by_head[:, heads] = by_head.flatten(0, 1)[: 3 * count(kept.heads)].unflatten(0, (3, -1)).clone()
     return oracle_logits(wrong, subnet, x)
 
 

@@ -178,9 +178,7 @@ def _indices(draw: st.DrawFn, size: int) -> tuple[int, ...]:
     return tuple(sorted(order[:kept].tolist()))
 
 
-def _with_stage_widths(
-    draw: st.DrawFn, shapes: Sequence[BlockShape], blocks: Sequence[BlockSlice]
-) -> NetworkSlice:
+def _with_stage_widths(draw: st.DrawFn, shapes: Sequence[BlockShape], blocks: Sequence[BlockSlice]) -> NetworkSlice:
     narrow, full = (network_slice(shapes, blocks, full).stage_widths for full in (False, True))
     kind = draw(st.sampled_from(["narrow", "full", "between"]))
     if kind == "between":

@@ -22,9 +22,7 @@ from search_spaces.errors import UserError
 
 # A folder with train.tar and val.tar: 100 classes of 150 and 50 images each.
 TINY = os.environ.get("TINYIMAGENET100", "")
-needs_tiny = pytest.mark.skipif(
-    not TINY, reason="set TINYIMAGENET100 to the folder with its train.tar and val.tar"
-)
+needs_tiny = pytest.mark.skipif(not TINY, reason="set TINYIMAGENET100 to the folder with its train.tar and val.tar")
 
 
 def write_class(folder: Path, red: int, count: int) -> None:
@@ -104,9 +102,7 @@ def test_digits_are_partitioned():
     assert splits.num_classes == 10
     assert splits.class_names == tuple("0123456789")
     for part in parts:
-        assert np.ptp(np.bincount(part.labels)) <= 0.06 * len(
-            part
-        )  # as balanced as the 174 to 183 of the set
+        assert np.ptp(np.bincount(part.labels)) <= 0.06 * len(part)  # as balanced as the 174 to 183 of the set
     image, label = splits.train[17]
     index = splits.train.indices[17]
     assert (image.size, image.mode) == ((32, 32), "RGB")
@@ -316,6 +312,9 @@ def test_hugging_face(tree, tmp_path):
     mapped = open_splits(DataSpec(name, tmp_path / "cache", class_map=str(tmp_path / "map.txt")))
     assert mapped.class_names == ("b", "a2", "a10")
     assert [2 - red if red != 1 else 1 for red in reds(mapped.test)] == mapped.test.labels.tolist()
+    (tmp_path / "map.txt").write_text("a2\na10\n")
+    with pytest.raises(UserError, match="--class-map lacks classes of .*: b$"):
+        open_splits(DataSpec(name, tmp_path / "cache", class_map=str(tmp_path / "map.txt")))
     with pytest.raises(UserError, match=r"split nowhere.*nowhere"):
         open_splits(DataSpec(name, tmp_path / "cache", test_split="nowhere"))
 
@@ -412,9 +411,7 @@ class TestBrokenFolders:
 
 
 def test_importing_is_cheap():
-    code = (
-        "import sys, nas.datasets; print(sorted({'torch', 'timm', 'sklearn', 'datasets'} & set(sys.modules)))"
-    )
+    code = "import sys, nas.datasets; print(sorted({'torch', 'timm', 'sklearn', 'datasets'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

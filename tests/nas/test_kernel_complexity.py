@@ -189,13 +189,9 @@ def test_separable_form_is_the_difference_of_squares_it_stands_for() -> None:
     torch.testing.assert_close(separable_tnn(f, v), expected)
 
 
-@given(
-    n=st.integers(2, 30), num_features=st.integers(2, 12), rank=st.integers(0, 12), seed=st.integers(0, 2**31)
-)
+@given(n=st.integers(2, 30), num_features=st.integers(2, 12), rank=st.integers(0, 12), seed=st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
-def test_a_basis_of_another_epoch_bounds_tnn_from_above(
-    n: int, num_features: int, rank: int, seed: int
-) -> None:
+def test_a_basis_of_another_epoch_bounds_tnn_from_above(n: int, num_features: int, rank: int, seed: int) -> None:
     rank = min(rank, num_features)
     f = features("random", n, num_features, seed).double()
     draw = torch.Generator().manual_seed(seed)
@@ -361,9 +357,7 @@ def _rank(rank: int, f: Tensor, folder: str) -> None:
 TINY = "--model vit_tiny_patch16_224 --model-kwargs img_size=32 patch_size=8 depth=1 embed_dim=24 num_heads=3"
 
 
-def test_the_command_measures_what_enters_the_classifier(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_measures_what_enters_the_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import timm
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -374,9 +368,7 @@ def test_the_command_measures_what_enters_the_classifier(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, embed_dim=24, num_heads=3, num_classes=7
     ).eval()
     checkpoint = tmp_path / "weights.pth"
-    torch.save(
-        {"state_dict": model.state_dict()}, checkpoint
-    )  # seven classes: its classifier is no part of this
+    torch.save({"state_dict": model.state_dict()}, checkpoint)  # seven classes: its classifier is no part of this
     picture = tmp_path / "new" / "spectrum.png"
     # Dropout before the classifier: off, or the features would be random.
     main([*TINY.split(), "drop_rate=0.5", "--checkpoint", str(checkpoint), "--output", str(picture)])
@@ -391,9 +383,7 @@ def test_the_command_measures_what_enters_the_classifier(
         model((pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5)
     lam = numpy_spectrum(entering[0])
     assert f"n = {len(images)} training images, D = 24 pooled features" in printed
-    found = {
-        line[:20].strip(): float(line[20:].split()[0]) for line in printed.splitlines() if line[:2] == "KC"
-    }
+    found = {line[:20].strip(): float(line[20:].split()[0]) for line in printed.splitlines() if line[:2] == "KC"}
     assert found == {
         "KC": pytest.approx(numpy_kc(lam), abs=2e-6),
         "KC, trace-normalised": pytest.approx(numpy_kc(lam / lam.sum()), abs=2e-6),

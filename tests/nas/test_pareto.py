@@ -148,9 +148,7 @@ def published() -> pd.DataFrame:
         ("S²ViTE-Base", 56.8, 11.74, 82.22),
     ],
 )
-def test_published_rows(
-    published: pd.DataFrame, network: str, params_m: float, gflops: float, top1: float
-) -> None:
+def test_published_rows(published: pd.DataFrame, network: str, params_m: float, gflops: float, top1: float) -> None:
     (row,) = published[published["network"] == network].to_dict("records")
     assert (row["params_m"], row["gflops"], row["top1"]) == (params_m, gflops, top1)
 

@@ -78,9 +78,7 @@ def log_rows(budget=0.5, penalty=0.3):
     )
 
 
-def make_run(
-    folder, *, stage="search", space="swin-dan-nano", dataset="digits", budget=0.5, seed=42, top1=95.0
-):
+def make_run(folder, *, stage="search", space="swin-dan-nano", dataset="digits", budget=0.5, seed=42, top1=95.0):
     """A run's folder with every file that search.py or retrain.py leaves."""
     folder.mkdir(parents=True)
     options = {"space": space, "dataset": dataset, "seed": seed, "budget": budget, "output": str(folder)}
@@ -332,9 +330,7 @@ def test_fronts_of_two_splits_are_kept_apart():
 
 def test_seeds_of_a_configuration_become_their_mean_with_bars_to_the_extremes():
     top1, gflops = [90.0, 94.0, 92.0], [4.0, 4.2, 4.1]
-    points = pd.DataFrame(
-        {"gflops": [*gflops, 8.0], "top1": [*top1, 95.0], "config": [*"aaab"], "label": [*"AAAB"]}
-    )
+    points = pd.DataFrame({"gflops": [*gflops, 8.0], "top1": [*top1, 95.0], "config": [*"aaab"], "label": [*"AAAB"]})
     (axes,) = pareto_figure(points, "run").axes
     (marks,) = (line for line in axes.get_lines() if line.get_label().endswith("subnet"))
     np.testing.assert_allclose(marks.get_xydata(), [[4.1, 92.0], [8.0, 95.0]])
@@ -397,9 +393,7 @@ def test_costs_decades_apart_get_a_log_axis_with_plain_numbers():
 
 def test_points_that_lack_a_value_are_left_out_and_none_left_is_an_error(tmp_path):
     points = pd.DataFrame({"gflops": [1.0, None, 3.0], "top1": [70.0, 75.0, None]})
-    (marks,) = (
-        li for li in pareto_figure(points, "run").axes[0].get_lines() if li.get_label().endswith("subnet")
-    )
+    (marks,) = (li for li in pareto_figure(points, "run").axes[0].get_lines() if li.get_label().endswith("subnet"))
     np.testing.assert_allclose(marks.get_xydata(), [[1.0, 70.0]])
     with pytest.raises(UserError, match="no network has both images_per_s and top1"):
         plot_pareto(points, tmp_path / "pareto", "run", x="images_per_s")
@@ -504,9 +498,7 @@ def test_the_literature_stands_behind_imagenet_runs_alone(tmp_path, drawn, monke
 
 
 def test_runs_share_a_configuration_when_only_their_seed_differs(tmp_path):
-    runs = [make_run(tmp_path / f"seed{s}", seed=s) for s in (1, 2)] + [
-        make_run(tmp_path / "other", budget=0.3)
-    ]
+    runs = [make_run(tmp_path / f"seed{s}", seed=s) for s in (1, 2)] + [make_run(tmp_path / "other", budget=0.3)]
     one, two, other = ([p["config"] for p in run_points(run) if p["role"] == "subnet"] for run in runs)
     assert one == two != other
     assert [p["split"] for p in run_points(runs[0])] == ["validation"] * 2
@@ -514,9 +506,7 @@ def test_runs_share_a_configuration_when_only_their_seed_differs(tmp_path):
 
 def test_networks_compressed_alike_are_joined(tmp_path, drawn):
     for alpha, top1 in ((2, 96.0), (4, 94.0), (8, 90.0)):
-        run = make_run(
-            tmp_path / f"an{alpha}", stage="retrain", space="swin-an-nano", budget=1 / alpha, top1=top1
-        )
+        run = make_run(tmp_path / f"an{alpha}", stage="retrain", space="swin-an-nano", budget=1 / alpha, top1=top1)
         arch = json.loads((run / "arch.json").read_text()) | {
             "method": "an",
             "blocks": [{"alpha": alpha}] * 12,
@@ -546,9 +536,7 @@ def test_everything_below_a_folder_is_drawn_and_a_sweep_gets_its_own_picture(tmp
     assert {p.stem for p in written if p.parent == tmp_path} == {"pareto-digits", "pareto-cifar10"}
     (axes,) = drawn[sweep / "pareto.png"].axes
     assert "this run" not in lines(axes)
-    np.testing.assert_allclose(
-        lines(axes)["_swin-dan-nano subnet"].get_xdata(), [0.3 * BACKBONE, 0.5 * BACKBONE]
-    )
+    np.testing.assert_allclose(lines(axes)["_swin-dan-nano subnet"].get_xdata(), [0.3 * BACKBONE, 0.5 * BACKBONE])
 
 
 def test_command_prints_what_it_drew(tmp_path, drawn, capsys):

@@ -39,7 +39,10 @@ def draw_subnet(data: st.DataObject, backbone: nn.Module, kind: str) -> NetworkS
     shapes = block_shapes(backbone)
     subnet = data.draw(general_slices(shapes) if kind == "general" else prefix_slices(shapes, kind))
     uneven = any(len(set(map(len, b.v_channels))) > 1 for b in subnet.blocks if b.v_channels and b.attn)
-    scaled = any(isinstance(m, nn.Module) and n.endswith("attn.norm") and list(m.parameters()) for n, m in backbone.named_modules())
+    scaled = any(
+        isinstance(m, nn.Module) and n.endswith("attn.norm") and list(m.parameters())
+        for n, m in backbone.named_modules()
+    )
     assume(not (uneven and scaled))  # padding would enter the norm; UVC refuses the combination
     return subnet
 
@@ -71,9 +74,7 @@ def test_1_fused_window_attention_is_timms_own(backbone: nn.Module) -> None:
 @over_widths
 @given(data=st.data())
 @few
-def test_0_and_2_subnet_is_the_oracle_and_compact_is_the_subnet(
-    family: str, kind: str, data: st.DataObject
-) -> None:
+def test_0_and_2_subnet_is_the_oracle_and_compact_is_the_subnet(family: str, kind: str, data: st.DataObject) -> None:
     backbone = data.draw(FAMILIES[family]())
     subnet = draw_subnet(data, backbone, kind)
     x = images(backbone)

@@ -179,9 +179,7 @@ def has_no_effect(backbone: nn.Module, name: str) -> Tensor | bool:
 
 @given(st.data(), backbones, st.sampled_from(["stream", "inner"]))
 @few
-def test_exactly_the_kept_weights_move_the_logits(
-    data: st.DataObject, backbone: nn.Module, width: str
-) -> None:
+def test_exactly_the_kept_weights_move_the_logits(data: st.DataObject, backbone: nn.Module, width: str) -> None:
     backbone = backbone.double().requires_grad_()  # T2T's position embedding too
     shapes = block_shapes(backbone)
     # Where a stage is wider than its blocks, patch tokens hold channels that no class token ever sees.

@@ -77,9 +77,7 @@ def test_tokens_and_logits_are_the_originals(tokens_type, fused):
         if isinstance(module, ScaledAttention):
             module.fused_attn = fused
     with torch.no_grad():
-        torch.testing.assert_close(
-            model.tokens_to_token(expected["input"]), expected["tokens"], atol=1e-6, rtol=0
-        )
+        torch.testing.assert_close(model.tokens_to_token(expected["input"]), expected["tokens"], atol=1e-6, rtol=0)
         logits = model(expected["input"])
     # 1e-6, not 1e-5: these weights are so small that head_dim ** -0.5 would pass at 1e-5.
     torch.testing.assert_close(logits, expected["logits"], atol=1e-6, rtol=0)
@@ -271,9 +269,7 @@ def test_intermediates():
         x, [-1], return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
     )
     torch.testing.assert_close(torch.cat([cls, tokens], 1), final)
-    torch.testing.assert_close(
-        maps[2][0, :, 1, 2], model.blocks(model._pos_embed(model.tokens_to_token(x)))[0, 6]
-    )
+    torch.testing.assert_close(maps[2][0, :, 1, 2], model.blocks(model._pos_embed(model.tokens_to_token(x)))[0, 6])
 
     calls = []
     model.blocks[2].register_forward_hook(lambda *_: calls.append(1))
@@ -362,9 +358,7 @@ def test_any_input_size(tokens_type):
 def test_grids_are_those_of_the_soft_splits():
     for size in [(3, 3), (4, 19), (33, 64), (65, 97), (224, 384)]:
         x = torch.zeros(1, 1, *size)
-        for (kernel, stride, padding), grid in zip(
-            [(7, 4, 2), (3, 2, 1), (3, 2, 1)], token_grids(size), strict=True
-        ):
+        for (kernel, stride, padding), grid in zip([(7, 4, 2), (3, 2, 1), (3, 2, 1)], token_grids(size), strict=True):
             x = F.max_pool2d(x, kernel, stride, padding)
             assert tuple(x.shape[2:]) == grid
 
@@ -382,9 +376,7 @@ def test_tokens_lie_on_the_grid_row_by_row(tokens_type):
 
 
 def test_timm_hears_of_a_new_input_size():
-    tracked = pytest.importorskip(
-        "timm.models._input", reason="this timm does not track a model's input size"
-    )
+    tracked = pytest.importorskip("timm.models._input", reason="this timm does not track a model's input size")
     model = timm.create_model("t2t_vit_7", **NANO)
     model.set_input_size(96)
     assert tracked.get_model_input_config(model)["input_size"] == (3, 96, 96)
