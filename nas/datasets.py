@@ -96,14 +96,16 @@ def _checked_name(spec: DataSpec) -> tuple[str, str]:
     name = spec.dataset or "folder"
     scheme, slash, rest = name.partition("/")
     scheme = scheme.lower() if slash else ""
-    if (scheme not in SCHEMES or not rest) if slash else name not in NAMES:
+    nameless = not rest and scheme != "wds"  # webdataset goes by the shards alone
+    if (scheme not in SCHEMES or nameless) if slash else name not in NAMES:
         near = difflib.get_close_matches(name.lower(), [*NAMES, *(f"torch/{n}" for n in NAMES)], cutoff=0.5)
         known = ", ".join([*NAMES, *(f"{s}/…" for s in SCHEMES)])
         raise UserError(
             f"unknown dataset {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"known: {known}")
         )
     if name in ("cifar10", "cifar100"):
-        name, scheme = f"torch/{name}", "torch"
+        scheme, rest = "torch", name
+    name = f"{scheme}/{rest}" if scheme else name
     if not 0 <= spec.val_fraction < 1:
         raise UserError(f"--val-fraction is {spec.val_fraction:g}; it must lie in [0, 1)")
     if name == "digits" and spec.data_dir:

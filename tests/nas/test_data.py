@@ -341,7 +341,7 @@ class TestStreams:
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_training_replays(self, shards, workers):
-        splits = open_splits(dataclasses.replace(shards, dataset="wds/parts"))
+        splits = open_splits(shards)
         assert splits.val is None
         spec = dataclasses.replace(STRONG, workers=workers)
         first, second = epochs(train_loader(splits.train, spec, 1, "cpu"), 0, 1)
@@ -356,7 +356,7 @@ class TestStreams:
     @pytest.mark.parametrize("workers", [0, 2])
     @pytest.mark.parametrize("world_size", [1, 3])
     def test_evaluation_is_exact(self, shards, workers, world_size):
-        splits = open_splits(dataclasses.replace(shards, dataset="wds/parts"))
+        splits = open_splits(shards)
         spec = dataclasses.replace(SPEC, workers=workers, batch_size=5)
         for images in (splits.test, splits.train):
             loaders = [eval_loader(images, spec, "cpu", rank, world_size) for rank in range(world_size)]
@@ -365,18 +365,17 @@ class TestStreams:
             assert [number % 5 for number in self.numbers(batches)] == [y for _, ys in batches for y in ys.tolist()]
 
     def test_ranks_share_the_training_shards(self, shards):
-        splits = open_splits(dataclasses.replace(shards, dataset="wds/parts"))
+        splits = open_splits(shards)
         spec = dataclasses.replace(SPEC, no_aug=True)
         seen = [self.numbers(train_loader(splits.train, spec, 0, "cpu", rank, 2)) for rank in range(2)]
         assert set(seen[0]).isdisjoint(seen[1])
         assert len(set(seen[0] + seen[1])) == 48
 
     def test_what_a_stream_cannot_do(self, shards):
-        spec = dataclasses.replace(shards, dataset="wds/parts")
         with pytest.raises(UserError, match="does not record its classes; pass --num-classes"):
-            open_splits(dataclasses.replace(spec, num_classes=None))
+            open_splits(dataclasses.replace(shards, num_classes=None))
         with pytest.raises(UserError, match="--aug-repeats needs random access"):
-            train_loader(open_splits(spec).train, dataclasses.replace(SPEC, aug_repeats=3), 0, "cpu")
+            train_loader(open_splits(shards).train, dataclasses.replace(SPEC, aug_repeats=3), 0, "cpu")
 
     def test_hugging_face_stream(self, tmp_path):
         datasets = pytest.importorskip("datasets")
@@ -403,3 +402,32 @@ class TestStreams:
         assert not torch.equal(epochs(train_loader(splits.train, STRONG, 2, "cpu"), 3)[0][1], first[1])
         batches = [batch for rank in range(2) for batch in eval_loader(splits.test, SPEC, "cpu", rank, 2)]
         assert sorted(self.numbers(batches)) == list(range(24))
+
+    def test_tensorflow_stream(self, tmp_path):
+        tfds = pytest.importorskip("tensorflow_datasets")
+        tf = pytest.importorskip("tensorflow")
+        pixels = np.zeros((24, 24, 24, 3), np.uint8)
+        pixels[..., 0] = 4 * np.arange(24)[:, None, None]
+        made = tf.data.Dataset.from_tensor_slices({"image": pixels, "label": np.arange(24) % 3})
+        tfds.dataset_builders.store_as_tfds_dataset(
+            name="numbers",
+            version="1.0.0",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(24, 24, 3)),
+                    "label": tfds.features.ClassLabel(names=["x", "y", "z"]),
+                }
+            ),
+            split_datasets={"train": made, "validation": made},
+            data_dir=tmp_path,
+        )
+        splits = open_splits(DataSpec("tfds/numbers", tmp_path, val_fraction=0))
+        assert splits.class_names == ("x", "y", "z")
+        (first,), (second,) = (epochs(train_loader(splits.train, STRONG, 1, "cpu"), 3) for _ in range(2))
+        assert same(first, second)
+        assert len(first[1]) == 24
+        for rank, world_size in ((0, 1), (1, 2)):
+            batches = list(eval_loader(splits.test, SPEC, "cpu", rank, world_size))
+            assert len(self.numbers(batches)) == 24 // world_size
+            labels = [y for _, ys in batches for y in ys.tolist()]
+            assert [number % 3 for number in self.numbers(batches)] == labels

@@ -257,7 +257,7 @@ def cifar(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100), ("torch/cifar10", 10)])
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100), ("Torch/cifar10", 10)])
 def test_cifar(cifar, name, classes):
     splits = open_splits(DataSpec(name, cifar, val_fraction=0.3))
     assert [len(part) for part in (splits.train, splits.val, splits.test)] == [14, 6, 10]
@@ -313,7 +313,7 @@ def test_hugging_face(tree, tmp_path):
     assert mapped.class_names == ("b", "a2", "a10")
     assert [2 - red if red != 1 else 1 for red in reds(mapped.test)] == mapped.test.labels.tolist()
     (tmp_path / "map.txt").write_text("a2\na10\n")
-    with pytest.raises(UserError, match="--class-map lacks classes of .*: b$"):
+    with pytest.raises(UserError, match=r"--class-map lacks classes of .*: b$"):
         open_splits(DataSpec(name, tmp_path / "cache", class_map=str(tmp_path / "map.txt")))
     with pytest.raises(UserError, match=r"split nowhere.*nowhere"):
         open_splits(DataSpec(name, tmp_path / "cache", test_split="nowhere"))
