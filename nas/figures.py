@@ -355,7 +355,7 @@ def _rows(points: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     """Rows that have both values, as columns x and y, with every optional column filled in."""
     import pandas as pd
 
-    words = {"space": "", "role": "subnet", "split": "", "label": ""}
+    words = dict.fromkeys(("space", "role", "split", "label"), "")
     frame = points.reindex(columns=list(dict.fromkeys([*points.columns, *words, "this"])))
     for name, otherwise in words.items():
         frame[name] = frame[name].astype(object).where(frame[name].notna(), otherwise)
@@ -393,7 +393,7 @@ def _this_run(rows: pd.DataFrame, marks: pd.DataFrame) -> pd.DataFrame:
     ringed = rows[rows["this"]].merge(marks[[*KEYS, "seeds"]])
     words = ringed["label"].where(ringed["label"] != "", ringed["role"])
     said = (ringed["seeds"] > 1) & (ringed["label"] != "")  # by the mean's label
-    return ringed.assign(label=("this run: " + words).where(~said, "this run"))
+    return ringed.assign(label=("this run: " + words).where(~said & (words != ""), "this run"))
 
 
 def _marker(i: int, role: str) -> dict[str, Any]:

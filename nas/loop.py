@@ -87,7 +87,7 @@ def fit(training: Training, resume: bool, words: str) -> None:
             training.rows.append(row)
             training.choice_rows += [{"epoch": epoch + 1} | r for r in training.objective.choice_rows()]
             save(training, epoch + 1)
-            progress.console.print(summary_line(row, training.epochs), highlight=False)
+            progress.console.print(summary_line(row, training.epochs), highlight=False, soft_wrap=True)
 
 
 def train_epoch(training: Training, epoch: int, grad_scaler: Any, advance: Callable[[], None]) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def _nano(family: str, method: Method) -> Space:
         model_kwargs=model_kwargs,
         nano=True,
         training=NANO_TRAINING,
-        search=dict(epochs=30, arch_lr=2e-2, budget=0.5),
+        search=dict(epochs=20, arch_lr=2e-2, budget=0.5),
         retrain=dict(epochs=30),
     )
 

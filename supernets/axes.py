@@ -11,7 +11,8 @@ is a string of letters, outermost factor first:
 What is kept of a fused axis is kept in each part: qkv rows are (3, H, D), merging columns are (4, S).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +130,83 @@ def _slice_uneven(t: Tensor, axes: tuple[str, ...], shape: BlockShape, kept: Blo
     t = t.unflatten(0, (3, shape.num_heads * shape.head_dim))
     qk = take(t[:2].unflatten(1, (shape.num_heads, shape.head_dim)), 1, kept.heads).flatten(0, 2)
     return torch.cat([qk, _take_padded(t[2], 0, rows, real)])
+
+
+class _Prefixes(torch.autograd.Function):
+    """Prefix blocks of one parameter, for several slices at once.
+
+    Backward adds every gradient into one buffer. A narrow() each would give a zero-padded gradient of the whole
+    parameter per slice, which at small batches costs as much as the products themselves.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, cuts: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.cuts = t.shape, cuts
+        return tuple(_corner(t, cut) for cut in cuts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        widest = max(range(len(grads)), key=lambda i: grads[i].numel())
+        if grads[widest].shape == ctx.shape:
+            total = grads[widest].clone(memory_format=torch.contiguous_format)
+        else:
+            total = grads[widest].new_zeros(ctx.shape)
+            _corner(total, ctx.cuts[widest]).add_(grads[widest])
+        for i, grad in enumerate(grads):
+            if i != widest:
+                _corner(total, ctx.cuts[i]).add_(grad)
+        return total, None
+
+
+def _corner(t: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The first sizes[d] entries of every dimension d: a view."""
+    for dim, size in enumerate(sizes):
+        t = t.narrow(dim, 0, size)
+    return t
+
+
+def _is_prefix(kept: BlockSlice) -> bool:
+    whole = kept.attn and kept.mlp and kept.v_channels is None
+    return whole and all(isinstance(k, int | None) for k in (kept.heads, kept.hidden, kept.mlp_stream))
+
+
+def slice_block_each(
+    params: Mapping[str, Tensor], shape: BlockShape, kept: Sequence[BlockSlice]
+) -> list[dict[str, Tensor]]:
+    """`slice_block` for several slices of one block; one gradient buffer per parameter where all are prefixes."""
+    if len(kept) == 1 or not all(_is_prefix(k) for k in kept):
+        return [slice_block(params, shape, k) for k in kept]
+    sizes = {"3": 3, "H": shape.num_heads, "D": shape.head_dim}
+    sliced: list[dict[str, Tensor]] = [{} for _ in kept]
+    for name, t in params.items():
+        axes = BLOCK_AXES[name]
+        factors = [[sizes.get(letter, t.shape[dim]) for letter in letters] for dim, letters in enumerate(axes)]
+        cuts = []
+        for k in kept:
+            keep = {"S": k.stream, "R": k.num_mlp_stream(), "H": count(k.heads), "M": count(k.hidden)}
+            cuts.append(
+                tuple(
+                    keep.get(letter, size)
+                    for letters, row in zip(axes, factors, strict=True)
+                    for letter, size in zip(letters, row, strict=True)
+                )
+            )
+        parts = _Prefixes.apply(t.view([size for row in factors for size in row]), tuple(cuts))
+        for target, part, cut in zip(sliced, parts, cuts, strict=True):
+            target[name] = part.reshape(_fused(cut, factors))
+    return sliced
+
+
+def _fused(cut: tuple[int, ...], factors: list[list[int]]) -> list[int]:
+    """The shape of a cut after its factors are multiplied back into axes."""
+    shape, place = [], 0
+    for row in factors:
+        size = 1
+        for _ in row:
+            size *= cut[place]
+            place += 1
+        shape.append(size)
+    return shape
 
 
 def block_parameters(block: nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from timm.layers.fast_norm import rms_norm
 from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape, BlockSlice, count
-from supernets.axes import num_v, slice_block
+from supernets.axes import num_v, slice_block_each
 
 Params = Mapping[str, Tensor]
 
@@ -58,9 +58,15 @@ class _ReadPrefixes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].new_zeros(ctx.shape)
-        for grad in grads:
-            total.narrow(-1, 0, grad.shape[-1]).add_(grad)
+        widest = max(range(len(grads)), key=lambda i: grads[i].shape[-1])
+        if grads[widest].shape == ctx.shape:
+            total = grads[widest].clone()
+        else:
+            total = grads[widest].new_zeros(ctx.shape)
+            total.narrow(-1, 0, grads[widest].shape[-1]).add_(grads[widest])
+        for i, grad in enumerate(grads):
+            if i != widest:
+                total.narrow(-1, 0, grad.shape[-1]).add_(grad)
         return total, None
 
 
@@ -187,7 +193,8 @@ def mixed_block(
     the slice. One stochastic-depth draw per half-block is shared by all its terms.
     """
     terms = mixture.terms
-    sliced = [gated(slice_block(params, shape, t.slice), t, shape) for t in terms]
+    each = slice_block_each(params, shape, [t.slice for t in terms])
+    sliced = [gated(p, t, shape) for p, t in zip(each, terms, strict=True)]
     attn_terms = [(t.slice, p) for t, p in zip(terms, sliced, strict=True) if t.slice.attn]
     mlp_terms = [(t.slice, p) for t, p in zip(terms, sliced, strict=True) if t.slice.mlp]
 

@@ -330,9 +330,9 @@ def test_fronts_of_two_splits_are_kept_apart():
 
 def test_seeds_of_a_configuration_become_their_mean_with_bars_to_the_extremes():
     top1, gflops = [90.0, 94.0, 92.0], [4.0, 4.2, 4.1]
-    points = pd.DataFrame({"gflops": [*gflops, 8.0], "top1": [*top1, 95.0], "config": [*"aaab"], "label": [*"AAAB"]})
-    (axes,) = pareto_figure(points, "run").axes
-    (marks,) = (line for line in axes.get_lines() if line.get_label().endswith("subnet"))
+    points = pd.DataFrame({"gflops": [*gflops, 8.0], "top1": [*top1, 95.0], "config": [*"aaab"]})
+    (axes,) = pareto_figure(points.assign(space="swin-dan", role="subnet"), "run").axes
+    (marks,) = (line for line in axes.get_lines() if line.get_label() == "_swin-dan subnet")
     np.testing.assert_allclose(marks.get_xydata(), [[4.1, 92.0], [8.0, 95.0]])
     segments = sorted(tuple(path.vertices.ravel()) for bars in axes.collections for path in bars.get_paths())
     np.testing.assert_allclose(segments, [(4.0, 92.0, 4.2, 92.0), (4.1, 90.0, 4.1, 94.0)])
@@ -355,20 +355,43 @@ def test_labels_are_all_there_inside_the_axes_and_overlap_neither_each_other_nor
     from matplotlib.text import Text
 
     points = random_points(12).assign(this=[True] + [False] * 11, space=["swin-dan"] * 6 + ["deit-dan"] * 6)
-    figure = pareto_figure(points, "run", published=PUBLISHED)
+    points.loc[points.top1.idxmin(), "label"] = points.loc[points.gflops.idxmax(), "label"] = "wider than a margin"
+    published = pd.concat([PUBLISHED, PUBLISHED.iloc[:1].assign(network="Swin-B at the right edge", gflops=17.0)])
+    figure = pareto_figure(points, "run", published=published)
     (axes,) = figure.axes
-    assert set(texts(axes)) == {f"this run: {points.label[0]}", *points.label[1:], *PUBLISHED.network}
+    assert set(texts(axes)) == {f"this run: {points.label[0]}", *points.label[1:], *published.network}
     renderer = figure.canvas.get_renderer()
     figure.draw(renderer)
     # Not the annotation's own extent, which includes its leader: the words must not overlap.
     boxes = [Text.get_window_extent(t, renderer) for t in axes.texts]
     frame = axes.get_window_extent()
-    marks = axes.transData.transform(pd.concat([points, PUBLISHED])[["gflops", "top1"]].to_numpy())
+    marks = axes.transData.transform(pd.concat([points, published])[["gflops", "top1"]].to_numpy())
     for i, box in enumerate(boxes):
         assert frame.x0 <= box.x0 <= box.x1 <= frame.x1
         assert frame.y0 <= box.y0 <= box.y1 <= frame.y1
         assert not box.count_overlaps(boxes[:i] + boxes[i + 1 :]), axes.texts[i].get_text()
         assert not any(box.contains(*mark) for mark in marks), axes.texts[i].get_text()
+
+
+def test_a_label_without_a_leader_is_nearest_to_its_own_point():
+    from matplotlib.text import Text
+
+    rng = np.random.default_rng(3)
+    crowd = pd.DataFrame({"gflops": 4 + rng.random(14), "top1": 82 + rng.random(14)})
+    crowd["label"] = [f"network {i}" for i in range(14)]
+    corners = pd.DataFrame({"gflops": [3.6, 5.4], "top1": [81.0, 84.0], "label": ["", ""]})
+    points = pd.concat([crowd, corners])
+    figure = pareto_figure(points, "run")
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    marks = axes.transData.transform(points[["gflops", "top1"]].to_numpy())
+    beside = [note for note in axes.texts if note.arrow_patch is None]
+    assert 3 < len(beside) < len(axes.texts) == len(crowd)
+    for note in beside:
+        box = Text.get_window_extent(note, figure.canvas.get_renderer())
+        middle, half = np.array([box.x0 + box.x1, box.y0 + box.y1]) / 2, np.array(box.size) / 2
+        gaps = np.linalg.norm(np.maximum(np.abs(marks - middle) - half, 0), axis=1)
+        assert points.label.iloc[gaps.argmin()] == note.get_text()
 
 
 def test_published_points_are_grey_and_never_in_the_front():
@@ -393,7 +416,7 @@ def test_costs_decades_apart_get_a_log_axis_with_plain_numbers():
 
 def test_points_that_lack_a_value_are_left_out_and_none_left_is_an_error(tmp_path):
     points = pd.DataFrame({"gflops": [1.0, None, 3.0], "top1": [70.0, 75.0, None]})
-    (marks,) = (li for li in pareto_figure(points, "run").axes[0].get_lines() if li.get_label().endswith("subnet"))
+    (marks,) = (li for li in pareto_figure(points, "run").axes[0].get_lines() if li.get_label() == "_ ")
     np.testing.assert_allclose(marks.get_xydata(), [[1.0, 70.0]])
     with pytest.raises(UserError, match="no network has both images_per_s and top1"):
         plot_pareto(points, tmp_path / "pareto", "run", x="images_per_s")

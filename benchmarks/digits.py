@@ -1,0 +1,72 @@
+"""The compact network against the large one trained alone as long from the same start, on the embedded digits.
+
+    python benchmarks/digits.py --seeds 0 1 2 3 4
+
+Per seed: search, retrain (search and retrain epochs), and the large network alone for as many epochs as both
+stages together. Top-1 on the test split, which no choice has seen; mean and spread over the seeds.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from nas.config import RetrainConfig, SearchConfig
+from nas.retrain import run_retrain
+from nas.search import run_search
+from search_spaces.registry import get_space
+
+
+def one_seed(space: str, seed: int, budget: float, threads: int, folder: Path) -> dict[str, float]:
+    """Top-1 of compact, adjoined large, and the large network trained alone."""
+    search = run_search(SearchConfig(space=space, seed=seed, budget=budget, threads=threads, output=folder / "search"))
+    retrain = run_retrain(RetrainConfig(arch=search, seed=seed, threads=threads, output=folder / "retrain"))
+    own = get_space(space)
+    epochs = own.search["epochs"] + own.retrain["epochs"]
+    alone = run_retrain(
+        RetrainConfig(
+            arch=search,
+            train="plain",
+            init="base",
+            epochs=epochs,
+            seed=seed,
+            threads=threads,
+            output=folder / "alone",
+        )
+    )
+    adjoined, plain = (json.loads((run / "summary.json").read_text()) for run in (retrain, alone))
+    return {
+        "compact": adjoined["compact"]["top1"],
+        "large, adjoined": adjoined["large"]["top1"],
+        "large, alone": plain["large"]["top1"],
+        "FLOPs": adjoined["compact"]["gflops"] / adjoined["large"]["gflops"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--space", default="swin-dan-nano")
+    parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    rows = []
+    for seed in args.seeds:
+        with TemporaryDirectory() as folder:
+            rows.append(one_seed(args.space, seed, args.budget, args.threads, Path(folder)))
+        print(f"seed {seed}: {rows[-1]}", flush=True)
+    print(f"{args.space}, budget {args.budget}, {len(rows)} seeds, float32, top-1 % on the test split")
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        print(f"{name:16} {statistics.mean(values):7.3f} +- {spread:.3f}")
+    gaps = [row["compact"] - row["large, alone"] for row in rows]
+    print(f"compact - alone  {statistics.mean(gaps):+7.3f} +- {statistics.stdev(gaps) if len(gaps) > 1 else 0.0:.3f}")
+
+
+if __name__ == "__main__":
+    main()
