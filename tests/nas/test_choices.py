@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -154,19 +155,14 @@ def test_soft_mixture_is_equation_3_5(family: str, width: str) -> None:
 
             return mixed_block(block, block_parameters(block), shape, mixture, attend, x)
 
-        def alone(x: Tensor, half: str, i=i, run=run) -> Tensor:
+        weights = soft_draw(soft_etas(costs, 1))[i]["alpha"]
+
+        def alone(x: Tensor, half: str, i=i, run=run, weights=weights) -> Tensor:
             other = {"attn": "mlp", "mlp": "attn"}[half]
-            outs = [run(BlockMixture((Term(replaced(o.slice, other)),)), x) for o in costs.options[i]]
+            outs = [run(BlockMixture((Term(replace(o.slice, **{other: False})),)), x) for o in costs.options[i]]
             return sum(g * out for g, out in zip(weights, outs, strict=True))
 
-        weights = soft_draw(soft_etas(costs, 1))[i]["alpha"]
         assert_close(run(made[i], z), alone(alone(z, "attn"), "mlp"), f"block {i}")
-
-
-def replaced(kept, skipped: str):
-    import dataclasses
-
-    return dataclasses.replace(kept, **{skipped: False})
 
 
 @over_families
