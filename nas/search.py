@@ -126,7 +126,7 @@ def make_training(
 ) -> tuple[Training, Differentiable, Any]:
     """The search's objective and everything it trains with."""
     assert config.epochs is not None and config.output is not None
-    loaders = make_loaders(config, splits, supernet, device)
+    loaders = make_loaders(config, splits, supernet, device, arch_on_val=config.arch_data == "val")
     total = config.epochs * len(loaders.train)
     objective = Differentiable(
         supernet,
@@ -158,7 +158,7 @@ def make_training(
         device=device,
         evaluate=evaluate,
         arch_optimizer=torch.optim.Adam(objective.architecture_parameters(), lr=config.arch_lr or 1e-3),
-        arch_loader=loaders.arch if config.arch_data == "val" else None,
+        arch_loader=loaders.arch,
         mixup=loaders.mixup,
         clip_grad=config.clip_grad,
         amp_dtype=amp_dtype(config, device),

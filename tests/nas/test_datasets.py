@@ -313,7 +313,7 @@ def test_hugging_face(tree, tmp_path):
     assert mapped.class_names == ("b", "a2", "a10")
     assert [2 - red if red != 1 else 1 for red in reds(mapped.test)] == mapped.test.labels.tolist()
     (tmp_path / "map.txt").write_text("a2\na10\n")
-    with pytest.raises(UserError, match="--class-map lacks classes of .*: b$"):
+    with pytest.raises(UserError, match=r"--class-map lacks classes of .*: b$"):
         open_splits(DataSpec(name, tmp_path / "cache", class_map=str(tmp_path / "map.txt")))
     with pytest.raises(UserError, match=r"split nowhere.*nowhere"):
         open_splits(DataSpec(name, tmp_path / "cache", test_split="nowhere"))
