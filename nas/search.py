@@ -90,18 +90,15 @@ def run_search(config: SearchConfig) -> Path:
     elif config.alpha is None and budget is None:
         raise UserError(f"{space.name} needs --alpha or --budget; allowed alpha: {_list(uniform_alphas(choices))}")
     alpha = None if space.method.name != "an" else pick_alpha(costs, config.alpha, budget)
-    config = open_run(config, f"search-{space.name}-{config.dataset}")
-    folder = config.output
-    assert folder is not None
-    for line in choices.dropped:
-        print(f"{space.name}: {line}")
     if alpha is not None:
+        config, folder = open_run_of(config, choices)
         picks: list[Picks] = [{"alpha": alpha}] * len(choices.shapes)
         write_architecture(folder, config, space, choices, meta, picks, budget, model, model_kwargs, {})
         print(f"alpha {alpha} in every block; AN needs no search\nnext: {next_command(config, folder)}")
         return folder
     start = start_of(config)
     supernet, lines, fresh = make_supernet((model, model_kwargs), splits, start, space, config.drop_path, device)
+    config, folder = open_run_of(config, choices)  # only now: weights that cannot be had leave no folder behind
     for line in lines:
         print(line)
     training, objective, loaders = make_training(config, supernet, costs, splits, budget, device)
@@ -114,6 +111,15 @@ def run_search(config: SearchConfig) -> Path:
     fit(training, config.resume, "search")
     conclude(config, space, choices, objective, training, loaders, budget, model, model_kwargs, orders)
     return folder
+
+
+def open_run_of(config: SearchConfig, choices: SearchSpace) -> tuple[SearchConfig, Path]:
+    """The run's folder, and the first lines of its output: what was offered and is left out."""
+    config = open_run(config, f"search-{choices.name}-{config.dataset}")
+    assert config.output is not None
+    for line in choices.dropped:
+        print(f"{choices.name}: {line}")
+    return config, config.output
 
 
 def make_training(

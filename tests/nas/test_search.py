@@ -8,24 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import yaml
-from PIL import Image
-from safetensors.torch import load_file
 
 import nas.loop
 import nas.retrain
 import nas.search
-from nas.checkpoint import load_checkpoint
 from nas.compact_file import load_compact
 from nas.config import RetrainConfig, SearchConfig
 from nas.retrain import run_retrain
 from nas.search import run_search
 from search_spaces.architecture import load_architecture
+from tests.nas.runs import assert_same_run, assert_whole, draw_pictures, log_rows, visible
 
-TIMINGS = ("images_per_s", "peak_memory_mb", "seconds")
 TINY = dict(
     model_kwargs=("patch_size=8", "embed_dim=24", "depth=2", "num_heads=4"),
     dataset="folder",  # of very few images, see `pictures`
@@ -46,63 +41,9 @@ SEARCHES = {
 }
 
 
-def visible(folder: Path) -> dict[str, Path]:
-    """What a user sees of a run: every file but temporary ones, which a kill may leave behind."""
-    return {p.name: p for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
-
-
-def log_rows(path: Path) -> list[dict[str, str]]:
-    rows = list(csv.DictReader(io.StringIO(path.read_text())))
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
-
-
-def assert_whole(folder: Path) -> None:
-    """Every file of a run reads to its end."""
-    readers: dict[str, Callable[[Path], Any]] = {
-        ".json": lambda p: json.loads(p.read_text()),
-        ".yaml": lambda p: SearchConfig(**yaml.safe_load(p.read_text())),
-        ".csv": lambda p: [row for row in csv.DictReader(io.StringIO(p.read_text())) if None in row.values()],
-        ".pt": load_checkpoint,
-        ".safetensors": load_file,
-        ".png": lambda p: Image.open(p).load(),
-        ".svg": lambda p: p.read_text().rstrip().endswith("</svg>") or pytest.fail(f"{p} is cut off"),
-        ".pdf": lambda p: p.read_bytes().rstrip().endswith(b"%%EOF") or pytest.fail(f"{p} is cut off"),
-    }
-    for name, path in visible(folder).items():
-        found = readers[path.suffix](path)
-        if path.suffix == ".csv":
-            assert found == [], f"{name} has short rows"
-        if name == "arch.json":
-            load_architecture(path)
-
-
-def assert_same_run(folder: Path, undisturbed: Path) -> None:
-    """Same files, weights to the bit, architecture, and rows but for timings."""
-    assert visible(folder).keys() == visible(undisturbed).keys()
-    for name, path in visible(undisturbed).items():
-        other = folder / name
-        if path.suffix == ".safetensors":
-            a, b = load_file(path), load_file(other)
-            assert a.keys() == b.keys()
-            assert [n for n in a if not torch.equal(a[n], b[n])] == []
-        elif name in ("log.csv", "choices.csv"):
-            assert log_rows(path) == log_rows(other)
-    assert (folder / "arch.json").read_text() == (undisturbed / "arch.json").read_text()
-    first, second = (load_checkpoint(f / "checkpoint.pt")["objective"] for f in (folder, undisturbed))
-    assert [n for n in first if not torch.equal(first[n], second[n])] == []
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six classes of 40 noisy stripes, 16 px, a folder each."""
-    root, noise = tmp_path_factory.mktemp("pictures"), np.random.RandomState(0)
-    for label in range(6):
-        (root / str(label)).mkdir()
-        stripes = 127 + 100 * np.sin(np.arange(16) * (label + 1) / 3)
-        for i in range(40):
-            pixels = np.clip(stripes[:, None, None] + 40 * noise.randn(16, 16, 3), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / str(label) / f"{i}.png")
-    return root
+    return draw_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module", params=SEARCHES)
