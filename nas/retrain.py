@@ -137,12 +137,13 @@ def run_retrain(config: RetrainConfig) -> Path:
     start, origin = starting_point(
         config, arch if config.arch is None else load_architecture(config.arch), splits.num_classes
     )
-    config = open_run(config, f"retrain-{space.name}-{config.dataset}")
-    folder = config.output
-    assert folder is not None
     supernet, lines, fresh = make_supernet(
         (arch.model, dict(arch.model_kwargs)), splits, start, space, config.drop_path, device
     )
+    # Only now: weights that cannot be had leave no folder behind.
+    config = open_run(config, f"retrain-{space.name}-{config.dataset}")
+    folder = config.output
+    assert folder is not None
     for line in lines:
         print(line)
     training, loaders = make_training(config, supernet, subnet, splits, device)

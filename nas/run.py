@@ -62,6 +62,8 @@ def open_run(config: C, name: str) -> C:
         if changed:
             words = ", ".join(f"{k}: was {before.get(k)!r}, now {now[k]!r}" for k in changed)
             raise UserError(f"{folder}: --resume with other options ({words}); leave them as they were")
+        for half_written in folder.glob(".*.tmp*"):  # what a kill left of files it was writing
+            half_written.unlink(missing_ok=True)
         return config
     if config.resume:
         raise UserError(f"{folder} holds no run to resume (no config.yaml)")

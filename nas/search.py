@@ -90,18 +90,15 @@ def run_search(config: SearchConfig) -> Path:
     elif config.alpha is None and budget is None:
         raise UserError(f"{space.name} needs --alpha or --budget; allowed alpha: {_list(uniform_alphas(choices))}")
     alpha = None if space.method.name != "an" else pick_alpha(costs, config.alpha, budget)
-    config = open_run(config, f"search-{space.name}-{config.dataset}")
-    folder = config.output
-    assert folder is not None
-    for line in choices.dropped:
-        print(f"{space.name}: {line}")
     if alpha is not None:
+        config, folder = open_run_of(config, choices)
         picks: list[Picks] = [{"alpha": alpha}] * len(choices.shapes)
         write_architecture(folder, config, space, choices, meta, picks, budget, model, model_kwargs, {})
         print(f"alpha {alpha} in every block; AN needs no search\nnext: {next_command(config, folder)}")
         return folder
     start = start_of(config)
     supernet, lines, fresh = make_supernet((model, model_kwargs), splits, start, space, config.drop_path, device)
+    config, folder = open_run_of(config, choices)  # only now: weights that cannot be had leave no folder behind
     for line in lines:
         print(line)
     training, objective, loaders = make_training(config, supernet, costs, splits, budget, device)
@@ -116,6 +113,15 @@ def run_search(config: SearchConfig) -> Path:
     return folder
 
 
+def open_run_of(config: SearchConfig, choices: SearchSpace) -> tuple[SearchConfig, Path]:
+    """The run's folder, and the first lines of its output: what was offered and is left out."""
+    config = open_run(config, f"search-{choices.name}-{config.dataset}")
+    assert config.output is not None
+    for line in choices.dropped:
+        print(f"{choices.name}: {line}")
+    return config, config.output
+
+
 def make_training(
     config: SearchConfig,
     supernet: Supernet,
@@ -126,7 +132,7 @@ def make_training(
 ) -> tuple[Training, Differentiable, Any]:
     """The search's objective and everything it trains with."""
     assert config.epochs is not None and config.output is not None
-    loaders = make_loaders(config, splits, supernet, device)
+    loaders = make_loaders(config, splits, supernet, device, arch_on_val=config.arch_data == "val")
     total = config.epochs * len(loaders.train)
     objective = Differentiable(
         supernet,
@@ -158,7 +164,7 @@ def make_training(
         device=device,
         evaluate=evaluate,
         arch_optimizer=torch.optim.Adam(objective.architecture_parameters(), lr=config.arch_lr or 1e-3),
-        arch_loader=loaders.arch if config.arch_data == "val" else None,
+        arch_loader=loaders.arch,
         mixup=loaders.mixup,
         clip_grad=config.clip_grad,
         amp_dtype=amp_dtype(config, device),

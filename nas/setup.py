@@ -106,7 +106,7 @@ def dataset_of(config: Common) -> str:
 
 @dataclass(frozen=True)
 class Loaders:
-    """Batches of a run. val is None when nothing is held out."""
+    """Batches of a run. val is None when nothing is held out, arch when the logits have no batches of their own."""
 
     train: Any
     val: Any
@@ -115,7 +115,9 @@ class Loaders:
     mixup: Any
 
 
-def make_loaders(config: Common, splits: Splits, supernet: Supernet, device: torch.device) -> Loaders:
+def make_loaders(
+    config: Common, splits: Splits, supernet: Supernet, device: torch.device, arch_on_val: bool = False
+) -> Loaders:
     """timm's transforms and loaders for the backbone's input size, mean and interpolation."""
     from timm.data import resolve_data_config
 
@@ -144,7 +146,7 @@ def make_loaders(config: Common, splits: Splits, supernet: Supernet, device: tor
         train=make_train(splits.train),
         val=None if splits.val is None else make_eval(splits.val),
         test=make_eval(splits.test),
-        arch=None if splits.val is None else make_train(splits.val),
+        arch=make_train(splits.val) if arch_on_val and splits.val is not None else None,
         mixup=mixup,
     )
 

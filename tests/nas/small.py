@@ -1,0 +1,62 @@
+"""Small random supernets of every family, in float64 and eval mode, and DAN's spaces over them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from nas.choices import one_hot
+from nas.costs import SpaceCosts, space_costs
+from search_spaces.dan import DAN
+from search_spaces.method import Picks, Settings
+from search_spaces.space import make_space
+from supernets.supernet import Supernet
+from supernets.t2t_vit import T2TViT
+from tests.oracle import randomise
+
+VIT = dict(img_size=32, patch_size=16, num_classes=5, embed_dim=24, depth=3, num_heads=6, mlp_ratio=2)
+FAMILIES: dict[str, Any] = {
+    "vit": lambda **kwargs: VisionTransformer(**VIT | dict(init_values=1.0) | kwargs),
+    "swin": lambda **kwargs: SwinTransformer(
+        **dict(img_size=36, embed_dim=16, depths=(2, 1), num_heads=(4, 8), window_size=4, mlp_ratio=2, num_classes=5)
+        | kwargs
+    ),
+    "t2t": lambda **kwargs: T2TViT(
+        img_size=32, num_classes=5, embed_dim=24, depth=3, num_heads=6, mlp_ratio=2, token_dim=8, **kwargs
+    ),
+}
+
+
+def small_supernet(family: str, seed: int = 0, **kwargs: Any) -> Supernet:
+    """A randomised backbone of the family, float64, eval mode."""
+    return Supernet(randomise(FAMILIES[family](**kwargs), seed)).double().eval()
+
+
+def small_costs(
+    supernet: Supernet, width: str, alphas: tuple[int, ...] | None = None, full_stage_width: bool = False
+) -> SpaceCosts:
+    """DAN's space over a supernet, priced."""
+    space = make_space("small-dan", DAN(), Settings(width=width, alphas=alphas), supernet.shapes)
+    return space_costs(space, supernet.adapter.costs, supernet.flops(), full_stage_width)
+
+
+def soft_etas(costs: SpaceCosts, seed: int) -> list[Tensor]:
+    """Random logits of every block's alpha, float64, that take gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(len(block["alpha"]), generator=generator, dtype=torch.float64).requires_grad_()
+        for block in costs.space.candidates
+    ]
+
+
+def soft_draw(etas: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """Weights g of every choice: positive, summing to one."""
+    return [{"alpha": eta.softmax(0)} for eta in etas]
+
+
+def hard_draw(costs: SpaceCosts, picks: Sequence[Picks]) -> list[Mapping[str, Tensor]]:
+    """one_hot in float64, with gradients."""
+    return [{n: g.double().requires_grad_() for n, g in block.items()} for block in one_hot(costs.space, picks)]

@@ -1,0 +1,117 @@
+"""FLOPs of a search space: expected ones against every architecture enumerated, selected ones exactly."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from nas.costs import SpaceCosts, joint_probability
+from search_spaces.slices import network_slice
+from supernets.flops import block_flops
+from supernets.supernet import Supernet
+from tests.nas.small import hard_draw, small_costs, small_supernet, soft_draw, soft_etas
+
+SPACES = {
+    "vit": ("vit", {}),
+    "t2t": ("t2t", {}),
+    "swin-2": ("swin", {}),
+    "swin-3": ("swin", dict(img_size=44, depths=(1, 2, 1), num_heads=(2, 4, 8), embed_dim=8, window_size=3)),
+}
+over_spaces = pytest.mark.parametrize("name", SPACES)
+over_widths = pytest.mark.parametrize(
+    ("width", "full"), [("stream", False), ("stream", True), ("inner", False)], ids=["stream", "stream-full", "inner"]
+)
+
+
+def priced(name: str, width: str, full: bool) -> tuple[Supernet, SpaceCosts]:
+    family, kwargs = SPACES[name]
+    supernet = small_supernet(family, **kwargs)
+    return supernet, small_costs(supernet, width, full_stage_width=full)
+
+
+def architectures(costs: SpaceCosts) -> Iterator[tuple[int, ...]]:
+    return itertools.product(*(range(len(options)) for options in costs.options))
+
+
+def exact_flops(supernet: Supernet, costs: SpaceCosts, picks: Sequence[int]) -> int:
+    """FLOPs by the supernet's own count of the subnet, itself checked against torch's counter (invariant 3)."""
+    blocks = [options[k].slice for options, k in zip(costs.options, picks, strict=True)]
+    return supernet.flops(network_slice(supernet.shapes, blocks, costs.full_stage_width))
+
+
+def enumerated(supernet: Supernet, costs: SpaceCosts, draw: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """sum over architectures of P(architecture) * F(architecture)."""
+    return torch.stack(
+        [
+            math.prod((block["alpha"][k] for block, k in zip(draw, picks, strict=True)), start=torch.tensor(1.0))
+            * float(exact_flops(supernet, costs, picks))
+            for picks in architectures(costs)
+        ]
+    ).sum()
+
+
+@over_spaces
+@over_widths
+def test_expected_flops_are_those_of_every_architecture(name: str, width: str, full: bool) -> None:
+    supernet, costs = priced(name, width, full)
+    assert 8 <= costs.space.size() <= 400
+    for seed in range(2):
+        etas = soft_etas(costs, seed)
+        expected = costs.expected(soft_draw(etas))
+        by_hand = enumerated(supernet, costs, soft_draw(etas))
+        assert float(expected.detach()) == pytest.approx(float(by_hand.detach()), rel=1e-12)
+        for a, b in zip(torch.autograd.grad(expected, etas), torch.autograd.grad(by_hand, etas), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * costs.full_flops)
+            assert a.abs().max() > 0
+
+
+@over_spaces
+@over_widths
+def test_gradient_of_expected_flops_is_the_finite_difference(name: str, width: str, full: bool) -> None:
+    _, costs = priced(name, width, full)
+
+    def fraction(*etas: Tensor) -> Tensor:
+        return costs.expected(soft_draw(etas)) / costs.full_flops
+
+    assert torch.autograd.gradcheck(fraction, soft_etas(costs, 5), eps=1e-5, atol=1e-9, rtol=1e-6)
+
+
+@over_spaces
+@over_widths
+def test_the_selection_problem_counts_as_the_supernet_does(name: str, width: str, full: bool) -> None:
+    supernet, costs = priced(name, width, full)
+    problem = costs.problem(soft_draw(soft_etas(costs, 1)))
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(10):
+        picks = [int(torch.randint(len(o), (), generator=generator)) for o in costs.options]
+        assert problem.flops(picks) == exact_flops(supernet, costs, picks)
+    assert problem.flops([0] * len(costs.options)) == supernet.flops() == costs.full_flops  # alpha 1 everywhere
+
+
+@over_spaces
+def test_scores_of_the_selection_problem_are_log_probabilities(name: str) -> None:
+    _, costs = priced(name, "stream", False)
+    etas = soft_etas(costs, 1)
+    for block, eta in zip(costs.problem(soft_draw(etas)).blocks, etas, strict=True):
+        assert [c.score for c in block] == pytest.approx(eta.log_softmax(0).tolist(), rel=1e-12)
+    never = [{"alpha": torch.nn.functional.one_hot(torch.tensor(0), len(o)).double()} for o in costs.options]
+    assert all(math.isfinite(c.score) for block in costs.problem(never).blocks for c in block)
+
+
+@over_spaces
+@over_widths
+def test_penalty_of_one_hot_weights_is_the_sum_of_the_blocks(name: str, width: str, full: bool) -> None:
+    supernet, costs = priced(name, width, full)
+    picks = costs.space.random(3)
+    slices = costs.space.block_slices(picks)
+    blocks = zip(supernet.shapes, supernet.adapter.costs.blocks, slices, strict=True)
+    assert float(costs.block_penalty(hard_draw(costs, picks)).detach()) == sum(block_flops(*block) for block in blocks)
+
+
+def test_options_of_a_block_with_two_choices_are_their_product_in_order() -> None:
+    p, q = torch.tensor([0.25, 0.75]), torch.tensor([0.5, 0.3, 0.2])
+    joint = joint_probability({"a": p, "b": q}, {"a": (1, 2), "b": (1, 2, 3)})
+    assert joint.tolist() == pytest.approx([a * b for a in p.tolist() for b in q.tolist()])
