@@ -1,5 +1,6 @@
 """A compact network on disk: compact.safetensors beside its arch.json, enough to rebuild it without the supernet."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,48 @@ from nas.backbone import build
 from nas.checkpoint import load_weights, save_weights
 from search_spaces.architecture import Architecture, load_architecture
 from search_spaces.errors import UserError
-from search_spaces.method import Settings, picks_of
-from search_spaces.registry import METHODS
-from search_spaces.slices import BlockShape, NetworkSlice
+from search_spaces.method import Picks, Settings, picks_of
+from search_spaces.registry import METHODS, get_space
+from search_spaces.slices import BlockShape, NetworkSlice, network_slice
 from search_spaces.space import block_slices
 from supernets.adapter import adapter_for
 from supernets.compact import shrink
+from supernets.supernet import Supernet
 
 WEIGHTS = "compact.safetensors"
+
+
+def describe(
+    supernet: Supernet,
+    space: str,
+    model: str,
+    model_kwargs: Mapping[str, Any],
+    picks: Sequence[Picks],
+    width: str = "stream",
+) -> Architecture:
+    """The architecture of one candidate per choice and block, without a search; stages as wide as their widest slice.
+
+    space: whose method the choices are of. model, model_kwargs: arguments of timm.create_model that make the
+    supernet's backbone again. picks: {"alpha": 2} per block, in order. Raises UserError when they do not fit.
+    """
+    method = get_space(space).method
+    blocks = block_slices(space, method, Settings(width=width), supernet.shapes, picks)
+    subnet = network_slice(supernet.shapes, blocks)
+    return Architecture(
+        space=space,
+        method=method.name,
+        model=model,
+        model_kwargs=model_kwargs,
+        input_size=supernet.adapter.input_size,
+        num_classes=int(supernet.backbone.num_classes),  # type: ignore[arg-type]
+        width=width,
+        stage_widths=subnet.stage_widths,
+        blocks=tuple(dict(pick) for pick in picks),
+        flops=supernet.flops(subnet),
+        params=supernet.params(subnet),
+        backbone_flops=supernet.flops(),
+        backbone_params=supernet.params(),
+    )
 
 
 def slices_of(arch: Architecture, shapes: tuple[BlockShape, ...]) -> NetworkSlice:

@@ -14,9 +14,7 @@ from search_spaces.registry import Space
 
 C = TypeVar("C", bound="Common")
 
-KeyValues = Annotated[
-    tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE", help="constructor arguments of the timm model")
-]
+KeyValues = Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE")]
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,7 @@ class Common:
     model: str | None = None
     """any timm name of the space's family"""
     model_kwargs: KeyValues = ()
+    """constructor arguments of the timm model, e.g. img_size=384 depths=2,2,6,2"""
     pretrained: bool | None = None
     """start from timm's pretrained weights"""
     checkpoint: Path | None = None
@@ -47,17 +46,25 @@ class Common:
     when their classifier is fresh, none from scratch"""
 
     epochs: int | None = None
+    """passes over the training set"""
     batch_size: int | None = None
+    """images per step"""
     opt: str | None = None
     """optimiser, by timm's name"""
     lr: float | None = None
+    """peak learning rate of the weights"""
     weight_decay: float | None = None
+    """weight decay; none on norms, biases and what timm's model exempts"""
     momentum: float = 0.9
+    """of the optimisers that have one (sgd, momentum)"""
     sched: str | None = None
     """learning-rate schedule, by timm's name; none: constant"""
     warmup_epochs: int | None = None
+    """epochs of linear warm-up before the schedule begins; a constant rate (--sched none) has none"""
     warmup_lr: float = 1e-6
+    """rate at which the warm-up begins"""
     min_lr: float = 0.0
+    """floor of the schedule"""
     clip_grad: float | None = None
     """clip the gradient's norm"""
     drop_path: float | None = None
@@ -66,27 +73,34 @@ class Common:
     aa: str | None = None
     """RandAugment or AutoAugment policy, e.g. rand-m9-mstd0.5-inc1; none to switch off"""
     hflip: float | None = None
+    """probability of a horizontal flip"""
     color_jitter: float | None = None
+    """strength of colour jitter; --aa replaces it"""
     scale: tuple[float, float] | None = None
     """share of the image that random resized crop takes"""
     reprob: float | None = None
-    """random erasing"""
+    """probability of random erasing"""
     remode: str | None = None
+    """what random erasing fills in: pixel, const or rand"""
     mixup: float | None = None
+    """alpha of mixup; 0 switches it off"""
     cutmix: float | None = None
+    """alpha of CutMix; 0 switches it off"""
     smoothing: float | None = None
     """label smoothing"""
 
     amp: bool = False
-    """autocast"""
+    """train and measure under autocast (--amp-dtype)"""
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """type of --amp; float16 needs CUDA"""
     device: str | None = None
     """cuda where there is one, otherwise cpu"""
     workers: int | None = None
     """data loading processes; none for the embedded dataset, 4 otherwise"""
     threads: int | None = None
-    """torch threads"""
+    """CPU threads of torch; its own choice by default"""
     seed: int = 42
+    """of initial weights, batches, augmentation and Gumbel noise"""
     output: Path | None = None
     """the run's own folder"""
     resume: bool = False
@@ -141,6 +155,7 @@ class RetrainConfig(Common):
     model_ema: bool = False
     """keep an exponential moving average of the weights and cut the compact network out of it"""
     model_ema_decay: float = 0.9998
+    """its decay per step; lower in the first steps"""
 
 
 def parse_key_values(pairs: tuple[str, ...]) -> dict[str, Any]:

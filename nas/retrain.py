@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.backbone import Start
-from nas.compact_file import save_compact, slices_of
+from nas.compact_file import describe, save_compact, slices_of
 from nas.config import RetrainConfig, with_defaults
 from nas.evaluate import Network, images_per_second, print_table, top_k
 from nas.loop import Training, fit
@@ -34,7 +34,7 @@ from nas.setup import (
 from search_spaces.architecture import Architecture, load_architecture, save_architecture
 from search_spaces.errors import UserError
 from search_spaces.registry import Space, get_space
-from search_spaces.slices import NetworkSlice, network_slice
+from search_spaces.slices import NetworkSlice
 from search_spaces.space import check_uniform_alpha
 from supernets.compact import cut
 from supernets.importance import permute
@@ -78,22 +78,7 @@ def uniform_architecture(
     assert config.alpha is not None
     check_uniform_alpha(choices, config.alpha)
     picks = [{"alpha": config.alpha}] * len(meta.shapes)
-    subnet = network_slice(meta.shapes, choices.block_slices(picks))
-    return Architecture(
-        space=space.name,
-        method=space.method.name,
-        model=model,
-        model_kwargs=model_kwargs,
-        input_size=meta.adapter.input_size,
-        num_classes=num_classes,
-        width=config.width,
-        stage_widths=subnet.stage_widths,
-        blocks=tuple(dict(p) for p in picks),
-        flops=meta.flops(subnet),
-        params=meta.params(subnet),
-        backbone_flops=meta.flops(),
-        backbone_params=meta.params(),
-    )
+    return describe(meta, space.name, model, model_kwargs, picks, config.width)
 
 
 def starting_point(config: RetrainConfig, arch: Architecture, num_classes: int) -> tuple[Start, str]:

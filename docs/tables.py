@@ -1,0 +1,208 @@
+"""Write the tables of docs/numbers.md and docs/options.md from the code.
+
+    python docs/tables.py
+
+Parameters and FLOPs are computed on the meta device, without weights, in seconds; options come from the
+dataclasses in nas/config.py, the only list there is. A test compares the pages with this script.
+"""
+
+import ast
+import csv
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from nas import config as config_module  # noqa: E402
+from nas.config import Common, RetrainConfig, SearchConfig  # noqa: E402
+from search_spaces.method import Settings  # noqa: E402
+from search_spaces.registry import METHODS, SPACES  # noqa: E402
+from search_spaces.slices import network_slice  # noqa: E402
+from search_spaces.space import block_slices  # noqa: E402
+
+# name, timm model, alpha, its row of results/published.csv
+NETWORKS = (
+    ("Swin-B", "swin_base_patch4_window7_224", (2, 4), {1: "Swin-B", 4: "Swin-B-AN-Small-4"}),
+    ("ViT-B/16", "vit_base_patch16_224", (2, 3), {}),
+    ("DeiT-S", "deit_small_patch16_224", (2, 3), {1: "DeiT-Small"}),
+    ("T2T-ViT-14", "t2t_vit_14", (2, 3), {1: "T2T-ViT-14", 2: "T2T-ViT-AN-Small-2"}),
+)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """A markdown table; the columns in `right` are aligned right."""
+    rule = ["---:" if i in right else "---" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [list(head), rule, *map(list, rows)])
+
+
+def numbers() -> str:
+    """Parameters and FLOPs of AN at every alpha and width, beside the published figures."""
+    import timm
+    import torch
+
+    from supernets import t2t_vit  # noqa: F401  registers T2T-ViT with timm
+    from supernets.supernet import Supernet
+
+    with open(ROOT / "results" / "published.csv") as file:
+        published = {row["network"]: row for row in csv.DictReader(file)}
+    rows = []
+    for name, model, alphas, sources in NETWORKS:
+        with torch.device("meta"):
+            supernet = Supernet(timm.create_model(model))
+        for alpha in (1, *alphas):
+            for width in ("–",) if alpha == 1 else ("stream", "inner"):
+                settings = Settings("stream" if alpha == 1 else width)
+                picks = [{"alpha": alpha}] * len(supernet.shapes)
+                subnet = network_slice(
+                    supernet.shapes, block_slices(name, METHODS["an"], settings, supernet.shapes, picks)
+                )
+                params, flops = supernet.params(subnet), supernet.flops(subnet)
+                source = published.get(sources.get(alpha, ""))
+                figures = ["", "", ""] if source is None else [source["params_m"], source["gflops"], source["source"]]
+                rows.append(
+                    [
+                        name,
+                        str(alpha),
+                        width,
+                        f"{params / 1e6:.2f}",
+                        f"{flops / 1e9:.2f}",
+                        f"{supernet.params() / params:.2f}",
+                        f"{supernet.flops() / flops:.2f}",
+                        *figures,
+                    ]
+                )
+    head = ["network", "α", "width", "M", "GFLOPs", "÷ M", "÷ GFLOPs", "published M", "published GFLOPs", "source"]
+    return markdown(head, rows, right=(1, 3, 4, 5, 6, 7, 8))
+
+
+def t2t_sum() -> str:
+    """How the MACs of T2T-ViT-14 add up."""
+    import timm
+    import torch
+
+    from supernets import t2t_vit  # noqa: F401  registers T2T-ViT with timm
+    from supernets.flops import block_flops
+    from supernets.supernet import Supernet
+
+    with torch.device("meta"):
+        supernet = Supernet(timm.create_model("t2t_vit_14"))
+    kept, costs = supernet.identity(), supernet.adapter.costs
+    per, width = costs.flops, kept.stage_widths[0]
+    blocks = [block_flops(*block) for block in zip(supernet.shapes, costs.blocks, kept.blocks, strict=True)]
+    parts = [
+        ("tokens before `project`: three soft splits, two Performer layers", per.constant),
+        (f"`project`, {costs.blocks[0].attn_tokens - 1} tokens", per.first * width),
+        (f"{len(blocks)} blocks × {blocks[0] / 1e6:.3f} M", sum(blocks)),
+        ("classifier, 1000 classes", per.last * width),
+    ]
+    total = sum(macs for _, macs in parts)
+    assert len(set(blocks)) == 1 and total == supernet.flops()
+    return markdown(["part", "MACs (M)"], [[p, f"{m / 1e6:.3f}"] for p, m in [*parts, ("**sum**", total)]], right=(1,))
+
+
+def docstrings() -> dict[str, str]:
+    """The docstring that follows each field in nas/config.py, on one line."""
+    found = {}
+    for cls in ast.parse(Path(str(config_module.__file__)).read_text()).body:
+        if isinstance(cls, ast.ClassDef):
+            for statement, after in zip(cls.body, [*cls.body[1:], None], strict=True):
+                if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                    text = (
+                        after.value.value
+                        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                        else ""
+                    )
+                    found[f"{cls.name}.{statement.target.id}"] = " ".join(str(text).split())
+    return found
+
+
+def values_of(field: Field[Any]) -> str:
+    """What an option takes, in words."""
+    kind = field.type
+    if kind is config_module.KeyValues:
+        return "KEY=VALUE …"
+    kinds = [k for k in get_args(kind) if k is not type(None)] if type(None) in get_args(kind) else [kind]
+    if get_origin(kinds[0]) is tuple:
+        args = get_args(kinds[0])
+        return " ".join([args[0].__name__] * (1 if args[-1] is ... else len(args))) + (" …" if args[-1] is ... else "")
+    if get_origin(kinds[0]) is not None:  # Literal
+        return ", ".join(map(str, get_args(kinds[0])))
+    return {"bool": "flag", "Path": "path"}.get(kinds[0].__name__, kinds[0].__name__)
+
+
+def options(cls: type[Common]) -> str:
+    """The options that a dataclass adds to what it inherits."""
+    own = cls.__annotations__
+    text = docstrings()
+    rows = []
+    for field in fields(cls):
+        if field.name not in own:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        assert field.default is not MISSING
+        default = "" if field.default in (None, "", ()) else f"`{field.default}`"
+        words = text[f"{cls.__name__}.{field.name}"].replace("|", "\\|").replace("<", "\\<")
+        rows.append([f"`{flag}`", values_of(field), default, words])
+    return markdown(["option", "value", "default", ""], rows)
+
+
+def space_defaults() -> str:
+    """What the spaces fill in for options that were left open."""
+    columns = {
+        "swin, vit, deit": SPACES["swin-dan"],
+        "t2t": SPACES["t2t-dan"],
+        "-nano": SPACES["swin-dan-nano"],
+    }
+    assert all(
+        vars(SPACES[f"{family}-{m}{nano}"])[kind] == vars(columns[column])[kind]
+        for column, families, nano in (
+            ("swin, vit, deit", ("swin", "vit", "deit"), ""),
+            ("t2t", ("t2t",), ""),
+            ("-nano", ("swin", "vit", "deit", "t2t"), "-nano"),
+        )
+        for family in families
+        for m in METHODS
+        for kind in ("training", "search", "retrain")
+    ), "the spaces' defaults differ in ways this table does not show"
+    rows: dict[str, list[str]] = {}
+    for i, space in enumerate(columns.values()):
+        for stage, values in (("", space.training), (" (search)", space.search), (" (retrain)", space.retrain)):
+            for name, value in values.items():
+                row = rows.setdefault(f"`--{name.replace('_', '-')}`{stage}", [""] * len(columns))
+                row[i] = "none" if value is None else f"`{value}`"
+    return markdown(["option", *columns], [[name, *row] for name, row in rows.items()])
+
+
+def sections() -> dict[str, dict[str, str]]:
+    """Page -> section -> its text."""
+    return {
+        "numbers.md": {"an": numbers(), "t2t": t2t_sum()},
+        "options.md": {
+            "both": options(Common),
+            "search": options(SearchConfig),
+            "retrain": options(RetrainConfig),
+            "spaces": space_defaults(),
+        },
+    }
+
+
+def filled(page: str, parts: dict[str, str]) -> str:
+    """The page with the text between `<!-- name -->` and `<!-- /name -->` replaced."""
+    for name, text in parts.items():
+        page, found = re.subn(
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page, flags=re.DOTALL
+        )
+        assert found == 1, f"{found} sections {name}"
+    return page
+
+
+if __name__ == "__main__":
+    for page, parts in sections().items():
+        path = ROOT / "docs" / page
+        path.write_text(filled(path.read_text(), parts))
+        print("\n\n".join(parts.values()), end="\n\n")

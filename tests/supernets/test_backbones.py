@@ -1,0 +1,188 @@
+"""docs/backbones.md, row by row: what is supported is exact when it is cut, what is not is refused by its name."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.layers import (
+    Attention,
+    DiffAttention,
+    GluMlp,
+    HybridEmbed,
+    LayerNorm,
+    RmsNorm,
+    SwiGLU,
+    SwiGLUPacked,
+)
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import (
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from search_spaces.errors import UserError
+from search_spaces.slices import network_slice, prefix_slice
+from supernets.compact import cut
+from supernets.supernet import Supernet
+from supernets.t2t_vit import T2TViT
+from tests.oracle import oracle_logits, randomise
+from tests.strategies import images
+
+Build = Callable[..., Any]
+VIT = dict(img_size=32, patch_size=16, embed_dim=32, depth=2, num_heads=4, num_classes=5, mlp_ratio=2)
+SWIN = dict(
+    img_size=32, embed_dim=16, depths=(1, 2), num_heads=(2, 4), window_size=4, num_classes=5, drop_path_rate=0.0
+)
+T2T = dict(
+    img_size=32, embed_dim=32, depth=2, num_heads=4, num_classes=5, token_dim=8, drop_path_rate=0.0, token_drop_rate=0.0
+)
+HYBRID = partial(HybridEmbed, backbone=nn.Conv2d(3, 8, 1))
+AVG = dict(class_token=False, global_pool="avg")
+build: dict[str, Build] = {
+    "vit": partial(VisionTransformer, **VIT),
+    "distilled": partial(VisionTransformerDistilled, **VIT),
+    "swin": partial(SwinTransformer, **SWIN),
+    "t2t": partial(T2TViT, **T2T),
+}
+
+
+def gated() -> nn.Module:
+    """A ViT with timm's gated attention, which its constructor does not make."""
+    vit = build["vit"]()
+    for block in vit.blocks:
+        block.attn = Attention(32, num_heads=4, qkv_bias=True, gated=True)
+    return vit  # type: ignore[no-any-return]
+
+
+# words of the row in docs/backbones.md, class, its arguments
+SUPPORTED: list[tuple[str, str, dict[str, Any]]] = [
+    ('`global_pool="token"`', "vit", {}),
+    ('`global_pool="avg"`, `"max"`, `"avgmax"`', "vit", AVG),
+    ('`global_pool="avg"`, `"max"`, `"avgmax"`', "vit", AVG | {"global_pool": "max"}),
+    ('`global_pool="avg"`, `"max"`, `"avgmax"`', "vit", {"global_pool": "avgmax"}),
+    ("`pool_include_prefix`", "vit", {"global_pool": "avg", "pool_include_prefix": True}),
+    ("`fc_norm`", "vit", {"fc_norm": True}),
+    ("`fc_norm`", "vit", AVG | {"fc_norm": False}),
+    ("`final_norm=False`", "vit", {"final_norm": False, "fc_norm": False}),
+    ("`pre_norm`", "vit", {"pre_norm": True}),
+    ("`embed_norm_layer`", "vit", {"embed_norm_layer": LayerNorm}),
+    ("`init_values`", "vit", {"init_values": 1.0}),
+    ("`qk_norm`", "vit", {"qk_norm": True}),
+    ("`scale_attn_norm`, `scale_mlp_norm`", "vit", {"scale_attn_norm": True, "scale_mlp_norm": True}),
+    ("`reg_tokens`", "vit", {"reg_tokens": 2}),
+    ("`no_embed_class`", "vit", {"no_embed_class": True, "reg_tokens": 2}),
+    ('`pos_embed="none"`', "vit", {"pos_embed": "none"}),
+    ('`norm_layer="rmsnorm"`', "vit", {"norm_layer": "rmsnorm", "qk_norm": True}),
+    ("`act_layer`", "vit", {"act_layer": "relu"}),
+    ("`qkv_bias=False`, `proj_bias=False`", "vit", {"qkv_bias": False, "proj_bias": False}),
+    ("`in_chans`", "vit", {"in_chans": 1}),
+    ("images that are not square", "vit", {"img_size": (32, 48)}),
+    ("`patch_drop_rate`", "vit", {"patch_drop_rate": 0.5, "drop_rate": 0.1, "attn_drop_rate": 0.1}),
+    ("`VisionTransformerDistilled`", "distilled", {}),
+    ("feature maps that are no multiple of the window", "swin", {"img_size": 36}),
+    ("odd feature maps before patch merging", "swin", {"img_size": 44}),
+    ("windows larger than the feature map", "swin", {"window_size": 9}),
+    ("`always_partition`", "swin", {"window_size": 9, "always_partition": True}),
+    ("`window_size` as a pair", "swin", {"window_size": (4, 2)}),
+    ("`head_dim`", "swin", {"head_dim": 16}),
+    ("`qkv_bias=False`", "swin", {"qkv_bias": False}),
+    ('`global_pool="avg"`, `"max"`, `"avgmax"`', "swin", {"global_pool": "max"}),
+    ('`global_pool="avg"`, `"max"`, `"avgmax"`', "swin", {"global_pool": "avgmax"}),
+    ("`norm_layer=RmsNorm`", "swin", {"norm_layer": RmsNorm}),
+    ('`tokens_type="performer"` or `"transformer"`', "t2t", {}),
+    ('`tokens_type="performer"` or `"transformer"`', "t2t", {"tokens_type": "transformer"}),
+    ("`qk_scale`", "t2t", {"qk_scale": 0.5}),
+    ("`qkv_bias`", "t2t", {"qkv_bias": True}),
+    ("`token_dim`", "t2t", {"token_dim": 16}),
+]
+
+# words of the row, what the message names, and how the network is made
+REFUSED: list[tuple[str, str, Build]] = [
+    ("`dynamic_img_size`", "dynamic_img_size", partial(build["vit"], dynamic_img_size=True)),
+    ("`dynamic_img_pad`", "dynamic_img_size", partial(build["vit"], dynamic_img_pad=True)),
+    ('`global_pool="map"` or `"prr"`', "attention pooling", partial(build["vit"], global_pool="map")),
+    ('`global_pool="map"` or `"prr"`', "attention pooling", partial(build["vit"], global_pool="prr")),
+    ('`global_pool=""`', "without pooling", partial(build["vit"], global_pool="")),
+    ("`num_classes=0`", "without classifier", partial(build["vit"], num_classes=0)),
+    ("`ResPostBlock`", "ResPostBlock", partial(build["vit"], block_fn=ResPostBlock)),
+    ("`ParallelScalingBlock`", "ParallelScalingBlock", partial(build["vit"], block_fn=ParallelScalingBlock)),
+    ("`ParallelThingsBlock`", "ParallelThingsBlock", partial(build["vit"], block_fn=ParallelThingsBlock)),
+    (
+        "`DiffParallelScalingBlock`",
+        "DiffParallelScalingBlock",
+        partial(build["vit"], block_fn=DiffParallelScalingBlock),
+    ),
+    ("`SwiGLU`, `SwiGLUPacked`", "MLP type SwiGLU", partial(build["vit"], mlp_layer=SwiGLU)),
+    ("`SwiGLU`, `SwiGLUPacked`", "MLP type (SwiGLUPacked|GluMlp)", partial(build["vit"], mlp_layer=SwiGLUPacked)),
+    ("`GluMlp`", "MLP type GluMlp", partial(build["vit"], mlp_layer=GluMlp)),
+    ("differential attention", "DiffAttention", partial(build["vit"], attn_layer=DiffAttention)),
+    ("gated attention", "gated attention", gated),
+    ('`norm_layer="simplenorm"`', "SimpleNorm", partial(build["vit"], norm_layer="simplenorm")),
+    ("a stem other than `PatchEmbed`", "HybridEmbed", partial(build["vit"], embed_layer=HYBRID)),
+    ("`strict_img_size=False`, `dynamic_img_size`", "strict_img_size", partial(build["swin"], strict_img_size=False)),
+    ("`strict_img_size=False`, `dynamic_img_size`", "strict_img_size", partial(build["swin"], dynamic_img_size=True)),
+    ('`global_pool="catavgmax"`', "catavgmax", partial(build["swin"], global_pool="catavgmax")),
+    ('`global_pool=""`', "without pooling", partial(build["swin"], global_pool="")),
+    ("`num_classes=0`", "without classifier", partial(build["swin"], num_classes=0)),
+    ("`num_classes=0`", "without classifier", partial(build["t2t"], num_classes=0)),
+    ("`global_pool` other than the class token", "global_pool", partial(build["t2t"], global_pool="avg")),
+    *(
+        (f"`{cls}`", cls, partial(timm.create_model, name, **options))
+        for cls, name, options in (
+            ("SwinTransformerV2", "swinv2_tiny_window8_256", {}),
+            ("SwinTransformerV2Cr", "swinv2_cr_tiny_224", {}),
+            ("Eva", "eva02_tiny_patch14_224", {}),
+            ("Beit", "beit_base_patch16_224", {"depth": 1}),
+            ("VisionTransformerRelPos", "vit_relpos_small_patch16_224", {"depth": 1}),
+        )
+    ),
+]
+DOCS = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text()
+
+
+@pytest.mark.parametrize("width", ["stream", "inner"])
+@pytest.mark.parametrize(("family", "options"), [row[1:] for row in SUPPORTED], ids=str)
+def test_supported(family: str, options: dict[str, Any], width: str) -> None:
+    backbone = randomise(build[family](**options), 1).eval()
+    supernet = Supernet(backbone).eval()
+    channels, height, side = supernet.adapter.input_size
+    x = torch.randn(2, channels, height, side, generator=torch.Generator().manual_seed(0))
+    large, same = supernet(x)
+    if family == "swin" and options.get("norm_layer") is RmsNorm:  # keeps strides; timm reshapes elsewhere
+        assert float((large - same).abs().max() / large.abs().max()) <= 1e-6
+    else:
+        assert torch.equal(large, same)
+    subnet = network_slice(supernet.shapes, [prefix_slice(shape, 2, width) for shape in supernet.shapes])
+    compact = cut(backbone, subnet).eval()
+    small = supernet.small(x, subnet)
+    assert float((compact(x) - small).abs().max() / small.abs().max()) <= 1e-5
+    assert sum(p.numel() for p in compact.parameters()) == supernet.params(subnet) < supernet.params()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        compact.to("meta")(x[:1].to("meta"))
+    assert counter.get_total_flops() == 2 * supernet.flops(subnet) < 2 * supernet.flops()
+    if channels == 3:
+        x = images(backbone).double()
+        double = Supernet(backbone.double()).eval().small(x, subnet)
+        assert float((oracle_logits(backbone, subnet, x) - double).abs().max() / double.abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize(("feature", "make"), [row[1:] for row in REFUSED], ids=[row[1] for row in REFUSED])
+def test_refused_by_name(feature: str, make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(UserError, match=feature):
+        Supernet(make())
+
+
+@pytest.mark.parametrize("words", sorted({row[0] for row in SUPPORTED + REFUSED}))
+def test_the_table_has_the_row(words: str) -> None:
+    assert re.search(rf"^\|.*{re.escape(words)}", DOCS, re.MULTILINE), f"docs/backbones.md has no row of {words}"
