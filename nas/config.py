@@ -27,6 +27,11 @@ class Common:
     """digits, imagenet, imagenet100, cifar10, cifar100, folder, or a scheme of timm's factory (hfds/…, wds/…)"""
     data_dir: Path | None = None
     """where the dataset lies"""
+    train_split: str = "train"
+    val_split: str = "validation"
+    """the split that results are reported on (timm's name for it); decisions are taken on --val-fraction"""
+    num_classes: int | None = None
+    """only where the dataset does not record it"""
     val_fraction: float = 0.1
     """share of the training set held out; every decision is taken on it, never on the test split"""
     class_map: str = ""
@@ -48,38 +53,81 @@ class Common:
 
     epochs: int | None = None
     batch_size: int | None = None
+    grad_accum_steps: int = 1
+    """batches per optimiser step; t counts optimiser steps"""
     opt: str | None = None
     """optimiser, by timm's name"""
+    opt_eps: float | None = None
+    opt_betas: tuple[float, ...] | None = None
     lr: float | None = None
     weight_decay: float | None = None
     momentum: float = 0.9
+    layer_decay: float | None = None
+    """learning rate of a layer as a fraction of the next one's"""
     sched: str | None = None
-    """learning-rate schedule, by timm's name; none: constant"""
+    """learning-rate schedule, by timm's name; none: constant, after the warm-up if there is one"""
     warmup_epochs: int | None = None
     warmup_lr: float = 1e-6
     min_lr: float = 0.0
+    decay_epochs: float | None = None
+    """step schedule: epochs between decays"""
+    decay_rate: float = 0.1
+    """step schedule: factor of a decay; poly: its power"""
+    cooldown_epochs: int = 0
+    """epochs at the schedule's last rate, after --epochs"""
     clip_grad: float | None = None
-    """clip the gradient's norm"""
+    """clip the gradient of the weights"""
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
     drop_path: float | None = None
     """stochastic depth of the backbone"""
 
     aa: str | None = None
     """RandAugment or AutoAugment policy, e.g. rand-m9-mstd0.5-inc1; none to switch off"""
+    no_aug: bool = False
+    """resize and centre crop only"""
     hflip: float | None = None
+    vflip: float = 0.0
     color_jitter: float | None = None
     scale: tuple[float, float] | None = None
     """share of the image that random resized crop takes"""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """aspect of the random resized crop"""
+    train_interpolation: str = "random"
+    interpolation: str | None = None
+    """of evaluation; like crop, mean and std, the model's own unless given"""
+    crop_pct: float | None = None
+    """centre crop of evaluation; 1 up to 64 px"""
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     reprob: float | None = None
     """random erasing"""
     remode: str | None = None
+    recount: int = 1
+    aug_repeats: int = 0
+    """repeated augmentation: versions of an image in a batch"""
     mixup: float | None = None
     cutmix: float | None = None
+    cutmix_minmax: tuple[float, float] | None = None
+    mixup_prob: float = 1.0
+    """of mixup or cutmix, per batch, pair or element"""
+    mixup_switch_prob: float = 0.5
+    """of cutmix where both are on"""
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
     smoothing: float | None = None
     """label smoothing"""
+
+    model_ema: bool = False
+    """keep an exponential moving average of the weights; evaluate it and give it as the result"""
+    model_ema_decay: float = 0.9998
+    model_ema_warmup: bool = True
+    """let the average's memory grow with the run (timm's default is off, made for long runs)"""
 
     amp: bool = False
     """autocast"""
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    channels_last: bool = False
+    compile: bool = False
+    """torch.compile of the forward passes in training"""
     device: str | None = None
     """cuda where there is one, otherwise cpu"""
     workers: int | None = None
@@ -91,6 +139,10 @@ class Common:
     """the run's own folder"""
     resume: bool = False
     """go on with the run in --output"""
+    keep: int = 0
+    """keep the checkpoints of the last so many epochs, besides the last and the best"""
+    tensorboard: bool = False
+    """write the columns of log.csv for TensorBoard too"""
     detach_teacher: bool = False
     """stop the gradient of the KL term into the large network"""
 
@@ -130,7 +182,7 @@ class RetrainConfig(Common):
     arch: Path | None = None
     """arch.json of a search, or the folder that holds it"""
     space: str | None = None
-    """instead of --arch: a space of method AN, which needs no search"""
+    """instead of --arch: a space of method AN, which needs no search (with --train plain any space)"""
     alpha: int | None = None
     """AN: the compression factor of every block"""
     width: Literal["stream", "inner"] = "stream"
@@ -138,9 +190,19 @@ class RetrainConfig(Common):
     init: Literal["base", "supernet"] | None = None
     """start from the original weights or from where the search arrived; by default the latter if the number of
     classes is the same"""
-    model_ema: bool = False
-    """keep an exponential moving average of the weights and cut the compact network out of it"""
-    model_ema_decay: float = 0.9998
+    train: Literal["plain", "adjoined", "distill"] = "adjoined"
+    """both networks (equation 3.4), the large one alone, or the small one under a frozen teacher"""
+    teacher: str | None = None
+    """any timm model with the dataset's classes; by default the original network"""
+    teacher_kwargs: KeyValues = ()
+    teacher_checkpoint: Path | None = None
+    distill: Literal["soft", "hard"] = "soft"
+    """match the teacher's distribution, or its decision"""
+    distill_weight: float = 0.5
+    """share of the loss that is the teacher's"""
+    distill_temperature: float = 1.0
+    result: Literal["last", "best"] = "last"
+    """which epoch's weights are measured and cut: the last, or the best on the held-out part"""
 
 
 def parse_key_values(pairs: tuple[str, ...]) -> dict[str, Any]:
