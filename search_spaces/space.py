@@ -37,16 +37,14 @@ class SearchSpace:
 
     def mutable(self) -> Any:
         """The space as an nni.mutable MutableList of one MutableDict per block, labelled "block3/alpha"."""
-        from nni.mutable import Categorical, MutableDict, MutableList
+        from nni.mutable import Categorical, MutableDict, MutableList, label_scope
 
-        return MutableList(
-            [
-                MutableDict(
-                    {name: Categorical(list(options), label=label(block, name)) for name, options in choices.items()}
-                )
-                for block, choices in enumerate(self.candidates)
-            ]
-        )
+        blocks = []
+        for block, choices in enumerate(self.candidates):
+            with label_scope(f"block{block}"):  # nni takes no slash in a name, it joins scopes with one
+                grammar = {name: Categorical(list(options), label=name) for name, options in choices.items()}
+            blocks.append(MutableDict(grammar))
+        return MutableList(blocks)
 
     def freeze(self, sample: Mapping[str, Candidate]) -> list[dict[str, Candidate]]:
         """Picks of a sample {"block3/alpha": 2, ...}; nni validates it against the grammar."""
