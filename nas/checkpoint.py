@@ -1,7 +1,9 @@
 """Files that are whole or not there: temporary name, then rename. Weights never come from a plain pickle."""
 
+import argparse
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor
 from search_spaces.errors import UserError
 
 FORMAT = 1
+BACKBONE = "supernet.backbone."  # where an objective's state dict holds the weights
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -32,6 +35,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise UserError(f"cannot write {path}: {error}; the file that was there is untouched") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def copy_atomically(source: Path, path: Path) -> None:
+    """Give a file that is only ever replaced whole a second name: a hard link, or a copy where there are none."""
+
+    def link_or_copy(temporary: Path) -> None:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+    write_atomically(path, link_or_copy)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -69,7 +84,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def load_weights(path: Path) -> dict[str, Tensor]:
     """A state dict from safetensors or a torch file (weights_only), unwrapped.
 
-    Recognised wrappers: model_ema/state_dict_ema, state_dict, model; and the prefix `module.`.
+    Recognised wrappers: state_dict_ema, model_ema, state_dict, model, the averaged weights first, with whatever else
+    a training script saved beside them; a training checkpoint of this toolkit; and the prefixes `module.` and
+    `_orig_mod.` of DistributedDataParallel and torch.compile.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give --checkpoint a safetensors or torch file")
@@ -79,13 +96,17 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is not a readable safetensors file: {error}") from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm and DeiT save their options so
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is not a readable torch file of weights: {reason}") from None
+    if isinstance(state, dict) and "format" in state and isinstance(state.get("objective"), dict):
+        own = {n.removeprefix(BACKBONE): t for n, t in state["objective"].items() if n.startswith(BACKBONE)}
+        state = state.get("ema") or own
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} holds no state dict; expected tensors by parameter name")
-    return {name.removeprefix("module."): t for name, t in state.items()}
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in state.items()}

@@ -25,6 +25,11 @@ class Common:
     """digits, imagenet, imagenet100, cifar10, cifar100, folder, or a scheme of timm's factory (hfds/…, wds/…)"""
     data_dir: Path | None = None
     """where the dataset lies"""
+    train_split: str = "train"
+    val_split: str = "validation"
+    """the split that results are reported on (timm's name for it); decisions are taken on --val-fraction"""
+    num_classes: int | None = None
+    """only where the dataset does not record it"""
     val_fraction: float = 0.1
     """share of the training set held out; every decision is taken on it, never on the test split"""
     class_map: str = ""
@@ -49,50 +54,104 @@ class Common:
     """passes over the training set"""
     batch_size: int | None = None
     """images per step"""
+    grad_accum_steps: int = 1
+    """batches per optimiser step; t counts optimiser steps"""
     opt: str | None = None
     """optimiser, by timm's name"""
+    opt_eps: float | None = None
+    """of the optimiser; its own unless given"""
+    opt_betas: tuple[float, ...] | None = None
+    """of the optimiser; its own unless given"""
     lr: float | None = None
     """peak learning rate of the weights"""
     weight_decay: float | None = None
     """weight decay; none on norms, biases and what timm's model exempts"""
     momentum: float = 0.9
     """of the optimisers that have one (sgd, momentum)"""
+    layer_decay: float | None = None
+    """learning rate of a layer as a fraction of the next one's"""
     sched: str | None = None
-    """learning-rate schedule, by timm's name; none: constant"""
+    """learning-rate schedule, by timm's name; none: constant, after the warm-up if there is one"""
     warmup_epochs: int | None = None
     """epochs of linear warm-up before the schedule begins; a constant rate (--sched none) has none"""
     warmup_lr: float = 1e-6
     """rate at which the warm-up begins"""
     min_lr: float = 0.0
     """floor of the schedule"""
+    decay_epochs: float | None = None
+    """step schedule: epochs between decays"""
+    decay_rate: float = 0.1
+    """step schedule: factor of a decay; poly: its power"""
+    cooldown_epochs: int = 0
+    """epochs at the schedule's last rate, after --epochs"""
     clip_grad: float | None = None
-    """clip the gradient's norm"""
+    """clip the gradient of the weights"""
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    """what --clip-grad bounds: the norm, each value, or adaptively"""
     drop_path: float | None = None
     """stochastic depth of the backbone"""
 
     aa: str | None = None
     """RandAugment or AutoAugment policy, e.g. rand-m9-mstd0.5-inc1; none to switch off"""
+    no_aug: bool = False
+    """resize and centre crop only"""
     hflip: float | None = None
     """probability of a horizontal flip"""
+    vflip: float = 0.0
+    """probability of a vertical flip"""
     color_jitter: float | None = None
     """strength of colour jitter; --aa replaces it"""
     scale: tuple[float, float] | None = None
     """share of the image that random resized crop takes"""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """aspect of the random resized crop"""
+    train_interpolation: str = "random"
+    """of training; random draws between bilinear and bicubic"""
+    interpolation: str | None = None
+    """of evaluation; like crop, mean and std, the model's own unless given"""
+    crop_pct: float | None = None
+    """centre crop of evaluation; 1 up to 64 px"""
+    mean: tuple[float, ...] | None = None
+    """of the normalisation; the model's own unless given"""
+    std: tuple[float, ...] | None = None
+    """of the normalisation; the model's own unless given"""
     reprob: float | None = None
     """probability of random erasing"""
     remode: str | None = None
     """what random erasing fills in: pixel, const or rand"""
+    recount: int = 1
+    """random erasing: patches per image"""
+    aug_repeats: int = 0
+    """repeated augmentation: versions of an image in a batch"""
     mixup: float | None = None
     """alpha of mixup; 0 switches it off"""
     cutmix: float | None = None
     """alpha of CutMix; 0 switches it off"""
+    cutmix_minmax: tuple[float, float] | None = None
+    """bounds of the side that CutMix takes, instead of --cutmix's draw"""
+    mixup_prob: float = 1.0
+    """of mixup or cutmix, per batch, pair or element"""
+    mixup_switch_prob: float = 0.5
+    """of cutmix where both are on"""
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
     smoothing: float | None = None
     """label smoothing"""
+
+    model_ema: bool = False
+    """keep an exponential moving average of the weights; evaluate it and give it as the result"""
+    model_ema_decay: float = 0.9998
+    """decay of the average, per step"""
+    model_ema_warmup: bool = True
+    """let the average's memory grow with the run (timm's default is off, made for long runs)"""
 
     amp: bool = False
     """train and measure under autocast (--amp-dtype)"""
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     """type of --amp; float16 needs CUDA"""
+    channels_last: bool = False
+    """NHWC memory format for images and convolutions"""
+    compile: bool = False
+    """torch.compile of the forward passes in training"""
     device: str | None = None
     """cuda where there is one, otherwise cpu"""
     workers: int | None = None
@@ -105,6 +164,10 @@ class Common:
     """the run's own folder"""
     resume: bool = False
     """go on with the run in --output"""
+    keep: int = 0
+    """keep the checkpoints of the last so many epochs, besides the last and the best"""
+    tensorboard: bool = False
+    """write the columns of log.csv for TensorBoard too"""
     detach_teacher: bool = False
     """stop the gradient of the KL term into the large network"""
 
@@ -144,7 +207,7 @@ class RetrainConfig(Common):
     arch: Path | None = None
     """arch.json of a search, or the folder that holds it"""
     space: str | None = None
-    """instead of --arch: a space of method AN, which needs no search"""
+    """instead of --arch: a space of method AN, which needs no search (with --train plain any space)"""
     alpha: int | None = None
     """AN: the compression factor of every block"""
     width: Literal["stream", "inner"] = "stream"
@@ -152,10 +215,21 @@ class RetrainConfig(Common):
     init: Literal["base", "supernet"] | None = None
     """start from the original weights or from where the search arrived; by default the latter if the number of
     classes is the same"""
-    model_ema: bool = False
-    """keep an exponential moving average of the weights and cut the compact network out of it"""
-    model_ema_decay: float = 0.9998
-    """its decay per step; lower in the first steps"""
+    train: Literal["plain", "adjoined", "distill"] = "adjoined"
+    """both networks (equation 3.4), the large one alone, or the small one under a frozen teacher"""
+    teacher: str | None = None
+    """any timm model with the dataset's classes; by default the original network"""
+    teacher_kwargs: KeyValues = ()
+    """constructor arguments of --teacher"""
+    teacher_checkpoint: Path | None = None
+    """weights of the teacher"""
+    distill: Literal["soft", "hard"] = "soft"
+    """match the teacher's distribution, or its decision"""
+    distill_weight: float = 0.5
+    """share of the loss that is the teacher's"""
+    distill_temperature: float = 1.0
+    result: Literal["last", "best"] = "last"
+    """which epoch's weights are measured and cut: the last, or the best on the held-out part"""
 
 
 def parse_key_values(pairs: tuple[str, ...]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class Loader:
         self.corrupt = Corrupt(total)
         self.epoch = 0
         self._loader, self._steps, self._seed, self._device = loader, steps, seed, device
-        mean, std = _channel_stats(spec)
+        self.stats = mean, std = _channel_stats(spec)
         self._mean = torch.tensor(mean, device=device).mul_(255).view(1, -1, 1, 1)
         self._std = torch.tensor(std, device=device).mul_(255).view(1, -1, 1, 1)
 

@@ -69,7 +69,7 @@ def images_per_second(
 
 
 def print_table(rows: dict[str, dict[str, float]], title: str) -> None:
-    """The table of a run: a column per network, the last network's ratio to the first beside it."""
+    """The table of a run: a column per network and, if there are several, the last one's ratio to the first."""
     from rich.console import Console
     from rich.table import Table
 
@@ -78,7 +78,8 @@ def print_table(rows: dict[str, dict[str, float]], title: str) -> None:
     names = list(rows)
     for name in names:
         table.add_column(name, justify="right")
-    table.add_column(f"{names[-1]} / {names[0]}", justify="right")
+    if len(names) > 1:
+        table.add_column(f"{names[-1]} / {names[0]}", justify="right")
     for key, words in COLUMNS.items():
         values = [rows[name].get(key) for name in names]
         if all(v is None for v in values):
@@ -89,7 +90,7 @@ def print_table(rows: dict[str, dict[str, float]], title: str) -> None:
             ratio = "–"
         else:
             ratio = f"{last - first:+.2f}" if key.startswith("top") else f"{last / first:.3f}"
-        table.add_row(words, *cells, ratio)
+        table.add_row(words, *cells, *([ratio] if len(names) > 1 else []))
     Console().print(table)
 
 

@@ -1,14 +1,16 @@
 """The one training loop, for search and retrain. An objective says what is minimised; the loop owns the rest.
 
 An epoch is a function of (state at its start, seed, epoch): every random source is reseeded at its start, so a
-run that was killed and resumed from the last checkpoint gives the run that was not.
+run that was killed and resumed from the last checkpoint gives the run that was not. That is why no checkpoint
+holds the state of a random generator: there is none to remember at the end of an epoch.
 """
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nas.checkpoint import load_checkpoint, save_checkpoint
+from nas.checkpoint import copy_atomically, load_checkpoint, save_checkpoint
 from nas.objective import Adjoined, Step
 from nas.run import write_csv
+from nas.tensorboard import Board
 from search_spaces.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
 CHECKPOINT = "checkpoint.pt"
+BEST = "best.pt"
 
 
 @dataclass
@@ -31,7 +35,9 @@ class Training:
 
     optimizer steps the weights, arch_optimizer the objective's architecture parameters. scheduler is timm's,
     stepped per epoch and per update. arch_batches: batches for the architecture parameters alone
-    (--arch-data val), None when they share the weights' batches.
+    (--arch-data val), None when they share the weights' batches. accum_steps: batches per optimiser step.
+    clip clips the weights' gradients. ema: timm's average of the weights, which is evaluated instead of them.
+    keep: checkpoints of the last so many epochs to keep.
     """
 
     objective: Adjoined
@@ -46,9 +52,13 @@ class Training:
     arch_optimizer: torch.optim.Optimizer | None = None
     arch_loader: Any = None
     mixup: Any = None
-    clip_grad: float | None = None
+    clip: Callable[[], None] | None = None
+    accum_steps: int = 1
     amp_dtype: torch.dtype | None = None
+    channels_last: bool = False
     ema: Any = None
+    keep: int = 0
+    tensorboard: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
     choice_rows: list[dict[str, Any]] = field(default_factory=list)
 
@@ -59,7 +69,13 @@ class Training:
         return torch.autocast(self.device.type, dtype=self.amp_dtype)
 
     def steps_per_epoch(self) -> int:
-        return len(self.train_loader)
+        """Optimiser steps of an epoch."""
+        return -(-len(self.train_loader) // self.accum_steps)
+
+    def place(self, batch: Batch) -> Batch:
+        """A batch on the device, in the memory format asked for."""
+        images, target = batch[0].to(self.device), batch[1].to(self.device)
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images, target
 
 
 def seed_everything(seed: int, epoch: int) -> None:
@@ -78,15 +94,19 @@ def fit(training: Training, resume: bool, words: str) -> None:
     grad_scaler = torch.amp.GradScaler(training.device.type, enabled=training.amp_dtype is torch.float16)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     per_epoch = training.steps_per_epoch()
+    board = Board(training.folder, first) if training.tensorboard else None
     with Progress(*columns, TextColumn("left")) as progress:
         task = progress.add_task(words, total=training.epochs * per_epoch, completed=first * per_epoch)
         for epoch in range(first, training.epochs):
             row = train_epoch(training, epoch, grad_scaler, lambda: progress.advance(task))
             training.objective.eval()
-            row |= training.evaluate()
+            with averaged(training):
+                row |= training.evaluate()
             training.rows.append(row)
             training.choice_rows += [{"epoch": epoch + 1} | r for r in training.objective.choice_rows()]
             save(training, epoch + 1)
+            if board is not None:
+                board.add(row)
             progress.console.print(summary_line(row, training.epochs), highlight=False, soft_wrap=True)
 
 
@@ -102,20 +122,18 @@ def train_epoch(training: Training, epoch: int, grad_scaler: Any, advance: Calla
     images_seen, start = 0, time.perf_counter()
     if training.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for i, (images, target) in enumerate(training.train_loader):
+    for i, batches in enumerate(groups(training.train_loader, training.accum_steps)):
         number = epoch * per_epoch + i
         step = Step(t=number / total, number=number, total=total)
-        images, target = images.to(training.device), target.to(training.device)
-        terms = update_weights(training, images, target, step, grad_scaler)
+        terms = update_weights(training, batches, step, grad_scaler)
         if arch_batches is not None:
-            images_a, target_a = next(arch_batches)
-            update_choices(training, images_a.to(training.device), target_a.to(training.device), step)
+            update_choices(training, *training.place(next(arch_batches)), step)
         objective.after_step(step)
         if training.ema is not None:
             training.ema.update(objective.supernet.backbone, step=number)
         if training.scheduler is not None:
             training.scheduler.step_update(num_updates=number + 1)
-        images_seen += len(images)
+        images_seen += sum(len(images) for images, _ in batches)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value
         advance()
@@ -136,25 +154,51 @@ def train_epoch(training: Training, epoch: int, grad_scaler: Any, advance: Calla
     }
 
 
-def update_weights(
-    training: Training, images: Tensor, target: Tensor, step: Step, grad_scaler: Any
-) -> dict[str, float]:
-    """One optimiser step on weights, and on the architecture parameters when they share the batch."""
-    if training.mixup is not None:
-        images, target = training.mixup(images, target)
-    with training.autocast():
-        terms = training.objective(images, target, step)
-    values = check_finite(terms, step)
-    loss = torch.stack([v.float() for v in terms.values()]).sum()
-    grad_scaler.scale(loss).backward()
+def groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """The batches of one optimiser step at a time; the epoch's last step may have fewer."""
+    batches = iter(loader)
+    while group := list(islice(batches, size)):
+        yield group
+
+
+@contextmanager
+def averaged(training: Training) -> Iterator[None]:
+    """The backbone holds the averaged weights inside, where there are any, and its own again afterwards."""
+    if training.ema is None:
+        yield
+        return
+    backbone = training.objective.supernet.backbone
+    own = {name: t.clone() for name, t in backbone.state_dict().items()}
+    backbone.load_state_dict(training.ema.module.state_dict())
+    try:
+        yield
+    finally:
+        backbone.load_state_dict(own)
+
+
+def update_weights(training: Training, batches: Sequence[Batch], step: Step, grad_scaler: Any) -> dict[str, float]:
+    """One optimiser step on weights, and on the architecture parameters when they share the batches.
+
+    The gradient is the mean over the batches, and so are the terms that are returned.
+    """
+    values: dict[str, float] = {}
+    for batch in batches:
+        images, target = training.place(batch)
+        if training.mixup is not None:
+            images, target = training.mixup(images, target)
+        with training.autocast():
+            terms = training.objective(images, target, step)
+        for name, value in check_finite(terms, step).items():
+            values[name] = values.get(name, 0.0) + value / len(batches)
+        loss = torch.stack([v.float() for v in terms.values()]).sum() / len(batches)
+        grad_scaler.scale(loss).backward()
     optimizers = [training.optimizer]
     if training.arch_optimizer is not None and training.arch_loader is None:
         optimizers.append(training.arch_optimizer)
     for optimizer in optimizers:
         grad_scaler.unscale_(optimizer)
-    if training.clip_grad is not None:
-        weights = [p for group in training.optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(weights, training.clip_grad)
+    if training.clip is not None:
+        training.clip()
     for optimizer in optimizers:
         grad_scaler.step(optimizer)
     grad_scaler.update()
@@ -214,7 +258,25 @@ def save(training: Training, epochs_done: int) -> None:
     if training.ema is not None:
         state["ema"] = training.ema.module.state_dict()
     save_checkpoint(state, training.folder / CHECKPOINT)
+    keep_copies(training)
     write_tables(training)
+
+
+def keep_copies(training: Training) -> None:
+    """Keep the checkpoint just written under further names: as the best, and among the last epochs.
+
+    The best is the epoch whose subnet (or large network, where that is all there is) has the highest top-1 on the
+    held-out part, the first of equals; without a held-out part there is none.
+    """
+    path, epoch = training.folder / CHECKPOINT, int(training.rows[-1]["epoch"])
+    key = "subnet_top1" if "subnet_top1" in training.rows[-1] else "large_top1"
+    scores = [row[key] for row in training.rows if key in row]
+    if scores and scores[-1] > max(scores[:-1], default=-1.0):
+        copy_atomically(path, training.folder / BEST)
+    if training.keep:
+        copy_atomically(path, training.folder / f"epoch-{epoch:04d}.pt")
+        for old in sorted(training.folder.glob("epoch-*.pt"))[: -training.keep]:
+            old.unlink()
 
 
 def write_tables(training: Training) -> None:
@@ -231,6 +293,26 @@ def restore(training: Training) -> int:
     if not path.exists():
         return 0
     state = load_checkpoint(path)
+    load_state(training, state, path)
+    training.rows, training.choice_rows = state["rows"], state["choice_rows"]
+    keep_copies(training)  # the run may have been killed right after the checkpoint
+    write_tables(training)
+    return int(state["epoch"])
+
+
+def settle(training: Training, best: bool) -> None:
+    """Leave in the backbone the weights that the run gives as its result: averaged where there is an average, of the
+    last epoch or of the best.
+    """
+    path = training.folder / BEST
+    if best and path.is_file():
+        load_state(training, load_checkpoint(path), path)
+    if training.ema is not None:
+        training.objective.supernet.backbone.load_state_dict(training.ema.module.state_dict())
+
+
+def load_state(training: Training, state: Mapping[str, Any], path: Path) -> None:
+    """Put a checkpoint's state back. UserError when it is another run's."""
     try:
         training.objective.load_state_dict(state["objective"])
         training.optimizer.load_state_dict(state["optimizer"])
@@ -242,9 +324,6 @@ def restore(training: Training) -> int:
             training.ema.module.load_state_dict(state["ema"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{path} belongs to another run: {str(error).splitlines()[0]}") from None
-    training.rows, training.choice_rows = state["rows"], state["choice_rows"]
-    write_tables(training)
-    return int(state["epoch"])
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -1,5 +1,6 @@
 """What is minimised: a module from a batch to the terms of the loss. One file per method only where it differs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,11 @@ class Adjoined(nn.Module):
     def current_subnet(self) -> NetworkSlice:
         """The subnet to evaluate."""
         return self.subnet
+
+    def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The networks to evaluate, by their names in log.csv: images (B, C, H, W) -> logits (B, classes)."""
+        subnet = self.current_subnet()
+        return {"large": self.supernet.large, "subnet": lambda x: self.supernet.small(x, subnet)}
 
     def log(self, step: Step) -> dict[str, float]:
         """Values for the epoch's row in log.csv."""

@@ -122,7 +122,8 @@ def run_points(folder: Path) -> list[dict[str, Any]]:
         values = {name: _value(found, name) for name in ("params", "gflops", "top1", "top5")}
         values["images_per_s"] = _value(found, "images_per_s_32")
         # The large network is the same whatever the small one's budget; runs are its seeds.
-        config = f"large {values['gflops']}" if role == "large" else _configuration(folder, summary, arch)
+        alone = f"large {values['gflops']} {summary.get('train', 'adjoined')}"
+        config = alone if role == "large" else _configuration(folder, summary, arch)
         label = "" if role == "large" else _label(summary, arch)
         rows.append(facts | values | {"role": role, "config": config, "label": label, "alpha": _alpha(arch)})
     return rows

@@ -1,32 +1,46 @@
-"""Stage 2: train an architecture adjoined with its backbone, and cut the compact network out."""
+"""Stage 2: train an architecture adjoined with its backbone, and cut the compact network out.
+
+Or, for comparison: the large network alone (--train plain), the small one under a frozen teacher (--train distill).
+"""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nas.backbone import Start
+from nas.checkpoint import save_weights
 from nas.compact_file import describe, save_compact, slices_of
 from nas.config import RetrainConfig, with_defaults
+from nas.distill import Distilled, Plain, Teacher, check_distillation, make_teacher
 from nas.evaluate import Network, images_per_second, print_table, top_k
-from nas.loop import Training, fit
+from nas.loop import Training, fit, settle
 from nas.objective import Adjoined
+from nas.optim import (
+    compile_forwards,
+    make_clip,
+    make_ema,
+    make_optimizer,
+    make_scheduler,
+    total_epochs,
+    updates_per_epoch,
+)
 from nas.run import open_run, write_csv, write_json
 from nas.setup import (
+    Loaders,
     amp_dtype,
     check_common,
     dataset_of,
     make_loaders,
-    make_optimizer,
-    make_scheduler,
     make_supernet,
     meta_supernet,
     model_of,
     open_data,
     order_by_importance,
     pick_device,
+    report_unreadable,
     results_path,
     search_space,
     start_of,
@@ -41,6 +55,7 @@ from supernets.importance import permute
 from supernets.supernet import Supernet
 
 SUPERNET = "the search's supernet"
+LARGE = "large.safetensors"
 TOLERANCE = 1e-5  # invariant 2: compact against subnet, relative to the largest logit
 
 
@@ -48,12 +63,19 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture |
     """Fill in defaults: the space's own, or those of the search that wrote --arch."""
     if (config.arch is None) == (config.space is None):
         raise UserError("give --arch, the arch.json of a search, or --space <backbone>-an with --alpha")
+    if config.train == "plain" and config.alpha is not None:
+        raise UserError("--alpha: --train plain trains the large network alone; leave it out")
     arch = None
     if config.arch is not None:
         if config.alpha is not None:
             raise UserError("--alpha goes with --space; the architecture of --arch has its own factors")
         arch = load_architecture(config.arch)
         space = get_space(arch.space)
+        if config.pretrained is None and isinstance(arch.search.get("pretrained"), bool):
+            config = replace(config, pretrained=arch.search["pretrained"])  # the permutation belongs to these weights
+    elif config.train == "plain":
+        assert config.space is not None
+        space = get_space(config.space)
     else:
         assert config.space is not None
         space = get_space(config.space)
@@ -66,6 +88,9 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture |
         raise UserError("--model goes with --space; the architecture of --arch names its own model")
     config = replace(config, dataset=dataset_of(config))
     check_common(config)
+    check_distillation(config)
+    if config.result == "best" and config.val_fraction == 0:
+        raise UserError("--result best needs a held-out part to choose by; set --val-fraction above 0")
     return config, space, arch
 
 
@@ -108,7 +133,10 @@ def run_retrain(config: RetrainConfig) -> Path:
     splits = open_data(config, space)
     if arch is None:
         model, model_kwargs = model_of(config, space)
-        arch = uniform_architecture(config, space, model, model_kwargs, splits.num_classes)
+        if config.train == "plain":  # the whole network: every space of a family has the same
+            space = get_space(f"{space.family}-an{'-nano' if space.nano else ''}")
+        alpha = 1 if config.alpha is None else config.alpha
+        arch = uniform_architecture(replace(config, alpha=alpha), space, model, model_kwargs, splits.num_classes)
     meta = meta_supernet(arch.model, dict(arch.model_kwargs), splits.num_classes, space)
     subnet = slices_of(arch, meta.shapes)
     arch = replace(
@@ -131,107 +159,138 @@ def run_retrain(config: RetrainConfig) -> Path:
     assert folder is not None
     for line in lines:
         print(line)
-    training, loaders = make_training(config, supernet, subnet, splits, device)
-    if config.arch is None:
+    loaders = make_loaders(config, splits, supernet, device)
+    teacher = None
+    if config.train == "distill":
+        base, _ = starting_point(replace(config, init="base"), arch, splits.num_classes)
+        model_arguments = arch.model, dict(arch.model_kwargs)
+        stats = loaders.stats()
+        teacher = make_teacher(config, supernet, model_arguments, base, start, fresh, splits, stats, device)
+        print(f"teacher: {teacher.name}, {teacher.params / 1e6:.3f} M, {teacher.flops / 1e9:.4g} GFLOPs (MACs)")
+    training = make_training(config, make_objective(config, supernet, subnet, teacher), loaders, device)
+    if config.train == "plain":
+        pass  # the order would change nothing
+    elif config.arch is None:
         orders = order_by_importance(
             config, supernet, loaders.train, device, trained=start.given(), fresh_classifier=fresh
         )
         arch = replace(arch, permutation=orders)
     elif arch.permutation and origin != SUPERNET:  # the search's weights are in that order already
         permute(supernet, arch.permutation)
-    save_architecture(arch, folder / "arch.json")
-    print(
-        f"{space.name} on {config.dataset}, from {origin}: large {arch.backbone_params / 1e6:.3f} M,"
-        f" {arch.backbone_flops / 1e9:.4g} GFLOPs (MACs); small {arch.params / 1e6:.3f} M,"
-        f" {arch.flops / 1e9:.4g} GFLOPs"
-    )
+    words = f"{space.name} on {config.dataset}, from {origin}: large {arch.backbone_params / 1e6:.3f} M,"
+    words += f" {arch.backbone_flops / 1e9:.4g} GFLOPs (MACs)"
+    if config.train == "plain":
+        print(f"{words}, trained alone")
+    else:
+        save_architecture(arch, folder / "arch.json")
+        print(f"{words}; small {arch.params / 1e6:.3f} M, {arch.flops / 1e9:.4g} GFLOPs")
     fit(training, config.resume, "retrain")
     conclude(config, arch, subnet, training, loaders)
     return folder
 
 
-def make_training(
-    config: RetrainConfig, supernet: Supernet, subnet: NetworkSlice, splits: Any, device: torch.device
-) -> tuple[Training, Any]:
-    """The adjoined objective and everything it trains with."""
-    assert config.epochs is not None and config.output is not None
-    loaders = make_loaders(config, splits, supernet, device)
-    objective = Adjoined(supernet, subnet, config.smoothing or 0.0, config.detach_teacher).to(device)
-    optimizer = make_optimizer(config, supernet.backbone)
+def make_objective(
+    config: RetrainConfig, supernet: Supernet, subnet: NetworkSlice, teacher: Teacher | None
+) -> Adjoined:
+    """What --train minimises."""
+    smoothing = config.smoothing or 0.0
+    if config.train == "plain":
+        return Plain(supernet, smoothing)
+    if teacher is None:
+        return Adjoined(supernet, subnet, smoothing, config.detach_teacher)
+    return Distilled(
+        supernet,
+        subnet,
+        teacher,
+        hard=config.distill == "hard",
+        weight=config.distill_weight,
+        temperature=config.distill_temperature,
+        smoothing=smoothing,
+    )
+
+
+def make_training(config: RetrainConfig, objective: Adjoined, loaders: Loaders, device: torch.device) -> Training:
+    """An objective and everything it trains with."""
+    assert config.output is not None
+    objective, backbone = objective.to(device), objective.supernet.backbone
+    if config.compile:
+        compile_forwards(objective.supernet)
+    optimizer = make_optimizer(config, backbone)
 
     def evaluate() -> dict[str, float]:
-        networks = {"large": supernet.large, "subnet": lambda x: supernet.small(x, subnet)}
+        networks = {name: network for name, network in objective.networks().items() if name != "teacher"}
         return {} if loaders.val is None else top_k(networks, loaders.val, device, training.autocast)
 
     training = Training(
         objective=objective,
         optimizer=optimizer,
-        scheduler=make_scheduler(config, optimizer, len(loaders.train)),
+        scheduler=make_scheduler(config, optimizer, updates_per_epoch(config, loaders.train)),
         train_loader=loaders.train,
-        epochs=config.epochs,
+        epochs=total_epochs(config),
         folder=config.output,
         seed=config.seed,
         device=device,
         evaluate=evaluate,
         mixup=loaders.mixup,
-        clip_grad=config.clip_grad,
+        clip=make_clip(config, backbone),
+        accum_steps=config.grad_accum_steps,
         amp_dtype=amp_dtype(config, device),
-        ema=make_ema(config, supernet.backbone),
+        channels_last=config.channels_last,
+        ema=make_ema(config, backbone),
+        keep=config.keep,
+        tensorboard=config.tensorboard,
     )
-    return training, loaders
+    return training
 
 
-def make_ema(config: RetrainConfig, backbone: nn.Module) -> Any:
-    """timm's average of the weights, when asked for."""
-    if not config.model_ema:
-        return None
-    if not 0 < config.model_ema_decay < 1:
-        raise UserError(f"--model-ema-decay {config.model_ema_decay}; expected between 0 and 1")
-    from timm.utils import ModelEmaV3
+def conclude(
+    config: RetrainConfig, arch: Architecture, subnet: NetworkSlice, training: Training, loaders: Loaders
+) -> None:
+    """Cut the compact network out, check it against the subnet, measure every network on the test split, draw.
 
-    return ModelEmaV3(backbone, decay=config.model_ema_decay, use_warmup=True)
-
-
-def conclude(config: RetrainConfig, arch: Architecture, subnet: NetworkSlice, training: Training, loaders: Any) -> None:
-    """Cut the compact network out, check it against the subnet, measure both on the test split, draw."""
-    folder, device = training.folder, training.device
-    supernet = training.objective.supernet
-    if training.ema is not None:
-        supernet.backbone.load_state_dict(training.ema.module.state_dict())
-    supernet.eval()
-    compact = cut(supernet.backbone, subnet).eval()
-    networks: dict[str, Network] = {
-        "large": supernet.large,
-        "subnet": lambda x: supernet.small(x, subnet),
-        "compact": compact,
-    }
-    difference = relative_difference(networks["subnet"], compact, next(iter(loaders.test))[0].to(device))
-    if difference > TOLERANCE:
-        raise AssertionError(f"compact and subnet differ by {difference:.1e} of the largest logit")
-    save_compact(compact, folder, arch.num_classes)
+    A network appears in the table only if this run trained it, or learnt from it.
+    """
+    folder, device, objective = training.folder, training.device, training.objective
+    settle(training, config.result == "best")
+    supernet = objective.supernet.eval()
+    networks: dict[str, Network] = objective.networks()
+    facts: dict[str, Any] = {"stage": "retrain", "train": config.train, "space": arch.space, "dataset": config.dataset}
+    facts |= {"seed": config.seed, "split": "test", "result": config.result}
+    table: dict[str, dict[str, Any]] = {}
+    if "teacher" in networks:
+        assert isinstance(objective, Distilled)
+        table["teacher"] = {"params": objective.teacher.params, "gflops": objective.teacher.flops / 1e9}
+    if "large" in networks:
+        table["large"] = {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9}
+        save_weights(supernet.backbone.state_dict(), folder / LARGE)
+    if "subnet" in networks:
+        compact = cut(supernet.backbone, subnet).eval()
+        networks["compact"] = compact
+        difference = relative_difference(networks["subnet"], compact, next(iter(loaders.test))[0].to(device))
+        if difference > TOLERANCE:
+            raise AssertionError(f"compact and subnet differ by {difference:.1e} of the largest logit")
+        save_compact(compact, folder, arch.num_classes)
+        facts |= {"budget": arch.search.get("budget"), "compact_minus_subnet": difference}
+        table["subnet"] = {"params": arch.params, "gflops": arch.flops / 1e9}
+        table["compact"] = {"params": sum(p.numel() for p in compact.parameters()), "gflops": arch.flops / 1e9}
     print("measuring on the test split ...")
     scores = top_k(networks, loaders.test, device, training.autocast)
-    table: dict[str, dict[str, Any]] = {
-        "large": {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9},
-        "subnet": {"params": arch.params, "gflops": arch.flops / 1e9},
-        "compact": {"params": sum(p.numel() for p in compact.parameters()), "gflops": arch.flops / 1e9},
-    }
     for name, row in table.items():
         row |= {k: scores[f"{name}_{k}"] for k in ("top1", "top5")}
     for batch in (1, 32):
         speeds = images_per_second(networks, supernet.adapter.input_size, batch, device, training.autocast)
         for name, speed in speeds.items():
             table[name][f"images_per_s_{batch}"] = speed
-    facts: dict[str, Any] = {"stage": "retrain", "space": arch.space, "dataset": config.dataset, "seed": config.seed}
-    facts |= {"budget": arch.search.get("budget"), "split": "test", "compact_minus_subnet": difference}
     facts |= {"precision": str(training.amp_dtype or torch.float32), "threads": torch.get_num_threads()}
+    facts |= {"unreadable_images": report_unreadable(loaders)}
     write_json(folder / "summary.json", facts | table)
     write_csv(folder / "table.csv", [{"network": name} | row for name, row in table.items()])
     print_table(table, f"{arch.space} on {config.dataset}, test split")
     from nas.plot import plot_run
 
     plot_run(folder)
-    print(f"results in {results_path(folder)}: compact.safetensors, arch.json, table.csv and pictures")
+    files = [name for name in ("compact.safetensors", LARGE, "arch.json") if (folder / name).is_file()]
+    print(f"results in {results_path(folder)}: {', '.join(files)}, table.csv and pictures")
 
 
 @torch.no_grad()

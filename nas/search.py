@@ -10,8 +10,17 @@ from nas.checkpoint import save_weights
 from nas.config import SearchConfig, parse_key_values, with_defaults
 from nas.costs import SpaceCosts, space_costs
 from nas.evaluate import print_table, top_k
-from nas.loop import Training, fit
+from nas.loop import Training, fit, settle
 from nas.objective import Differentiable
+from nas.optim import (
+    compile_forwards,
+    make_clip,
+    make_ema,
+    make_optimizer,
+    make_scheduler,
+    total_epochs,
+    updates_per_epoch,
+)
 from nas.run import open_run, write_json
 from nas.selection import check_budget
 from nas.setup import (
@@ -19,14 +28,13 @@ from nas.setup import (
     check_common,
     dataset_of,
     make_loaders,
-    make_optimizer,
-    make_scheduler,
     make_supernet,
     meta_supernet,
     model_of,
     open_data,
     order_by_importance,
     pick_device,
+    report_unreadable,
     results_path,
     search_space,
     start_of,
@@ -133,7 +141,10 @@ def make_training(
     """The search's objective and everything it trains with."""
     assert config.epochs is not None and config.output is not None
     loaders = make_loaders(config, splits, supernet, device, arch_on_val=config.arch_data == "val")
-    total = config.epochs * len(loaders.train)
+    if config.compile:
+        compile_forwards(supernet)
+    updates = updates_per_epoch(config, loaders.train)
+    total = total_epochs(config) * updates
     objective = Differentiable(
         supernet,
         costs,
@@ -147,18 +158,16 @@ def make_training(
     optimizer = make_optimizer(config, supernet.backbone)
 
     def evaluate() -> dict[str, float]:
-        subnet = objective.current_subnet()
-        networks = {"large": supernet.large, "subnet": lambda x: supernet.small(x, subnet)}
         if loaders.val is None:
             return {}
-        return top_k(networks, loaders.val, device, training.autocast)
+        return top_k(objective.networks(), loaders.val, device, training.autocast)
 
     training = Training(
         objective=objective,
         optimizer=optimizer,
-        scheduler=make_scheduler(config, optimizer, len(loaders.train)),
+        scheduler=make_scheduler(config, optimizer, updates),
         train_loader=loaders.train,
-        epochs=config.epochs,
+        epochs=total_epochs(config),
         folder=config.output,
         seed=config.seed,
         device=device,
@@ -166,8 +175,13 @@ def make_training(
         arch_optimizer=torch.optim.Adam(objective.architecture_parameters(), lr=config.arch_lr or 1e-3),
         arch_loader=loaders.arch,
         mixup=loaders.mixup,
-        clip_grad=config.clip_grad,
+        clip=make_clip(config, supernet.backbone),
+        accum_steps=config.grad_accum_steps,
         amp_dtype=amp_dtype(config, device),
+        channels_last=config.channels_last,
+        ema=make_ema(config, supernet.backbone),
+        keep=config.keep,
+        tensorboard=config.tensorboard,
     )
     return training, objective, loaders
 
@@ -253,6 +267,7 @@ def conclude(
 ) -> None:
     """Select, write arch.json and the weights, measure, draw."""
     folder, supernet, device = training.folder, objective.supernet, training.device
+    settle(training, best=False)
     picks, selection = objective.selection()
     arch, subnet = write_architecture(
         folder, config, space, choices, supernet, picks, budget, model, model_kwargs, orders
@@ -284,6 +299,7 @@ def conclude(
     }
     facts: dict[str, Any] = {"stage": "search", "space": space.name, "dataset": config.dataset, "seed": config.seed}
     facts |= {"budget": budget, "split": "val", "precision": str(training.amp_dtype or torch.float32)}
+    facts |= {"unreadable_images": report_unreadable(loaders)}
     write_json(folder / "summary.json", facts | table | {"narrowing": narrowing})
     print_table(table, f"{space.name} on {config.dataset}, validation split")
     if subnet != full and scores:

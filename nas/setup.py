@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from nas.backbone import Start, build, check_family, starting_backbone
 from nas.checkpoint import write_text
 from nas.config import Common, parse_key_values
 from nas.data import LoaderSpec, eval_loader, mixup_fn, train_loader
 from nas.datasets import DataSpec, Splits, open_splits
+from nas.folders import few
 from nas.loop import seed_everything
 from nas.losses import cross_entropy
+from nas.tensorboard import writer_class
 from search_spaces.errors import UserError
 from search_spaces.method import Settings
 from search_spaces.registry import Space
@@ -31,18 +32,36 @@ TAYLOR_BATCHES = 8
 
 def check_common(config: Common) -> None:
     """Refuse option values that no run can use."""
-    for name in ("epochs", "batch_size"):
+    for name in ("epochs", "batch_size", "grad_accum_steps", "recount", "num_classes"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}; expected at least 1")
-    for name in ("lr", "weight_decay", "mixup", "cutmix", "warmup_epochs", "min_lr"):
+    for name in ("lr", "weight_decay", "mixup", "cutmix", "warmup_epochs", "min_lr", "cooldown_epochs", "keep",
+                 "aug_repeats", "opt_eps"):  # fmt: skip
         value = getattr(config, name)
         if value is not None and value < 0:
             raise UserError(f"--{name.replace('_', '-')} {value}; expected 0 or more")
-    for name in ("val_fraction", "smoothing", "reprob", "drop_path", "hflip"):
+    for name in ("val_fraction", "smoothing", "reprob", "drop_path"):
         value = getattr(config, name)
-        if value is not None and not 0 <= value < 1 and not (name == "hflip" and value == 1):
+        if value is not None and not 0 <= value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}; expected a share from 0 to below 1")
+    for name in ("hflip", "vflip", "mixup_prob", "mixup_switch_prob"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}; expected a probability from 0 to 1")
+    for name in ("decay_epochs", "decay_rate", "layer_decay", "clip_grad", "crop_pct"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {value}; expected more than 0")
+    for name in ("ratio", "scale", "cutmix_minmax"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value[0] <= value[1]:
+            raise UserError(f"--{name.replace('_', '-')} {value[0]} {value[1]}; expected two numbers, 0 < low <= high")
+    mixes = bool(config.mixup or config.cutmix or config.cutmix_minmax)
+    if mixes and (config.batch_size or 64) % 2:
+        raise UserError(f"--batch-size {config.batch_size}: mixup pairs the images of a batch; give an even number")
+    if config.tensorboard:
+        writer_class()
 
 
 def pick_device(config: Common) -> torch.device:
@@ -93,7 +112,10 @@ def open_data(config: Common, space: Space) -> Splits:
             dataset=dataset_of(config),
             data_dir=None if config.data_dir is None else str(config.data_dir),
             val_fraction=config.val_fraction,
+            train_split=config.train_split,
+            test_split=config.val_split,
             class_map=config.class_map,
+            num_classes=config.num_classes,
             download=config.download,
         )
     )
@@ -114,6 +136,16 @@ class Loaders:
     arch: Any
     mixup: Any
 
+    def stats(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation that images are normalised with, (C, 1, 1) each, in [0, 1]."""
+        mean, std = self.test.stats
+        return torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+
+    def unreadable(self) -> dict[str, str]:
+        """The images that could not be read in the run so far, with the reason. {file: error}"""
+        loaders = [loader for loader in (self.train, self.val, self.test, self.arch) if loader is not None]
+        return {name: error for loader in loaders for name, error in loader.corrupt.files.items()}
+
 
 def make_loaders(
     config: Common, splits: Splits, supernet: Supernet, device: torch.device, arch_on_val: bool = False
@@ -122,7 +154,11 @@ def make_loaders(
     from timm.data import resolve_data_config
 
     size = supernet.adapter.input_size
-    data = resolve_data_config({"input_size": size}, model=supernet.backbone)
+    own: dict[str, Any] = {name: getattr(config, name) for name in ("interpolation", "mean", "std")}
+    for name in ("mean", "std"):
+        if own[name] is not None and len(own[name]) not in (1, size[0]):
+            raise UserError(f"--{name} has {len(own[name])} numbers; the network reads {size[0]} channels")
+    data = resolve_data_config({"input_size": size} | own, model=supernet.backbone)
     embedded = dataset_of(config) == "digits"
     spec = LoaderSpec(
         batch_size=config.batch_size or 64,
@@ -130,18 +166,33 @@ def make_loaders(
         mean=data["mean"],
         std=data["std"],
         interpolation=data["interpolation"],
-        crop_pct=1.0 if size[1] <= 64 else data["crop_pct"],
+        crop_pct=config.crop_pct or (1.0 if size[1] <= 64 else data["crop_pct"]),
         workers=config.workers if config.workers is not None else (0 if embedded else min(4, os.cpu_count() or 1)),
         aa=None if config.aa in (None, "none") else config.aa,
+        no_aug=config.no_aug,
         hflip=0.5 if config.hflip is None else config.hflip,
+        vflip=config.vflip,
         scale=config.scale or (0.08, 1.0),
+        ratio=config.ratio,
+        train_interpolation=config.train_interpolation,
         color_jitter=0.4 if config.color_jitter is None else config.color_jitter,
         reprob=config.reprob or 0.0,
         remode=config.remode or "pixel",
+        recount=config.recount,
+        aug_repeats=config.aug_repeats,
     )
     make_train = partial(train_loader, spec=spec, seed=config.seed, device=device)
     make_eval = partial(eval_loader, spec=spec, device=device)
-    mixup = mixup_fn(splits.num_classes, config.mixup or 0.0, config.cutmix or 0.0, smoothing=config.smoothing or 0.0)
+    mixup = mixup_fn(
+        splits.num_classes,
+        config.mixup or 0.0,
+        config.cutmix or 0.0,
+        config.cutmix_minmax,
+        prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+        mode=config.mixup_mode,
+        smoothing=config.smoothing or 0.0,
+    )
     return Loaders(
         train=make_train(splits.train),
         val=None if splits.val is None else make_eval(splits.val),
@@ -149,48 +200,6 @@ def make_loaders(
         arch=make_train(splits.val) if arch_on_val and splits.val is not None else None,
         mixup=mixup,
     )
-
-
-def make_optimizer(config: Common, backbone: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimiser on the backbone, its no_weight_decay names respected."""
-    from timm.optim import create_optimizer_v2
-
-    try:
-        return create_optimizer_v2(  # type: ignore[no-any-return]
-            backbone,
-            opt=config.opt or "adamw",
-            lr=config.lr,
-            weight_decay=config.weight_decay or 0.0,
-            momentum=config.momentum,
-        )
-    except (AssertionError, ValueError) as error:
-        raise UserError(f"--opt {config.opt}: timm cannot make this optimiser ({error})") from None
-
-
-def make_scheduler(config: Common, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
-    """timm's schedule, stepped at every update; None for a constant rate."""
-    from timm.scheduler import create_scheduler_v2
-
-    if config.sched in (None, "none"):
-        return None
-    assert config.epochs is not None
-    try:
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=config.sched,
-            num_epochs=config.epochs,
-            min_lr=config.min_lr,
-            warmup_lr=config.warmup_lr,
-            warmup_epochs=min(config.warmup_epochs or 0, max(config.epochs - 1, 0)),
-            warmup_prefix=True,
-            step_on_epochs=False,
-            updates_per_epoch=updates_per_epoch,
-        )
-    except (AssertionError, ValueError) as error:
-        raise UserError(f"--sched {config.sched}: timm cannot make this schedule ({error})") from None
-    if scheduler is None:
-        raise UserError(f"--sched {config.sched}; expected cosine, step, multistep, plateau, poly, tanh or none")
-    return scheduler
 
 
 def amp_dtype(config: Common, device: torch.device) -> torch.dtype | None:
@@ -217,6 +226,14 @@ def make_supernet(
     backbone, lines, fresh = starting_backbone(*arguments, splits.num_classes, start, splits.class_names, drop_path)
     check_family(backbone, space.family, arguments[0])
     return Supernet(backbone).to(device), lines, fresh
+
+
+def report_unreadable(loaders: Loaders) -> int:
+    """Say how many images could not be read, and name a few."""
+    files = loaders.unreadable()
+    if files:
+        print(f"{len(files)} images could not be read and were left out: {few(list(files))} (each is in the log)")
+    return len(files)
 
 
 def order_by_importance(
