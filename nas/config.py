@@ -26,6 +26,7 @@ class Common:
     data_dir: Path | None = None
     """where the dataset lies"""
     train_split: str = "train"
+    """the training split's name"""
     val_split: str = "validation"
     """the split that results are reported on (timm's name for it); decisions are taken on --val-fraction"""
     num_classes: int | None = None
@@ -134,6 +135,7 @@ class Common:
     mixup_switch_prob: float = 0.5
     """of cutmix where both are on"""
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    """one draw for the batch, for pairs, or for each image"""
     smoothing: float | None = None
     """label smoothing"""
 
@@ -228,6 +230,7 @@ class RetrainConfig(Common):
     distill_weight: float = 0.5
     """share of the loss that is the teacher's"""
     distill_temperature: float = 1.0
+    """divides both networks' logits (--train distill)"""
     result: Literal["last", "best"] = "last"
     """which epoch's weights are measured and cut: the last, or the best on the held-out part"""
 
