@@ -152,30 +152,21 @@ def options(cls: type[Common]) -> str:
 
 
 def space_defaults() -> str:
-    """What the spaces fill in for options that were left open."""
-    columns = {
-        "swin, vit, deit": SPACES["swin-dan"],
-        "t2t": SPACES["t2t-dan"],
-        "-nano": SPACES["swin-dan-nano"],
-    }
-    assert all(
-        vars(SPACES[f"{family}-{m}{nano}"])[kind] == vars(columns[column])[kind]
-        for column, families, nano in (
-            ("swin, vit, deit", ("swin", "vit", "deit"), ""),
-            ("t2t", ("t2t",), ""),
-            ("-nano", ("swin", "vit", "deit", "t2t"), "-nano"),
-        )
-        for family in families
-        for m in METHODS
-        for kind in ("training", "search", "retrain")
-    ), "the spaces' defaults differ in ways this table does not show"
+    """What the spaces fill in for options that were left open: a column for all spaces with the same defaults."""
+    groups: dict[str, list[str]] = {}
+    for space in SPACES.values():
+        groups.setdefault(repr((space.training, space.search, space.retrain)), []).append(space.name)
     rows: dict[str, list[str]] = {}
-    for i, space in enumerate(columns.values()):
+    for i, (name, *_) in enumerate(groups.values()):
+        space = SPACES[name]
         for stage, values in (("", space.training), (" (search)", space.search), (" (retrain)", space.retrain)):
-            for name, value in values.items():
-                row = rows.setdefault(f"`--{name.replace('_', '-')}`{stage}", [""] * len(columns))
+            for option, value in values.items():
+                row = rows.setdefault(f"`--{option.replace('_', '-')}`{stage}", [""] * len(groups))
                 row[i] = "none" if value is None else f"`{value}`"
-    return markdown(["option", *columns], [[name, *row] for name, row in rows.items()])
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(groups)]
+    legend = [f"* {letter}: {', '.join(names)}" for letter, names in zip(letters, groups.values(), strict=True)]
+    table = markdown(["option", *letters], [[name, *row] for name, row in rows.items()])
+    return "\n".join([*legend, "", table])
 
 
 def sections() -> dict[str, dict[str, str]]:
