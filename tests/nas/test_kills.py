@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.nas.runs import assert_same_run, assert_whole, draw_pictures
+from tests.nas.runs import assert_same_run, assert_whole, draw_pictures, visible
 
 ROOT = Path(__file__).parents[2]
 # Runs search.py, and sends SIGKILL to itself in the n-th call of a function: before its work, or, in the middle
@@ -83,4 +83,5 @@ def test_7_a_killed_search_resumes_to_the_run_that_was_not(tmp_path: Path) -> No
     subprocess.run([*python, "--output", folder, "--resume"], check=True, cwd=ROOT, capture_output=True)
     assert_whole(folder)
     assert_same_run(folder, undisturbed)
+    assert visible(folder).keys() == visible(undisturbed).keys()  # pictures too
     assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []  # halves are swept up

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import nas.loop
+import nas.plot
 import nas.retrain
 import nas.search
 from nas.compact_file import load_compact
@@ -56,6 +58,15 @@ def search(
     return config, run_search(config)
 
 
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is two thirds of a tiny run: only the undisturbed runs, whose fixtures come before this, draw."""
+    monkeypatch.setattr(nas.plot, "plot_run", lambda folder: None)
+
+
+one_search = partial(pytest.mark.parametrize, "search", indirect=True)
+
+
 def test_8_the_same_seed_gives_the_same_run(search: tuple[SearchConfig, Path], tmp_path: Path) -> None:
     config, folder = search
     torch.manual_seed(99)  # whatever was drawn before
@@ -65,9 +76,15 @@ def test_8_the_same_seed_gives_the_same_run(search: tuple[SearchConfig, Path], t
 def test_a_search_writes_all_it_promises(search: tuple[SearchConfig, Path]) -> None:
     config, folder = search
     assert_whole(folder)
-    assert {"arch.json", "supernet.safetensors", "log.csv", "choices.csv", "summary.json", "config.yaml"} <= set(
-        visible(folder)
-    )
+    assert {
+        "arch.json",
+        "supernet.safetensors",
+        "log.csv",
+        "choices.csv",
+        "summary.json",
+        "config.yaml",
+        "pareto.png",
+    } <= set(visible(folder))
     rows = log_rows(folder / "log.csv")
     assert [int(row["epoch"]) for row in rows] == [1, 2]
     assert [float(row["t"]) for row in rows] == [0.5, 1.0]
@@ -132,6 +149,7 @@ MOMENTS = {  # module, function, call, after
 }
 
 
+@one_search(["inner"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_7_an_interrupted_search_resumes_to_the_same_run(
     moment: str, search: tuple[SearchConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -149,6 +167,7 @@ def test_7_an_interrupted_search_resumes_to_the_same_run(
     assert_same_run(run_search(replace(config, resume=True)), undisturbed)
 
 
+@one_search(["stream"])
 def test_7_an_interrupted_validation_resumes_to_the_same_run(
     search: tuple[SearchConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +185,7 @@ def test_7_an_interrupted_validation_resumes_to_the_same_run(
     assert_same_run(run_search(replace(config, resume=True)), undisturbed)
 
 
+@one_search(["inner"])
 def test_resuming_a_finished_search_changes_nothing(search: tuple[SearchConfig, Path], tmp_path: Path) -> None:
     import shutil
 
@@ -199,6 +219,7 @@ def retrain(
     return config, run_retrain(config)
 
 
+@one_search(["stream"])
 def test_7_and_8_of_a_retrain(
     retrain: tuple[RetrainConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +234,7 @@ def test_7_and_8_of_a_retrain(
     assert_same_run(run_retrain(replace(config, resume=True)), undisturbed)
 
 
+@one_search(["stream"])
 def test_a_retrain_leaves_a_compact_network_that_stands_alone(retrain: tuple[RetrainConfig, Path]) -> None:
     _, folder = retrain
     arch, compact = load_architecture(folder), load_compact(folder)
