@@ -134,7 +134,7 @@ def make_training(
 ) -> tuple[Training, Differentiable, Any]:
     """The search's objective and everything it trains with."""
     assert config.epochs is not None and config.output is not None
-    loaders = make_loaders(config, splits, supernet, device)
+    loaders = make_loaders(config, splits, supernet, device, config.arch_data)
     if config.compile:
         compile_forwards(supernet)
     updates = updates_per_epoch(config, loaders.train)
@@ -167,7 +167,7 @@ def make_training(
         device=device,
         evaluate=evaluate,
         arch_optimizer=torch.optim.Adam(objective.architecture_parameters(), lr=config.arch_lr or 1e-3),
-        arch_loader=loaders.arch if config.arch_data == "val" else None,
+        arch_loader=loaders.arch,
         mixup=loaders.mixup,
         clip=make_clip(config, supernet.backbone),
         accum_steps=config.grad_accum_steps,

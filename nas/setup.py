@@ -128,7 +128,7 @@ def dataset_of(config: Common) -> str:
 
 @dataclass(frozen=True)
 class Loaders:
-    """Batches of a run. val is None when nothing is held out."""
+    """Batches of a run. val is None when nothing is held out, arch unless the held-out part trains the choices."""
 
     train: Any
     val: Any
@@ -147,8 +147,13 @@ class Loaders:
         return {name: error for loader in loaders for name, error in loader.corrupt.files.items()}
 
 
-def make_loaders(config: Common, splits: Splits, supernet: Supernet, device: torch.device) -> Loaders:
-    """timm's transforms and loaders for the backbone's input size, mean and interpolation."""
+def make_loaders(
+    config: Common, splits: Splits, supernet: Supernet, device: torch.device, arch_data: str = "train"
+) -> Loaders:
+    """timm's transforms and loaders for the backbone's input size, mean and interpolation.
+
+    arch_data "val" asks for training batches of the held-out part too, for the architecture parameters.
+    """
     from timm.data import resolve_data_config
 
     size = supernet.adapter.input_size
@@ -195,7 +200,7 @@ def make_loaders(config: Common, splits: Splits, supernet: Supernet, device: tor
         train=make_train(splits.train),
         val=None if splits.val is None else make_eval(splits.val),
         test=make_eval(splits.test),
-        arch=None if splits.val is None else make_train(splits.val),
+        arch=make_train(splits.val) if arch_data == "val" else None,
         mixup=mixup,
     )
 
