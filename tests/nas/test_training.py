@@ -162,6 +162,7 @@ def test_the_average_is_evaluated_and_is_the_result_and_training_goes_on_from_th
 
 def test_channels_last_changes_the_layout_and_not_the_result(tmp_path):
     runs = [tiny.training(tiny.config(tmp_path / str(on), opt="sgd", channels_last=on)) for on in (False, True)]
+    assert runs[1].objective.supernet.backbone.patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
     image = next(iter(runs[1].train_loader))
     assert runs[1].place(image)[0].is_contiguous(memory_format=torch.channels_last)
     for run in runs:
