@@ -27,6 +27,7 @@ from nas.losses import cross_entropy
 from nas.retrain import make_training
 from nas.setup import (
     TAYLOR_BATCHES,
+    Loaders,
     check_common,
     dataset_of,
     make_loaders,
@@ -38,7 +39,7 @@ from nas.setup import (
 )
 from search_spaces.errors import UserError
 from search_spaces.registry import get_space
-from search_spaces.slices import network_slice, prefix_slice
+from search_spaces.slices import BlockShape, network_slice, prefix_slice
 from supernets.importance import magnitude_scores, orders_of, permute, taylor_pass
 from supernets.supernet import Supernet
 
@@ -46,7 +47,7 @@ KINDS = ("none", "magnitude", "taylor")
 WIDTHS = ("stream", "inner")
 
 
-def trained(config: RetrainConfig, folder: Path) -> tuple[Supernet, object, torch.device]:
+def trained(config: RetrainConfig, folder: Path) -> tuple[Supernet, Loaders, torch.device]:
     """The large network after its epochs, its loaders, the device."""
     assert config.space is not None
     space, device = get_space(config.space), pick_device(config)
@@ -105,8 +106,8 @@ def main() -> None:
         check_common(config)
         print(f"{options.space} on {dataset_of(config)}, {config.epochs} epochs, seed {config.seed}")
         supernet, loaders, device = trained(config, Path(folder))
-    loaders.train.set_epoch(0)  # type: ignore[attr-defined]
-    batches = list(itertools.islice(loaders.train, TAYLOR_BATCHES))  # type: ignore[call-overload]
+    loaders.train.set_epoch(0)
+    batches = list(itertools.islice(loaders.train, TAYLOR_BATCHES))
     columns = list(itertools.product(options.alphas, WIDTHS))
     allowed = [(a, w) for a, w in columns if all(divides(a, w, s) for s in supernet.shapes)]
     for a, w in sorted(set(columns) - set(allowed)):
@@ -118,16 +119,16 @@ def main() -> None:
             f"{w} {a}": network_slice(net.shapes, [prefix_slice(s, a, w) for s in net.shapes]) for a, w in allowed
         }
         networks = {name: (lambda x, net=net, cut=cut: net.small(x, cut)) for name, cut in subnets.items()}
-        scores = top_k({"large": net.large} | networks, loaders.test, device, torch.no_grad)  # type: ignore[attr-defined]
+        scores = top_k({"large": net.large} | networks, loaders.test, device, torch.no_grad)
         cells = " ".join(f"{scores[f'{name}_top1']:>10.2f}" for name in subnets)
         print(f"{kind:<10} {scores['large_top1']:>8.2f} {cells}")
     print(f"top-1 % on the test images, no training after the cut; {time.perf_counter() - started:.0f} s")
 
 
-def divides(alpha: int, width: str, shape: object) -> bool:
+def divides(alpha: int, width: str, shape: BlockShape) -> bool:
     """Whether a block allows an alpha."""
     try:
-        prefix_slice(shape, alpha, width)  # type: ignore[arg-type]
+        prefix_slice(shape, alpha, width)
     except ValueError:
         return False
     return True
