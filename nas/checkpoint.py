@@ -16,6 +16,17 @@ from torch import Tensor
 from search_spaces.errors import UserError
 
 FORMAT = 1
+# what torch.load raises on a file that is not its own: bytes that happen to be opcodes fail anywhere
+UNREADABLE = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    OSError,
+)
 BACKBONE = "supernet.backbone."  # where an objective's state dict holds the weights
 
 
@@ -71,9 +82,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a readable checkpoint: truncated or foreign ({reason})") from None
+    except UNREADABLE as error:
+        raise UserError(f"{path} is not a readable checkpoint: truncated or foreign ({_reason(error)})") from None
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path} is not a checkpoint of this toolkit (no format field)")
     if state["format"] > FORMAT:
@@ -98,9 +108,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm and DeiT save their options so
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not a readable torch file of weights: {reason}") from None
+    except UNREADABLE as error:
+        raise UserError(f"{path} is not a readable torch file of weights: {_reason(error)}") from None
     if isinstance(state, dict) and "format" in state and isinstance(state.get("objective"), dict):
         own = {n.removeprefix(BACKBONE): t for n, t in state["objective"].items() if n.startswith(BACKBONE)}
         state = state.get("ema") or own
@@ -110,3 +119,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} holds no state dict; expected tensors by parameter name")
     return {name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in state.items()}
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -98,6 +98,14 @@ def make_clip(config: Common, backbone: nn.Module) -> Callable[[], None] | None:
     return lambda: dispatch_clip_grad([p for p in weights if p.grad is not None], value, mode=mode)
 
 
+def prepare(config: Common, supernet: Supernet) -> None:
+    """--channels-last and --compile, before the optimiser is made."""
+    if config.channels_last:
+        supernet.backbone.to(memory_format=torch.channels_last)
+    if config.compile:
+        compile_forwards(supernet)
+
+
 def compile_forwards(supernet: Supernet) -> None:
     """Let training run torch.compile's versions of the large and of the small forward; evaluation stays eager.
 

@@ -19,11 +19,11 @@ from nas.evaluate import Network, images_per_second, print_table, top_k
 from nas.loop import Training, fit, settle
 from nas.objective import Adjoined
 from nas.optim import (
-    compile_forwards,
     make_clip,
     make_ema,
     make_optimizer,
     make_scheduler,
+    prepare,
     total_epochs,
     updates_per_epoch,
 )
@@ -213,8 +213,7 @@ def make_training(config: RetrainConfig, objective: Adjoined, loaders: Loaders, 
     """An objective and everything it trains with."""
     assert config.output is not None
     objective, backbone = objective.to(device), objective.supernet.backbone
-    if config.compile:
-        compile_forwards(objective.supernet)
+    prepare(config, objective.supernet)
     optimizer = make_optimizer(config, backbone)
 
     def evaluate() -> dict[str, float]:

@@ -13,11 +13,11 @@ from nas.evaluate import print_table, top_k
 from nas.loop import Training, fit, settle
 from nas.objective import Differentiable
 from nas.optim import (
-    compile_forwards,
     make_clip,
     make_ema,
     make_optimizer,
     make_scheduler,
+    prepare,
     total_epochs,
     updates_per_epoch,
 )
@@ -140,9 +140,8 @@ def make_training(
 ) -> tuple[Training, Differentiable, Any]:
     """The search's objective and everything it trains with."""
     assert config.epochs is not None and config.output is not None
-    loaders = make_loaders(config, splits, supernet, device, arch_on_val=config.arch_data == "val")
-    if config.compile:
-        compile_forwards(supernet)
+    loaders = make_loaders(config, splits, supernet, device, config.arch_data)
+    prepare(config, supernet)
     updates = updates_per_epoch(config, loaders.train)
     total = total_epochs(config) * updates
     objective = Differentiable(

@@ -128,7 +128,7 @@ def dataset_of(config: Common) -> str:
 
 @dataclass(frozen=True)
 class Loaders:
-    """Batches of a run. val is None when nothing is held out, arch when the logits have no batches of their own."""
+    """Batches of a run. val is None when nothing is held out, arch unless the held-out part trains the choices."""
 
     train: Any
     val: Any
@@ -148,9 +148,12 @@ class Loaders:
 
 
 def make_loaders(
-    config: Common, splits: Splits, supernet: Supernet, device: torch.device, arch_on_val: bool = False
+    config: Common, splits: Splits, supernet: Supernet, device: torch.device, arch_data: str = "train"
 ) -> Loaders:
-    """timm's transforms and loaders for the backbone's input size, mean and interpolation."""
+    """timm's transforms and loaders for the backbone's input size, mean and interpolation.
+
+    arch_data "val" asks for training batches of the held-out part too, for the architecture parameters.
+    """
     from timm.data import resolve_data_config
 
     size = supernet.adapter.input_size
@@ -197,7 +200,7 @@ def make_loaders(
         train=make_train(splits.train),
         val=None if splits.val is None else make_eval(splits.val),
         test=make_eval(splits.test),
-        arch=make_train(splits.val) if arch_on_val and splits.val is not None else None,
+        arch=make_train(splits.val) if arch_data == "val" else None,
         mixup=mixup,
     )
 

@@ -1,0 +1,141 @@
+"""What the importance order is worth: accuracy of freshly cut subnets, before any training of them.
+
+    python benchmarks/importance.py                                        # digits, a few minutes on two cores
+    python benchmarks/importance.py --dataset folder --data-dir DIR --epochs 10
+
+Trains one network, the large one alone, then cuts it at every alpha and width after each order. The order is
+computed on training images and everything is measured on the test images. The same weights serve every row.
+"""
+
+import argparse
+import copy
+import itertools
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from nas.config import RetrainConfig, parse_key_values, with_defaults
+from nas.distill import Plain
+from nas.evaluate import top_k
+from nas.loop import fit
+from nas.losses import cross_entropy
+from nas.retrain import make_training
+from nas.setup import (
+    TAYLOR_BATCHES,
+    Loaders,
+    check_common,
+    dataset_of,
+    make_loaders,
+    make_supernet,
+    model_of,
+    open_data,
+    pick_device,
+    start_of,
+)
+from search_spaces.errors import UserError
+from search_spaces.registry import get_space
+from search_spaces.slices import BlockShape, network_slice, prefix_slice
+from supernets.importance import magnitude_scores, orders_of, permute, taylor_pass
+from supernets.supernet import Supernet
+
+KINDS = ("none", "magnitude", "taylor")
+WIDTHS = ("stream", "inner")
+
+
+def trained(config: RetrainConfig, folder: Path) -> tuple[Supernet, Loaders, torch.device]:
+    """The large network after its epochs, its loaders, the device."""
+    assert config.space is not None
+    space, device = get_space(config.space), pick_device(config)
+    splits = open_data(config, space)
+    start = start_of(config)
+    supernet, lines, _ = make_supernet(model_of(config, space), splits, start, space, config.drop_path, device)
+    print("\n".join(lines), end="\n" if lines else "")
+    loaders = make_loaders(config, splits, supernet, device)
+    fit(make_training(config, Plain(supernet, config.smoothing or 0.0), loaders, device), False, "large network")
+    return supernet.eval(), loaders, device
+
+
+def ordered(supernet: Supernet, kind: str, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> Supernet:
+    """A copy of the supernet in the order of a kind."""
+    other = Supernet(copy.deepcopy(supernet.backbone)).eval()
+    if kind != "none":
+        permute(
+            other,
+            orders_of(magnitude_scores(other) if kind == "magnitude" else taylor_pass(other, batches, cross_entropy)),
+        )
+    return other
+
+
+def main() -> None:
+    """Train, cut, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--space", default="swin-an-nano", help="a space; its model and training defaults are taken")
+    parser.add_argument("--model", help="another timm name of the space's family")
+    parser.add_argument("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--dataset")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--checkpoint", type=Path, help="start from these weights instead of from scratch")
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--alphas", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        config = RetrainConfig(
+            space=options.space,
+            model=options.model,
+            model_kwargs=tuple(options.model_kwargs),
+            dataset=options.dataset or ("folder" if options.data_dir else "digits"),
+            data_dir=options.data_dir,
+            checkpoint=options.checkpoint,
+            pretrained=False,
+            epochs=options.epochs,
+            seed=options.seed,
+            threads=options.threads,
+            output=Path(folder),
+            train="plain",
+        )
+        parse_key_values(config.model_kwargs)
+        config = with_defaults(config, get_space(options.space), "retrain")
+        check_common(config)
+        print(f"{options.space} on {dataset_of(config)}, {config.epochs} epochs, seed {config.seed}")
+        supernet, loaders, device = trained(config, Path(folder))
+    loaders.train.set_epoch(0)
+    batches = list(itertools.islice(loaders.train, TAYLOR_BATCHES))
+    columns = list(itertools.product(options.alphas, WIDTHS))
+    allowed = [(a, w) for a, w in columns if all(divides(a, w, s) for s in supernet.shapes)]
+    for a, w in sorted(set(columns) - set(allowed)):
+        print(f"alpha {a}, {w}: left out, it does not divide every block")
+    print(f"{'order':<10} {'large':>8} " + " ".join(f"{f'{w} {a}':>10}" for a, w in allowed))
+    for kind in KINDS:
+        net = ordered(supernet, kind, batches)
+        subnets = {
+            f"{w} {a}": network_slice(net.shapes, [prefix_slice(s, a, w) for s in net.shapes]) for a, w in allowed
+        }
+        networks = {name: (lambda x, net=net, cut=cut: net.small(x, cut)) for name, cut in subnets.items()}
+        scores = top_k({"large": net.large} | networks, loaders.test, device, torch.no_grad)
+        cells = " ".join(f"{scores[f'{name}_top1']:>10.2f}" for name in subnets)
+        print(f"{kind:<10} {scores['large_top1']:>8.2f} {cells}")
+    print(f"top-1 % on the test images, no training after the cut; {time.perf_counter() - started:.0f} s")
+
+
+def divides(alpha: int, width: str, shape: BlockShape) -> bool:
+    """Whether a block allows an alpha."""
+    try:
+        prefix_slice(shape, alpha, width)
+    except ValueError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,58 @@
+"""The smallest things that train: a ViT of two blocks on 16-px noise with four classes."""
+
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+
+from nas.config import RetrainConfig
+from nas.datasets import Splits
+from nas.images import Images, Source
+from nas.loop import Training
+from nas.objective import Adjoined
+from nas.retrain import make_training
+from nas.setup import Loaders, make_loaders
+from search_spaces.slices import NetworkSlice, network_slice, prefix_slice
+from supernets.supernet import Supernet
+
+CPU = torch.device("cpu")
+VIT = ("vit_tiny_patch16_224", dict(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2))
+
+
+def supernet(num_classes: int = 4, seed: int = 0, **extra: Any) -> Supernet:
+    torch.manual_seed(seed)
+    return Supernet(timm.create_model(VIT[0], num_classes=num_classes, **VIT[1] | extra))
+
+
+def half(net: Supernet) -> NetworkSlice:
+    """AN at alpha 2."""
+    return network_slice(net.shapes, [prefix_slice(shape, 2, "stream") for shape in net.shapes])
+
+
+def noise(n: int, classes: int = 4, seed: int = 0) -> Images:
+    pixels = np.random.default_rng(seed).integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)
+    names = tuple(f"class{i}" for i in range(classes))
+    return Images(Source(lambda i: Image.fromarray(pixels[i]), "image {}".format, np.arange(n) % classes, names))
+
+
+def config(folder: Any, **options: Any) -> RetrainConfig:
+    """A run of two epochs of four batches of eight, at a constant rate."""
+    own: dict[str, Any] = dict(
+        dataset="folder", output=folder, epochs=2, batch_size=8, lr=1e-2, workers=0, sched="none", color_jitter=0.0
+    )
+    return RetrainConfig(**own | options)
+
+
+def loaders(options: RetrainConfig, net: Supernet, n: int = 32) -> Loaders:
+    splits = Splits(noise(n), noise(8, seed=1), noise(8, seed=2), 4, ("class0", "class1", "class2", "class3"))
+    return make_loaders(options, splits, net, CPU)
+
+
+def training(options: RetrainConfig, objective: Adjoined | None = None) -> Training:
+    if objective is None:
+        net = supernet()
+        objective = Adjoined(net, half(net))
+    options.output.mkdir(parents=True, exist_ok=True)
+    return make_training(options, objective, loaders(options, objective.supernet), CPU)
