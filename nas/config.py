@@ -56,8 +56,8 @@ class Common:
     sched: str | None = None
     """learning-rate schedule, by timm's name; none: constant"""
     warmup_epochs: int | None = None
-    warmup_lr: float = 1e-6
-    min_lr: float = 0.0
+    warmup_lr: float | None = None
+    min_lr: float | None = None
     clip_grad: float | None = None
     """clip the gradient's norm"""
     drop_path: float | None = None
@@ -77,7 +77,7 @@ class Common:
     smoothing: float | None = None
     """label smoothing"""
 
-    amp: bool = False
+    amp: bool | None = None
     """autocast"""
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     device: str | None = None
@@ -94,6 +94,13 @@ class Common:
     detach_teacher: bool = False
     """stop the gradient of the KL term into the large network"""
 
+    adjoined: bool = True
+    """KCR, joint: train large and small together, or by --no-adjoined the small network alone, as KCR's authors do"""
+    eta_kc: float | None = None
+    """KCR, joint: weight of the truncated nuclear norm of the small network's pooled features (docs/kcr.md)"""
+    rho: float | None = None
+    """KCR, joint: share of the features' spectrum that this norm leaves free"""
+
 
 @dataclass(frozen=True)
 class SearchConfig(Common):
@@ -107,6 +114,12 @@ class SearchConfig(Common):
     """what a compression factor narrows (docs/method.md)"""
     alphas: tuple[int, ...] | None = None
     """candidate compression factors"""
+    fractions: tuple[float, ...] | None = None
+    """KCR, joint: candidate shares of the channels that an MLP reads and writes (1, 3/4, 1/2, 1/4)"""
+    selection: Literal["topk", "bernoulli"] = "topk"
+    """KCR: choose a count and keep the channels of highest score, or let every channel be drawn by itself"""
+    flops_weight: float | None = None
+    """weight w of E[F]/F_full under --no-adjoined (0.2)"""
     alpha: int | None = None
     """AN: the compression factor of every block"""
     stage_width: Literal["widest", "full"] = "widest"
@@ -138,9 +151,9 @@ class RetrainConfig(Common):
     init: Literal["base", "supernet"] | None = None
     """start from the original weights or from where the search arrived; by default the latter if the number of
     classes is the same"""
-    model_ema: bool = False
+    model_ema: bool | None = None
     """keep an exponential moving average of the weights and cut the compact network out of it"""
-    model_ema_decay: float = 0.9998
+    model_ema_decay: float | None = None
 
 
 def parse_key_values(pairs: tuple[str, ...]) -> dict[str, Any]:

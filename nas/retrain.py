@@ -11,6 +11,7 @@ from nas.backbone import Start
 from nas.compact_file import save_compact, slices_of
 from nas.config import RetrainConfig, with_defaults
 from nas.evaluate import Network, images_per_second, print_table, top_k
+from nas.kcr import KernelAdjoined, check_kernel_options, has_kernel_term, kernel_term
 from nas.loop import Training, fit
 from nas.objective import Adjoined
 from nas.run import open_run, write_csv, write_json
@@ -66,6 +67,7 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture |
         raise UserError("--model goes with --space; the architecture of --arch names its own model")
     config = replace(config, dataset=dataset_of(config))
     check_common(config)
+    check_kernel_options(config, space)
     return config, space, arch
 
 
@@ -145,7 +147,7 @@ def run_retrain(config: RetrainConfig) -> Path:
     )
     for line in lines:
         print(line)
-    training, loaders = make_training(config, supernet, subnet, splits, device)
+    training, loaders = make_training(config, space, supernet, subnet, splits, device)
     if config.arch is None:
         orders = order_by_importance(
             config, supernet, loaders.train, device, trained=start.given(), fresh_classifier=fresh
@@ -164,13 +166,26 @@ def run_retrain(config: RetrainConfig) -> Path:
     return folder
 
 
+def objective_of(config: RetrainConfig, space: Space, supernet: Supernet, subnet: NetworkSlice) -> Adjoined:
+    """What stage 2 minimises, by the space's method."""
+    common: dict[str, Any] = {"smoothing": config.smoothing or 0.0, "detach_teacher": config.detach_teacher}
+    if not has_kernel_term(space):
+        return Adjoined(supernet, subnet, **common)
+    return KernelAdjoined(supernet, subnet, kernel=kernel_term(config), adjoined=config.adjoined, **common)
+
+
 def make_training(
-    config: RetrainConfig, supernet: Supernet, subnet: NetworkSlice, splits: Any, device: torch.device
+    config: RetrainConfig,
+    space: Space,
+    supernet: Supernet,
+    subnet: NetworkSlice,
+    splits: Any,
+    device: torch.device,
 ) -> tuple[Training, Any]:
     """The adjoined objective and everything it trains with."""
     assert config.epochs is not None and config.output is not None
     loaders = make_loaders(config, splits, supernet, device)
-    objective = Adjoined(supernet, subnet, config.smoothing or 0.0, config.detach_teacher).to(device)
+    objective = objective_of(config, space, supernet, subnet).to(device)
     optimizer = make_optimizer(config, supernet.backbone)
 
     def evaluate() -> dict[str, float]:
@@ -199,11 +214,12 @@ def make_ema(config: RetrainConfig, backbone: nn.Module) -> Any:
     """timm's average of the weights, when asked for."""
     if not config.model_ema:
         return None
-    if not 0 < config.model_ema_decay < 1:
-        raise UserError(f"--model-ema-decay {config.model_ema_decay}; expected between 0 and 1")
+    decay = 0.9998 if config.model_ema_decay is None else config.model_ema_decay
+    if not 0 < decay < 1:
+        raise UserError(f"--model-ema-decay {decay}; expected between 0 and 1")
     from timm.utils import ModelEmaV3
 
-    return ModelEmaV3(backbone, decay=config.model_ema_decay, use_warmup=True)
+    return ModelEmaV3(backbone, decay=decay, use_warmup=True)
 
 
 def conclude(config: RetrainConfig, arch: Architecture, subnet: NetworkSlice, training: Training, loaders: Any) -> None:

@@ -20,7 +20,7 @@ from nas.datasets import DataSpec, Splits, open_splits
 from nas.loop import seed_everything
 from nas.losses import cross_entropy
 from search_spaces.errors import UserError
-from search_spaces.method import Settings
+from search_spaces.method import FRACTIONS, Settings
 from search_spaces.registry import Space
 from search_spaces.space import SearchSpace, make_space
 from supernets.importance import magnitude_scores, orders_of, permute, taylor_pass
@@ -35,7 +35,7 @@ def check_common(config: Common) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}; expected at least 1")
-    for name in ("lr", "weight_decay", "mixup", "cutmix", "warmup_epochs", "min_lr"):
+    for name in ("lr", "weight_decay", "mixup", "cutmix", "warmup_epochs", "warmup_lr", "min_lr"):
         value = getattr(config, name)
         if value is not None and value < 0:
             raise UserError(f"--{name.replace('_', '-')} {value}; expected 0 or more")
@@ -75,9 +75,15 @@ def meta_supernet(model: str, model_kwargs: dict[str, Any], num_classes: int, sp
     return Supernet(backbone)
 
 
-def search_space(space: Space, supernet: Supernet, width: str, alphas: Sequence[int] | None) -> SearchSpace:
-    """The space over a supernet's blocks."""
-    settings = Settings(width=width, alphas=tuple(alphas) if alphas is not None else space.alphas)
+def search_space(
+    space: Space,
+    supernet: Supernet,
+    width: str,
+    alphas: Sequence[int] | None,
+    fractions: tuple[float, ...] | None = FRACTIONS,
+) -> SearchSpace:
+    """The space over a supernet's blocks. fractions: as in Settings."""
+    settings = Settings(width, tuple(alphas) if alphas is not None else space.alphas, fractions)
     return make_space(space.name, space.method, settings, supernet.shapes)
 
 
@@ -177,8 +183,8 @@ def make_scheduler(config: Common, optimizer: torch.optim.Optimizer, updates_per
             optimizer,
             sched=config.sched,
             num_epochs=config.epochs,
-            min_lr=config.min_lr,
-            warmup_lr=config.warmup_lr,
+            min_lr=config.min_lr or 0.0,
+            warmup_lr=1e-6 if config.warmup_lr is None else config.warmup_lr,
             warmup_epochs=min(config.warmup_epochs or 0, max(config.epochs - 1, 0)),
             warmup_prefix=True,
             step_on_epochs=False,
