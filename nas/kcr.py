@@ -21,7 +21,7 @@ from nas.gumbel import adjoined_weight, gumbel_noise, step_generator, temperatur
 from nas.kernel_complexity import EpochKernel, SecondMoment, separable_tnn
 from nas.losses import cross_entropy, kl_divergence
 from nas.objective import Adjoined, Differentiable, Draw, Search, Step
-from nas.selection import Selection, flops_band
+from nas.selection import Selection, check_budget, flops_band
 from search_spaces.errors import UserError
 from search_spaces.kcr import KEPT, channel_count
 from search_spaces.method import Picks
@@ -256,6 +256,7 @@ class Bernoulli(KernelSearch):
 
         chosen = None
         if self.budget is not None:
+            check_budget(problem, self.costs.full_flops, self.budget)
             low, high = flops_band(self.costs.full_flops, self.budget)
             while problem.flops(taken) > high:
                 open_blocks = [i for i, k in enumerate(taken) if k + 1 < len(options[i])]
