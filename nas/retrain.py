@@ -11,7 +11,7 @@ from nas.backbone import Start
 from nas.compact_file import save_compact, slices_of
 from nas.config import RetrainConfig, with_defaults
 from nas.evaluate import Network, images_per_second, print_table, top_k
-from nas.kcr import KernelAdjoined, check_kernel_options, has_kernel_term, kernel_term
+from nas.kernel_term import KernelAdjoined, check_kernel_options, has_kernel_term, kernel_term
 from nas.loop import Training, fit
 from nas.objective import Adjoined
 from nas.run import open_run, write_csv, write_json

@@ -10,15 +10,8 @@ from nas.checkpoint import save_weights
 from nas.config import SearchConfig, parse_key_values, with_defaults
 from nas.costs import SpaceCosts, space_costs
 from nas.evaluate import print_table, top_k
-from nas.kcr import (
-    FLOPS_WEIGHT,
-    Bernoulli,
-    TopK,
-    check_kernel_options,
-    check_selection_options,
-    has_kernel_term,
-    kernel_term,
-)
+from nas.kcr import FLOPS_WEIGHT, Bernoulli, TopK, check_selection_options
+from nas.kernel_term import check_kernel_options, has_kernel_term, kernel_term
 from nas.loop import Training, fit
 from nas.objective import Differentiable, Search
 from nas.run import open_run, write_json

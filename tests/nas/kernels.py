@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from nas.choices import one_hot
 from nas.costs import space_costs
-from nas.kcr import Bernoulli, KernelSearch, KernelTerm, TopK
+from nas.kcr import Bernoulli, KernelSearch, TopK
+from nas.kernel_term import KernelTerm
 from nas.loop import Training
 from nas.objective import Adjoined
 from search_spaces.method import FRACTIONS, Picks, Settings

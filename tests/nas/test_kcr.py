@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas.config import RetrainConfig, SearchConfig, with_defaults
-from nas.kcr import KernelAdjoined, KernelTerm, top_gate
+from nas.kcr import top_gate
 from nas.kernel_complexity import kernel_complexity, spectrum
+from nas.kernel_term import KernelAdjoined, KernelTerm
 from nas.loop import fit
 from nas.losses import cross_entropy
 from nas.objective import Adjoined, Step
