@@ -92,7 +92,7 @@ NANO_TRAINING = dict(
     scale=(0.8, 1.0),
     drop_path=0.0,
 )
-NANO_KERNEL = dict(eta_kc=1e-2, rho=0.15)
+NANO_KERNEL = dict(eta_kc=5e-2, rho=0.15)
 
 
 def _full_training(family: str, method: str) -> dict[str, Any]:
