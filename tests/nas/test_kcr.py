@@ -61,7 +61,7 @@ HALF = Step(t=0.5, number=7, total=14)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / a.abs().max())
+    return ((a - b).abs().max() / a.abs().max()).item()
 
 
 @over_families
