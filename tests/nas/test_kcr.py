@@ -13,6 +13,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
+from timm.models.deit import VisionTransformerDistilled
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas.config import RetrainConfig, SearchConfig, with_defaults
@@ -42,7 +43,7 @@ from tests.nas.kernels import (
     tiny_vit,
     training_of,
 )
-from tests.oracle import oracle_logits
+from tests.oracle import oracle_logits, randomise
 from tests.strategies import images, swin_backbones, t2t_backbones, vit_backbones
 
 FAMILIES = {"vit": vit_backbones, "swin": swin_backbones, "t2t": t2t_backbones}
@@ -177,6 +178,17 @@ def test_kernel_term_is_the_tail_outside_the_last_epochs_eigenvectors() -> None:
     fc1 = supernet.backbone.get_parameter("blocks.0.mlp.fc1.weight").grad
     outside = sorted(set(range(48)) - set(subnet.blocks[0].mlp_stream))  # type: ignore[arg-type]
     assert fc1 is not None and float(fc1.abs().sum()) > 0 and float(fc1[:, outside].abs().sum()) == 0
+
+
+def test_kernel_term_takes_the_features_of_both_classifiers() -> None:
+    options: dict[str, Any] = dict(img_size=32, patch_size=16, num_classes=5, embed_dim=48, depth=2, num_heads=4)
+    objective = search_of(randomise(VisionTransformerDistilled(**options), 0), "kcr", eta_kc=2.0)
+    for number, (x, y) in enumerate(batches(3)):
+        if number == 2:
+            objective.after_epoch()
+        terms = objective(x, y, Step(0.5, number, 3))
+    assert terms["tnn"].item() > 0
+    assert objective.kernel.kernel is not None and len(objective.kernel.kernel.eigenvalues) == 12  # n < D = 2 * 48
 
 
 @pytest.mark.parametrize("fractions", [(1.0, 0.5), None])
