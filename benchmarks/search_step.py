@@ -1,10 +1,12 @@
-"""What a DAN search step costs, in plain training steps of the same backbone, all measured in turn in one run.
+"""What a search step costs, in plain training steps of the same backbone, all measured in turn in one run.
 
     python benchmarks/search_step.py                    # Swin and ViT at 224 px, a few minutes on two cores
     python benchmarks/search_step.py --nets nano        # the embedded default, for information
 
-For each network and width: the search step (large, mixture, both backward passes, both optimisers) over the plain
-step, beside the ratio of their multiply-accumulates and beside the same mixture done with full-width masks.
+For each network and width: DAN's search step (large, mixture, both backward passes, both optimisers) over the plain
+step, beside the ratio of their multiply-accumulates and beside the same mixture done with full-width masks. Then
+KCR's step over the plain one (its counts add no pass: 2 by MACs), and joint's over DAN's (1 by MACs). Both with the
+truncated nuclear norm on the features, against a V that has been refreshed once.
 """
 
 import argparse
@@ -24,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nas.costs import SpaceCosts, space_costs
+from nas.kcr import TopK
+from nas.kernel_term import KernelTerm
 from nas.losses import cross_entropy
 from nas.objective import Differentiable, Step
 from nas.setup import search_space
@@ -123,19 +127,20 @@ def objectives(net: str, width: str, size: int) -> tuple[dict[str, Differentiabl
     supernet = Supernet(timm.create_model(model, **model_kwargs | extra))
     space = search_space(get_space(name), supernet, width, alphas)
     costs = space_costs(space, supernet.adapter.costs, supernet.flops())
-    make = dict(budget=0.5, gamma=0.0, seed=0, total_steps=100)
-    return {kind.__name__: kind(supernet, costs, **make) for kind in (Differentiable, Masked)}, costs  # type: ignore
+    make: dict[str, Any] = dict(budget=0.5, gamma=0.0, seed=0, total_steps=100)
+    kinds = {"search": Differentiable(supernet, costs, **make), "masked": Masked(supernet, costs, **make)}
+    for method in ("kcr", "joint"):
+        space = search_space(get_space(name.replace("dan", method)), supernet, width, alphas)
+        priced = space_costs(space, supernet.adapter.costs, supernet.flops())
+        kinds[method] = TopK(supernet, priced, kernel=KernelTerm(1e-2, 0.3), **make)
+    return kinds, costs
 
 
 def steps(
-    search: Differentiable,
-    masked: Differentiable,
-    images: Tensor,
-    target: Tensor,
-    autocast: Callable[[], Any],
+    kinds: dict[str, Differentiable], images: Tensor, target: Tensor, autocast: Callable[[], Any]
 ) -> dict[str, Callable[[], None]]:
     """One training step of each kind, weights and logits updated."""
-    backbone = search.supernet.backbone
+    backbone = kinds["search"].supernet.backbone
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=1e-5, fused=True)
     at = Step(t=0.5, number=50, total=100)
 
@@ -160,7 +165,12 @@ def steps(
 
         return step
 
-    return {"plain": plain, "search": of(search), "masked": of(masked)}
+    for objective in kinds.values():
+        if isinstance(objective, TopK):
+            with torch.no_grad(), autocast():
+                objective(images, target, Step(t=0.0, number=0, total=100))
+            objective.after_epoch()  # from here on there is a V
+    return {"plain": plain} | {kind: of(objective) for kind, objective in kinds.items()}
 
 
 def measure(kinds: dict[str, Callable[[], None]], rounds: int, cuda: bool) -> dict[str, list[float]]:
@@ -197,24 +207,26 @@ def main() -> None:
         f" {'bf16 autocast' if args.amp else 'float32'}, batch {args.batch_size}, median of {args.rounds} rounds"
     )
     print(f"{'network':8} {'width':7} {'plain s':>8} {'search s':>9} {'search/plain':>13} {'MACs':>6}"
-          f" {'over MACs':>10} {'masked/plain':>13}")  # fmt: skip
+          f" {'over MACs':>10} {'masked/plain':>13} {'kcr/plain':>10} {'joint/search':>13}")  # fmt: skip
     for net in args.nets:
         for width in args.widths:
             kinds, costs = objectives(net, width, args.img_size)
-            search, masked = (kind.to(device).train() for kind in kinds.values())
-            size = search.supernet.adapter.input_size
+            for objective in kinds.values():
+                objective.to(device).train()
+            size = objective.supernet.adapter.input_size
             images = torch.randn(args.batch_size, *size, device=device)
             target = torch.randint(0, 10, (args.batch_size,), device=device)
-            times = measure(steps(search, masked, images, target, autocast), args.rounds, device.type == "cuda")
+            times = measure(steps(kinds, images, target, autocast), args.rounds, device.type == "cuda")
             plain = times["plain"]
             ratio = {
-                kind: statistics.median(a / b for a, b in zip(times[kind], plain, strict=True))
-                for kind in ("search", "masked")
+                kind: statistics.median(a / b for a, b in zip(times[kind], times[base], strict=True))
+                for kind, base in (("search", "plain"), ("masked", "plain"), ("kcr", "plain"), ("joint", "search"))
             }
             macs = mac_ratio(costs, gated=width == "inner")
             print(
                 f"{net:8} {width:7} {statistics.median(plain):8.3f} {statistics.median(times['search']):9.3f}"
-                f" {ratio['search']:13.2f} {macs:6.2f} {ratio['search'] / macs:10.2f} {ratio['masked']:13.2f}",
+                f" {ratio['search']:13.2f} {macs:6.2f} {ratio['search'] / macs:10.2f} {ratio['masked']:13.2f}"
+                f" {ratio['kcr']:10.2f} {ratio['joint']:13.2f}",
                 flush=True,
             )
 

@@ -1,5 +1,6 @@
 """Both command lines: options from the dataclass, --config YAML, one-line errors, exit codes."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,13 @@ from nas.config import Common
 from search_spaces.errors import UserError
 
 C = TypeVar("C", bound=Common)
+SPACES_FLAGS = ("pretrained", "amp", "model-ema")  # booleans whose default is the space's
 
 
 def main(kind: type[C], run: Callable[[C], Any], program: str) -> None:
     """Parse, run, and turn what the user can cause into one line and exit code 2."""
+    # Threads that spin while they wait for each other cost a busy machine a factor of ten. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         run(parse(kind, sys.argv[1:], program))
     except UserError as error:
@@ -33,13 +37,11 @@ def fail(program: str, message: str) -> None:
 
 def parse(kind: type[C], arguments: list[str], program: str) -> C:
     """The config from --config FILE (YAML, option: value) or a run to --resume, then the command line over it."""
-    for flag, value in (
-        ("--pretrained", "True"),
-        ("--no-pretrained", "False"),
-    ):  # a flag whose default is the space's
-        i = arguments.index(flag) if flag in arguments else -1
-        if i >= 0 and arguments[i + 1 : i + 2] not in (["True"], ["False"], ["None"]):
-            arguments = [*arguments[:i], "--pretrained", value, *arguments[i + 1 :]]
+    for name in SPACES_FLAGS:
+        for flag, value in ((f"--{name}", "True"), (f"--no-{name}", "False")):
+            i = arguments.index(flag) if flag in arguments else -1
+            if i >= 0 and arguments[i + 1 : i + 2] not in (["True"], ["False"], ["None"]):
+                arguments = [*arguments[:i], f"--{name}", value, *arguments[i + 1 :]]
     arguments, config_file = take_option(arguments, "--config")
     default = None
     if config_file is not None:
@@ -90,7 +92,7 @@ def read_yaml(kind: type[C], path: Path, program: str) -> C:
         if value is None:
             continue
         if isinstance(value, bool):
-            optional = flag == "--pretrained"
+            optional = flag.removeprefix("--") in SPACES_FLAGS
             arguments += [flag, str(value)] if optional else [flag if value else flag.replace("--", "--no-", 1)]
         elif isinstance(value, list):
             arguments += [flag, *map(str, value)] if value else []

@@ -64,6 +64,9 @@ def slices_of(arch: Architecture, shapes: tuple[BlockShape, ...]) -> NetworkSlic
         for name in method.choice_names:
             if name not in block:
                 raise UserError(f"arch.json: field 'blocks[{i}].{name}' is missing; {arch.method} chooses it")
+        for name in method.kept_names:
+            if not isinstance(block.get(name), list):
+                raise UserError(f"arch.json: field 'blocks[{i}].{name}' is missing; expected the indices kept")
     kept = [{k: v for k, v in block.items() if isinstance(v, list)} for block in arch.blocks]
     blocks = block_slices(
         arch.space,

@@ -75,9 +75,9 @@ class Common:
     """learning-rate schedule, by timm's name; none: constant, after the warm-up if there is one"""
     warmup_epochs: int | None = None
     """epochs of linear warm-up before the schedule begins; a constant rate (--sched none) has none"""
-    warmup_lr: float = 1e-6
+    warmup_lr: float | None = None
     """rate at which the warm-up begins"""
-    min_lr: float = 0.0
+    min_lr: float | None = None
     """floor of the schedule"""
     decay_epochs: float | None = None
     """step schedule: epochs between decays"""
@@ -139,14 +139,14 @@ class Common:
     smoothing: float | None = None
     """label smoothing"""
 
-    model_ema: bool = False
+    model_ema: bool | None = None
     """keep an exponential moving average of the weights; evaluate it and give it as the result"""
-    model_ema_decay: float = 0.9998
+    model_ema_decay: float | None = None
     """decay of the average, per step"""
     model_ema_warmup: bool = True
     """let the average's memory grow with the run (timm's default is off, made for long runs)"""
 
-    amp: bool = False
+    amp: bool | None = None
     """train and measure under autocast (--amp-dtype)"""
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     """type of --amp; float16 needs CUDA"""
@@ -173,6 +173,13 @@ class Common:
     detach_teacher: bool = False
     """stop the gradient of the KL term into the large network"""
 
+    adjoined: bool = True
+    """KCR, joint: train large and small together, or by --no-adjoined the small network alone, as KCR's authors do"""
+    eta_kc: float | None = None
+    """KCR, joint: weight of the truncated nuclear norm of the small network's pooled features (docs/kcr.md)"""
+    rho: float | None = None
+    """KCR, joint: share of the features' spectrum that this norm leaves free"""
+
 
 @dataclass(frozen=True)
 class SearchConfig(Common):
@@ -186,6 +193,12 @@ class SearchConfig(Common):
     """what a compression factor narrows (docs/method.md)"""
     alphas: tuple[int, ...] | None = None
     """candidate compression factors"""
+    fractions: tuple[float, ...] | None = None
+    """KCR, joint: candidate shares of the channels that an MLP reads and writes (1, 3/4, 1/2, 1/4)"""
+    selection: Literal["topk", "bernoulli"] = "topk"
+    """KCR: choose a count and keep the channels of highest score, or let every channel be drawn by itself"""
+    flops_weight: float | None = None
+    """weight w of E[F]/F_full under --no-adjoined (0.2)"""
     alpha: int | None = None
     """AN: the compression factor of every block"""
     stage_width: Literal["widest", "full"] = "widest"

@@ -25,7 +25,12 @@ DPI = 150
 BESIDE, NEAR = 12, 36  # points from a label to its point: without a leader; only to keep clear of a line
 X_AXES = {"gflops": "GFLOPs (MACs)", "params": "parameters (M)", "images_per_s": "images/s"}
 Y_AXES = {"top1": "top-1 (%)", "top5": "top-5 (%)"}
-CHOICES = {"alpha": "compression factor α", "fraction": "fraction of channels kept"}
+CHOICES = {
+    "alpha": "compression factor α",
+    "fraction": "fraction of channels kept",
+    "channels": "channels of the MLP",
+    "channel": "a channel of the MLP",
+}
 TERMS = {"ce": "cross-entropy", "kl": "λ · KL", "penalty": "FLOPs penalty", "tnn": "truncated nuclear norm"}
 SCHEDULES = {
     "temperature τ": ("tau",),

@@ -139,6 +139,7 @@ def train_epoch(training: Training, epoch: int, grad_scaler: Any, advance: Calla
         advance()
     if training.scheduler is not None:
         training.scheduler.step(epoch + 1)
+    objective.after_epoch()
     seconds = time.perf_counter() - start
     end = Step(t=(epoch + 1) / training.epochs, number=(epoch + 1) * per_epoch, total=total)
     means = {name: value / per_epoch for name, value in sums.items()}

@@ -1,5 +1,6 @@
 """What is minimised: a module from a batch to the terms of the loss. One file per method only where it differs."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from search_spaces.method import Picks
 from search_spaces.slices import NetworkSlice, network_slice
 from supernets.elastic import BlockMixture
 from supernets.supernet import Supernet
+
+Draw = list[dict[str, Tensor]]  # per block, choice name -> what one step drew for it
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,9 @@ class Adjoined(nn.Module):
     def after_step(self, step: Step) -> None:
         """Updates that are not gradient steps."""
 
+    def after_epoch(self) -> None:
+        """Updates at the end of an epoch, before its row is logged."""
+
     def current_subnet(self) -> NetworkSlice:
         """The subnet to evaluate."""
         return self.subnet
@@ -72,8 +78,8 @@ class Adjoined(nn.Module):
         return []
 
 
-class Differentiable(Adjoined):
-    """L = CE(p) + lambda(t) (KL(p || q) + penalty), q a Gumbel-softmax mixture, equations (3.5) to (3.8).
+class Search(Adjoined, ABC):
+    """What every search shares: the price of FLOPs, and the architecture that its parameters stand for.
 
     penalty: gamma * n_f, or with a budget z * E[F]/F_full, z the multiplier of E[F]/F_full <= B (section 2.6).
     multiplier_rate is per step; the default lets a violation of 0.1 raise z by 1 in a tenth of the run.
@@ -94,40 +100,39 @@ class Differentiable(Adjoined):
         super().__init__(supernet, supernet.identity(), smoothing, detach_teacher)
         self.costs = costs
         self.budget, self.gamma, self.seed = budget, gamma, seed
-        self.choices = ChoiceLogits(costs.space)
         self.multiplier_rate = 100.0 / max(total_steps, 1)
         self.multiplier: Tensor
         self.register_buffer("multiplier", torch.zeros((), dtype=torch.float64))
 
-    def mixtures(self, draw: list[dict[str, Tensor]]) -> list[BlockMixture]:
+    @abstractmethod
+    def draw(self, step: Step) -> Draw:
+        """What a step's small path takes of every choice."""
+
+    @abstractmethod
+    def mixtures(self, draw: Draw) -> list[BlockMixture]:
         """What each block of the small path computes at a draw."""
-        return [
-            alpha_mixture([o.slice for o in options], g["alpha"], costs)
-            for options, costs, g in zip(self.costs.options, self.costs.network.blocks, draw, strict=True)
-        ]
 
-    def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
-        draw = self.choices.sample(temperature(step.t), step_generator(self.seed, step.number))
-        p, q = self.supernet(images, self.mixtures(draw))
-        lam = adjoined_weight(step.t)
-        return {
-            "ce": cross_entropy(p, target, self.smoothing),
-            "kl": lam * kl_divergence(p, q, self.detach_teacher),
-            "penalty": lam * self.penalty(draw),
-        }
+    @abstractmethod
+    def drawn_flops(self, draw: Draw) -> Tensor:
+        """n_f of equation (3.8): MACs of the blocks at a draw, differentiable."""
 
-    def penalty(self, draw: list[dict[str, Tensor]]) -> Tensor:
+    @abstractmethod
+    def expected_fraction(self) -> Tensor:
+        """E[F]/F_full, differentiable."""
+
+    @abstractmethod
+    def selection(self) -> tuple[list[Picks], Selection | None]:
+        """The architecture that the parameters stand for; within the budget, when there is one."""
+
+    def kept(self, picks: list[Picks]) -> list[dict[str, list[int]]]:
+        """Per block the kept indices of a choice that is no prefix, by their name in arch.json."""
+        return [{} for _ in picks]
+
+    def penalty(self, draw: Draw) -> Tensor:
         """gamma * n_f of the draw, or z * E[F]/F_full under a budget."""
         if self.budget is None:
-            return self.gamma * self.costs.block_penalty(draw)
+            return self.gamma * self.drawn_flops(draw)
         return self.multiplier * self.expected_fraction()
-
-    def expected_fraction(self) -> Tensor:
-        """E[F]/F_full under softmax(eta)."""
-        return self.costs.expected(self.choices.probabilities()) / self.costs.full_flops
-
-    def architecture_parameters(self) -> list[nn.Parameter]:
-        return list(self.choices.parameters())
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
@@ -136,19 +141,10 @@ class Differentiable(Adjoined):
             violation = self.expected_fraction() - self.budget
             self.multiplier.add_(self.multiplier_rate * violation).clamp_(min=0.0)
 
-    def selection(self) -> tuple[list[Picks], Selection | None]:
-        """The architecture that the logits stand for: argmax, or the best that fits the budget."""
-        if self.budget is None:
-            return self.choices.argmax(), None
-        with torch.no_grad():
-            problem = self.costs.problem(self.choices.probabilities())
-        chosen = select(problem, self.costs.full_flops, self.budget)
-        return [self.costs.options[i][k].picks for i, k in enumerate(chosen.picks)], chosen
-
     def current_subnet(self) -> NetworkSlice:
         space = self.costs.space
         picks, _ = self.selection()
-        return network_slice(space.shapes, space.block_slices(picks), self.costs.full_stage_width)
+        return network_slice(space.shapes, space.block_slices(picks, self.kept(picks)), self.costs.full_stage_width)
 
     @torch.no_grad()
     def log(self, step: Step) -> dict[str, float]:
@@ -159,6 +155,53 @@ class Differentiable(Adjoined):
             "expected_gflops": float(self.expected_fraction()) * self.costs.full_flops / 1e9,
             "selected_gflops": self.supernet.flops(self.current_subnet()) / 1e9,
         }
+
+
+class Differentiable(Search):
+    """L = CE(p) + lambda(t) (KL(p || q) + penalty), q a Gumbel-softmax mixture, equations (3.5) to (3.8)."""
+
+    def __init__(self, supernet: Supernet, costs: SpaceCosts, **options: Any) -> None:
+        """options: those of Search."""
+        super().__init__(supernet, costs, **options)
+        self.choices = ChoiceLogits(costs.space)
+
+    def draw(self, step: Step) -> Draw:
+        return self.choices.sample(temperature(step.t), step_generator(self.seed, step.number))
+
+    def mixtures(self, draw: Draw) -> list[BlockMixture]:
+        return [
+            alpha_mixture([o.slice for o in options], g["alpha"], costs)
+            for options, costs, g in zip(self.costs.options, self.costs.network.blocks, draw, strict=True)
+        ]
+
+    def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
+        draw = self.draw(step)
+        p, q = self.supernet(images, self.mixtures(draw))
+        lam = adjoined_weight(step.t)
+        return {
+            "ce": cross_entropy(p, target, self.smoothing),
+            "kl": lam * kl_divergence(p, q, self.detach_teacher),
+            "penalty": lam * self.penalty(draw),
+        }
+
+    def drawn_flops(self, draw: Draw) -> Tensor:
+        return self.costs.block_penalty(draw)
+
+    def expected_fraction(self) -> Tensor:
+        """E[F]/F_full under softmax(eta)."""
+        return self.costs.expected(self.choices.probabilities()) / self.costs.full_flops
+
+    def architecture_parameters(self) -> list[nn.Parameter]:
+        return list(self.choices.parameters())
+
+    def selection(self) -> tuple[list[Picks], Selection | None]:
+        """The architecture that the logits stand for: argmax, or the best that fits the budget."""
+        if self.budget is None:
+            return self.choices.argmax(), None
+        with torch.no_grad():
+            problem = self.costs.problem(self.choices.probabilities())
+        chosen = select(problem, self.costs.full_flops, self.budget)
+        return [self.costs.options[i][k].picks for i, k in enumerate(chosen.picks)], chosen
 
     @torch.no_grad()
     def choice_rows(self) -> list[dict[str, Any]]:

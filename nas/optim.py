@@ -59,8 +59,8 @@ def make_scheduler(config: Common, optimizer: torch.optim.Optimizer, updates_per
             optimizer,
             sched="step" if constant else config.sched,
             num_epochs=config.epochs,
-            min_lr=config.min_lr,
-            warmup_lr=config.warmup_lr,
+            min_lr=config.min_lr or 0.0,
+            warmup_lr=1e-6 if config.warmup_lr is None else config.warmup_lr,
             warmup_epochs=min(config.warmup_epochs or 0, max(config.epochs - 1, 0)),
             cooldown_epochs=config.cooldown_epochs,
             decay_rate=1.0 if constant else config.decay_rate,
@@ -79,11 +79,12 @@ def make_ema(config: Common, backbone: nn.Module) -> Any:
     """timm's average of the weights, when asked for."""
     if not config.model_ema:
         return None
-    if not 0 < config.model_ema_decay < 1:
-        raise UserError(f"--model-ema-decay {config.model_ema_decay}; expected between 0 and 1")
+    decay = 0.9998 if config.model_ema_decay is None else config.model_ema_decay
+    if not 0 < decay < 1:
+        raise UserError(f"--model-ema-decay {decay}; expected between 0 and 1")
     from timm.utils import ModelEmaV3
 
-    return ModelEmaV3(backbone, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
+    return ModelEmaV3(backbone, decay=decay, use_warmup=config.model_ema_warmup)
 
 
 def make_clip(config: Common, backbone: nn.Module) -> Callable[[], None] | None:

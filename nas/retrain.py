@@ -16,6 +16,7 @@ from nas.compact_file import describe, save_compact, slices_of
 from nas.config import RetrainConfig, with_defaults
 from nas.distill import Distilled, Plain, Teacher, check_distillation, make_teacher
 from nas.evaluate import Network, images_per_second, print_table, top_k
+from nas.kernel_term import KernelAdjoined, check_kernel_options, has_kernel_term, kernel_term
 from nas.loop import Training, fit, settle
 from nas.objective import Adjoined
 from nas.optim import (
@@ -91,6 +92,7 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture |
     check_distillation(config)
     if config.result == "best" and config.val_fraction == 0:
         raise UserError("--result best needs a held-out part to choose by; set --val-fraction above 0")
+    check_kernel_options(config, space)
     return config, space, arch
 
 
@@ -167,7 +169,7 @@ def run_retrain(config: RetrainConfig) -> Path:
         stats = loaders.stats()
         teacher = make_teacher(config, supernet, model_arguments, base, start, fresh, splits, stats, device)
         print(f"teacher: {teacher.name}, {teacher.params / 1e6:.3f} M, {teacher.flops / 1e9:.4g} GFLOPs (MACs)")
-    training = make_training(config, make_objective(config, supernet, subnet, teacher), loaders, device)
+    training = make_training(config, make_objective(config, space, supernet, subnet, teacher), loaders, device)
     if config.train == "plain":
         pass  # the order would change nothing
     elif config.arch is None:
@@ -190,12 +192,21 @@ def run_retrain(config: RetrainConfig) -> Path:
 
 
 def make_objective(
-    config: RetrainConfig, supernet: Supernet, subnet: NetworkSlice, teacher: Teacher | None
+    config: RetrainConfig, space: Space, supernet: Supernet, subnet: NetworkSlice, teacher: Teacher | None
 ) -> Adjoined:
-    """What --train minimises."""
+    """What --train minimises, by the space's method where both networks learn together."""
     smoothing = config.smoothing or 0.0
     if config.train == "plain":
         return Plain(supernet, smoothing)
+    if teacher is None and has_kernel_term(space):
+        return KernelAdjoined(
+            supernet,
+            subnet,
+            kernel=kernel_term(config),
+            adjoined=config.adjoined,
+            smoothing=smoothing,
+            detach_teacher=config.detach_teacher,
+        )
     if teacher is None:
         return Adjoined(supernet, subnet, smoothing, config.detach_teacher)
     return Distilled(

@@ -10,8 +10,10 @@ from nas.checkpoint import save_weights
 from nas.config import SearchConfig, parse_key_values, with_defaults
 from nas.costs import SpaceCosts, space_costs
 from nas.evaluate import print_table, top_k
+from nas.kcr import FLOPS_WEIGHT, Bernoulli, TopK, check_selection_options
+from nas.kernel_term import check_kernel_options, has_kernel_term, kernel_term
 from nas.loop import Training, fit, settle
-from nas.objective import Differentiable
+from nas.objective import Differentiable, Search
 from nas.optim import (
     make_clip,
     make_ema,
@@ -41,7 +43,7 @@ from nas.setup import (
 )
 from search_spaces.architecture import Architecture, save_architecture
 from search_spaces.errors import UserError
-from search_spaces.method import Picks
+from search_spaces.method import FRACTIONS, Picks
 from search_spaces.registry import Space, get_space
 from search_spaces.slices import NetworkSlice, network_slice
 from search_spaces.space import SearchSpace, check_uniform_alpha, label, require_search, uniform_alphas
@@ -68,6 +70,8 @@ def resolve(config: SearchConfig) -> tuple[SearchConfig, Space]:
         raise UserError("--arch-data val needs a held-out part; set --val-fraction above 0")
     if config.alpha is not None and space.method.name != "an":
         raise UserError(f"--alpha is AN's one factor; {space.name} searches, offer it candidates with --alphas")
+    check_kernel_options(config, space)
+    check_selection_options(config, space)
     parse_key_values(config.model_kwargs)
     return config, space
 
@@ -88,7 +92,7 @@ def run_search(config: SearchConfig) -> Path:
     model, model_kwargs = model_of(config, space)
     splits = open_data(config, space)
     meta = meta_supernet(model, model_kwargs, splits.num_classes, space)
-    choices = search_space(space, meta, config.width, config.alphas)
+    choices = search_space(space, meta, config.width, config.alphas, fractions_of(config))
     costs = space_costs(choices, meta.adapter.costs, meta.flops(), config.stage_width == "full")
     budget = budget_fraction(config, meta.flops())
     if space.method.name != "an":
@@ -101,7 +105,8 @@ def run_search(config: SearchConfig) -> Path:
     if alpha is not None:
         config, folder = open_run_of(config, choices)
         picks: list[Picks] = [{"alpha": alpha}] * len(choices.shapes)
-        write_architecture(folder, config, space, choices, meta, picks, budget, model, model_kwargs, {})
+        kept: list[dict[str, list[int]]] = [{}] * len(picks)
+        write_architecture(folder, config, space, choices, meta, picks, kept, budget, model, model_kwargs, {})
         print(f"alpha {alpha} in every block; AN needs no search\nnext: {next_command(config, folder)}")
         return folder
     start = start_of(config)
@@ -109,12 +114,12 @@ def run_search(config: SearchConfig) -> Path:
     config, folder = open_run_of(config, choices)  # only now: weights that cannot be had leave no folder behind
     for line in lines:
         print(line)
-    training, objective, loaders = make_training(config, supernet, costs, splits, budget, device)
+    training, objective, loaders = make_training(config, space, supernet, costs, splits, budget, device)
     orders = order_by_importance(config, supernet, loaders.train, device, trained=start.given(), fresh_classifier=fresh)
     print(
         f"{space.name} on {config.dataset}: {choices.size():.3g} architectures, backbone {model}"
         f" {meta.params() / 1e6:.2f} M parameters, {meta.flops() / 1e9:.4g} GFLOPs (MACs)"
-        + (f", budget {budget:.4g}" if budget is not None else f", gamma {objective.gamma:g}")
+        + (f", budget {budget:.4g}" if budget is not None else f", gamma {objective.gamma:g}" * config.adjoined)
     )
     fit(training, config.resume, "search")
     conclude(config, space, choices, objective, training, loaders, budget, model, model_kwargs, orders)
@@ -130,30 +135,47 @@ def open_run_of(config: SearchConfig, choices: SearchSpace) -> tuple[SearchConfi
     return config, config.output
 
 
+def fractions_of(config: SearchConfig) -> tuple[float, ...] | None:
+    """The channel fractions to choose from; None where every channel is drawn by itself."""
+    return None if config.selection == "bernoulli" else config.fractions or FRACTIONS
+
+
+def objective_of(
+    config: SearchConfig, space: Space, supernet: Supernet, costs: SpaceCosts, budget: float | None, total_steps: int
+) -> Search:
+    """What stage 1 minimises, by the space's method."""
+    common: dict[str, Any] = {
+        "budget": budget,
+        "gamma": GAMMA if config.gamma is None else config.gamma,
+        "seed": config.seed,
+        "total_steps": total_steps,
+        "smoothing": config.smoothing or 0.0,
+        "detach_teacher": config.detach_teacher,
+    }
+    if not has_kernel_term(space):
+        return Differentiable(supernet, costs, **common)
+    if not config.adjoined:
+        common["flops_weight"] = FLOPS_WEIGHT if config.flops_weight is None else config.flops_weight
+    kind = Bernoulli if config.selection == "bernoulli" else TopK
+    return kind(supernet, costs, kernel=kernel_term(config), **common)
+
+
 def make_training(
     config: SearchConfig,
+    space: Space,
     supernet: Supernet,
     costs: SpaceCosts,
     splits: Any,
     budget: float | None,
     device: torch.device,
-) -> tuple[Training, Differentiable, Any]:
+) -> tuple[Training, Search, Any]:
     """The search's objective and everything it trains with."""
     assert config.epochs is not None and config.output is not None
     loaders = make_loaders(config, splits, supernet, device, config.arch_data)
     prepare(config, supernet)
     updates = updates_per_epoch(config, loaders.train)
     total = total_epochs(config) * updates
-    objective = Differentiable(
-        supernet,
-        costs,
-        budget=budget,
-        gamma=GAMMA if config.gamma is None else config.gamma,
-        seed=config.seed,
-        total_steps=total,
-        smoothing=config.smoothing or 0.0,
-        detach_teacher=config.detach_teacher,
-    ).to(device)
+    objective = objective_of(config, space, supernet, costs, budget, total).to(device)
     optimizer = make_optimizer(config, supernet.backbone)
 
     def evaluate() -> dict[str, float]:
@@ -210,6 +232,7 @@ def write_architecture(
     choices: SearchSpace,
     supernet: Supernet,
     picks: list[Picks],
+    kept: list[dict[str, list[int]]],
     budget: float | None,
     model: str,
     model_kwargs: dict[str, Any],
@@ -218,8 +241,9 @@ def write_architecture(
     """Write arch.json for the picks, checked against the space's grammar, and return it with its slices."""
     sample = {label(i, name): option for i, pick in enumerate(picks) for name, option in pick.items()}
     picks = list(choices.freeze(sample))
-    subnet = network_slice(supernet.shapes, choices.block_slices(picks), config.stage_width == "full")
-    settings = {k: v for k, v in asdict(config).items() if k in SEARCH_FACTS and v is not None} | {
+    subnet = network_slice(supernet.shapes, choices.block_slices(picks, kept), config.stage_width == "full")
+    facts = SEARCH_FACTS + (KERNEL_FACTS if has_kernel_term(space) else ())
+    settings = {k: v for k, v in asdict(config).items() if k in facts and v is not None} | {
         "budget": budget,
         "space_size": float(choices.size()),
     }
@@ -234,7 +258,7 @@ def write_architecture(
         num_classes=supernet.backbone.num_classes,  # type: ignore[arg-type]
         width=config.width,
         stage_widths=subnet.stage_widths,
-        blocks=tuple(dict(p) for p in picks),
+        blocks=tuple({**pick, **indices} for pick, indices in zip(picks, kept, strict=True)),
         flops=supernet.flops(subnet),
         params=supernet.params(subnet),
         backbone_flops=supernet.flops(),
@@ -250,13 +274,14 @@ SEARCH_FACTS = (
     "dataset", "epochs", "batch_size", "lr", "arch_lr", "arch_data", "gamma", "seed", "stage_width", "alphas",
     "pretrained", "amp", "detach_teacher",
 )  # fmt: skip
+KERNEL_FACTS = ("fractions", "selection", "adjoined", "eta_kc", "rho", "flops_weight")
 
 
 def conclude(
     config: SearchConfig,
     space: Space,
     choices: SearchSpace,
-    objective: Differentiable,
+    objective: Search,
     training: Training,
     loaders: Any,
     budget: float | None,
@@ -268,8 +293,9 @@ def conclude(
     folder, supernet, device = training.folder, objective.supernet, training.device
     settle(training, best=False)
     picks, selection = objective.selection()
+    kept = objective.kept(picks)
     arch, subnet = write_architecture(
-        folder, config, space, choices, supernet, picks, budget, model, model_kwargs, orders
+        folder, config, space, choices, supernet, picks, kept, budget, model, model_kwargs, orders
     )
     if selection is not None and not selection.in_band:
         print(
@@ -278,7 +304,7 @@ def conclude(
         )
     save_weights(supernet.backbone.state_dict(), folder / "supernet.safetensors")
     supernet.eval()
-    full = network_slice(supernet.shapes, choices.block_slices(picks), full_stage_width=True)
+    full = network_slice(supernet.shapes, choices.block_slices(picks, kept), full_stage_width=True)
     networks = {
         "large": supernet.large,
         "full_width": lambda x: supernet.small(x, full),

@@ -134,14 +134,18 @@ def select(problem: SelectionProblem, full_flops: int, budget: float, band: floa
     budget, with the range that can be reached.
     """
     check_budget(problem, full_flops, budget)
-    high = math.floor(_exact(budget) * full_flops)
-    low = math.ceil((_exact(budget) - _exact(band)) * full_flops)
+    low, high = flops_band(full_flops, budget, band)
     for floor in (low, 0):
         picks = _Program(problem, floor, high).best()
         if picks is not None:
             flops = problem.flops(picks)
             return Selection(picks, flops, in_band=flops >= low)
     raise RuntimeError("the solver found no architecture although the budget can be reached")
+
+
+def flops_band(full_flops: int, budget: float, band: float = 0.02) -> tuple[int, int]:
+    """The fewest and the most MACs from (budget - band) to budget, as fractions of the backbone's."""
+    return math.ceil((_exact(budget) - _exact(band)) * full_flops), math.floor(_exact(budget) * full_flops)
 
 
 def _exact(fraction: float) -> Fraction:

@@ -21,7 +21,7 @@ from nas.loop import seed_everything
 from nas.losses import cross_entropy
 from nas.tensorboard import writer_class
 from search_spaces.errors import UserError
-from search_spaces.method import Settings
+from search_spaces.method import FRACTIONS, Settings
 from search_spaces.registry import Space
 from search_spaces.space import SearchSpace, make_space
 from supernets.importance import magnitude_scores, orders_of, permute, taylor_pass
@@ -36,11 +36,20 @@ def check_common(config: Common) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}; expected at least 1")
-    for name in ("lr", "weight_decay", "mixup", "cutmix", "warmup_epochs", "min_lr", "cooldown_epochs", "keep",
-                 "aug_repeats", "opt_eps"):  # fmt: skip
-        value = getattr(config, name)
-        if value is not None and value < 0:
-            raise UserError(f"--{name.replace('_', '-')} {value}; expected 0 or more")
+    for name in (
+        "lr",
+        "weight_decay",
+        "mixup",
+        "cutmix",
+        "warmup_epochs",
+        "min_lr",
+        "warmup_lr",
+        "cooldown_epochs",
+        "keep",
+        "aug_repeats",
+        "opt_eps",
+    ):
+        raise UserError(f"--{name.replace('_', '-')} {value}; expected 0 or more")
     for name in ("val_fraction", "smoothing", "reprob", "drop_path"):
         value = getattr(config, name)
         if value is not None and not 0 <= value < 1:
@@ -94,9 +103,15 @@ def meta_supernet(model: str, model_kwargs: dict[str, Any], num_classes: int, sp
     return Supernet(backbone)
 
 
-def search_space(space: Space, supernet: Supernet, width: str, alphas: Sequence[int] | None) -> SearchSpace:
-    """The space over a supernet's blocks."""
-    settings = Settings(width=width, alphas=tuple(alphas) if alphas is not None else space.alphas)
+def search_space(
+    space: Space,
+    supernet: Supernet,
+    width: str,
+    alphas: Sequence[int] | None,
+    fractions: tuple[float, ...] | None = FRACTIONS,
+) -> SearchSpace:
+    """The space over a supernet's blocks. fractions: as in Settings."""
+    settings = Settings(width, tuple(alphas) if alphas is not None else space.alphas, fractions)
     return make_space(space.name, space.method, settings, supernet.shapes)
 
 

@@ -10,7 +10,8 @@ class AN:
     """Nothing to search inside a block: alpha is given, or is the smallest that fits a budget."""
 
     name = "an"
-    choice_names = ("alpha",)
+    choice_names: tuple[str, ...] = ("alpha",)
+    kept_names: tuple[str, ...] = ()
 
     def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:
         return {"alpha": tuple(divisors(shape, settings))}, []

@@ -10,7 +10,8 @@ class DAN:
     """Per block a Gumbel-softmax choice of alpha among the offered factors that divide its heads."""
 
     name = "dan"
-    choice_names = ("alpha",)
+    choice_names: tuple[str, ...] = ("alpha",)
+    kept_names: tuple[str, ...] = ()
 
     def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:
         candidates, dropped = alpha_candidates(shape, settings)

@@ -10,6 +10,7 @@ Candidate = int | float  # one option of a choice
 Choices = Mapping[str, tuple[Candidate, ...]]  # choice name -> its candidates, for one block
 Picks = Mapping[str, Candidate]  # choice name -> the candidate taken, for one block
 WIDTHS = ("stream", "inner")
+FRACTIONS = (1.0, 0.75, 0.5, 0.25)
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,13 @@ class Settings:
     """What the user may set about a search space.
 
     width: "stream" or "inner" (section 2.1). alphas: compression factors offered to every block; None: the
-    space's own. fractions: channel fractions offered to every block (KCR, joint).
+    space's own. fractions: channel fractions offered to every block (KCR, joint); None: every multiple of 8
+    channels (KCR by Bernoulli gates, where counts are not candidates but outcomes).
     """
 
     width: str = "stream"
     alphas: tuple[int, ...] | None = None
-    fractions: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    fractions: tuple[float, ...] | None = FRACTIONS
 
 
 class Method(Protocol):
@@ -34,6 +36,10 @@ class Method(Protocol):
     @property
     def choice_names(self) -> tuple[str, ...]:
         """The choices of a block, by their names in arch.json."""
+
+    @property
+    def kept_names(self) -> tuple[str, ...]:
+        """The index lists that a block's entry in arch.json holds beside its choices."""
 
     def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:
         """Each choice's candidates for a block, and what was left out, in words."""

@@ -57,6 +57,9 @@ class SearchSpace:
         return list(self.mutable().random(random_state=np.random.RandomState(seed)))
 
 
+OFFERS = {"kcr": "--fractions", "joint": "--alphas and --fractions"}
+
+
 def label(block: int, choice: str) -> str:
     """The label of a choice in the grammar."""
     return f"block{block}/{choice}"
@@ -92,6 +95,9 @@ def make_space(name: str, method: Method, settings: Settings, shapes: Sequence[B
     for a in settings.alphas or ():
         if a < 1:
             raise UserError(f"{name}: alpha {a}; a compression factor is a whole number of at least 1")
+    for f in settings.fractions or ():
+        if not 0 < f <= 1:
+            raise UserError(f"{name}: fraction {f:g}; expected a share of the channels, above 0, at most 1")
     candidates, dropped = [], []
     for i, shape in enumerate(shapes):
         choices, left_out = method.choices(shape, settings)
@@ -107,8 +113,9 @@ def require_search(space: SearchSpace) -> None:
     """Refuse a search in which no block has two candidates."""
     if space.size() < 2:
         raise UserError(
-            f"{space.name}: no block has two candidates, there is nothing to search; offer more with --alphas"
-            f" (block 0 has {space.shapes[0].num_heads} heads)"
+            f"{space.name}: no block has two candidates, there is nothing to search; offer more with"
+            f" {OFFERS.get(space.method.name, '--alphas')} (block 0 has {space.shapes[0].num_heads} heads,"
+            f" {space.shapes[0].embed_dim} channels)"
         )
 
 
