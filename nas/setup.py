@@ -36,20 +36,12 @@ def check_common(config: Common) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}; expected at least 1")
-    for name in (
-        "lr",
-        "weight_decay",
-        "mixup",
-        "cutmix",
-        "warmup_epochs",
-        "min_lr",
-        "warmup_lr",
-        "cooldown_epochs",
-        "keep",
-        "aug_repeats",
-        "opt_eps",
-    ):
-        raise UserError(f"--{name.replace('_', '-')} {value}; expected 0 or more")
+    rates = ("lr", "weight_decay", "min_lr", "warmup_lr", "opt_eps")
+    counts = ("warmup_epochs", "cooldown_epochs", "keep", "aug_repeats")
+    for name in (*rates, *counts, "mixup", "cutmix"):
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise UserError(f"--{name.replace('_', '-')} {value}; expected 0 or more")
     for name in ("val_fraction", "smoothing", "reprob", "drop_path"):
         value = getattr(config, name)
         if value is not None and not 0 <= value < 1:

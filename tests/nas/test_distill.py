@@ -11,6 +11,7 @@ from nas.loop import fit
 from nas.objective import Step
 from nas.retrain import make_objective, resolve
 from search_spaces.errors import UserError
+from search_spaces.registry import get_space
 from tests.nas import tiny
 
 STEP = Step(0.5, 4, 8)
@@ -127,7 +128,9 @@ def test_a_run_trains_and_logs_only_its_own_networks(tmp_path, train):
     net = tiny.supernet()
     config = tiny.config(tmp_path, train=train)
     subnet = tiny.half(net)
-    objective = make_objective(config, net, subnet, None if train == "plain" else teacher(tiny.supernet(seed=5)))
+    objective = make_objective(
+        config, get_space("swin-an-nano"), net, subnet, None if train == "plain" else teacher(tiny.supernet(seed=5))
+    )
     training = tiny.training(config, objective)
     before = training.objective.supernet.backbone.head.weight.clone()
     fit(training, resume=False, words="test")
