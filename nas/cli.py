@@ -1,6 +1,5 @@
 """Both command lines: options from the dataclass, --config YAML, one-line errors, exit codes."""
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +17,6 @@ SPACES_FLAGS = ("pretrained", "amp", "model-ema")  # booleans whose default is t
 
 def main(kind: type[C], run: Callable[[C], Any], program: str) -> None:
     """Parse, run, and turn what the user can cause into one line and exit code 2."""
-    # Threads that spin while they wait for each other cost a busy machine a factor of ten. Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         run(parse(kind, sys.argv[1:], program))
     except UserError as error:

@@ -77,9 +77,9 @@ NANO_TRAINING = dict(
     pretrained=False,
     dataset="digits",
     opt="adamw",
-    lr=1.5e-3,
+    lr=2e-3,
     weight_decay=0.05,
-    batch_size=32,
+    batch_size=64,
     sched="cosine",
     warmup_epochs=2,
     aa=None,
@@ -126,7 +126,7 @@ def _nano(family: str, method: Method) -> Space:
         training=NANO_TRAINING | (NANO_KERNEL if method.name in ("kcr", "joint") else {}),
         # KCR's quarter of the channels leaves attention whole: 0.55 to 0.68 of the FLOPs is the least it reaches
         search=dict(epochs=20, arch_lr=2e-2, budget=0.75 if method.name == "kcr" else 0.5),
-        retrain=dict(epochs=40),
+        retrain=dict(epochs=30),
     )
 
 
