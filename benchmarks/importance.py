@@ -24,7 +24,6 @@ from nas.distill import Plain
 from nas.evaluate import top_k
 from nas.loop import fit
 from nas.losses import cross_entropy
-from nas.retrain import make_training
 from nas.setup import (
     TAYLOR_BATCHES,
     Loaders,
@@ -37,6 +36,7 @@ from nas.setup import (
     pick_device,
     start_of,
 )
+from nas.training import make_training
 from search_spaces.errors import UserError
 from search_spaces.registry import get_space
 from search_spaces.slices import BlockShape, network_slice, prefix_slice

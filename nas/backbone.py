@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.checkpoint import load_weights
+from nas.folders import few
 from search_spaces.errors import UserError
 from supernets import t2t_vit  # noqa: F401  registers T2T-ViT with timm
 
@@ -132,13 +133,13 @@ def load_into(
         if n in state and state[n].shape != own[n].shape
     ]
     if missing or wrong:
-        what = (["missing: " + _few(missing)] if missing else []) + (["shape: " + _few(wrong)] if wrong else [])
+        what = (["missing: " + few(missing, 4)] if missing else []) + (["shape: " + few(wrong, 4)] if wrong else [])
         raise UserError(
             f"{source} does not fit {type(backbone).__name__}: {'; '.join(what)}; check --model and --model-kwargs"
         )
     unexpected = sorted(set(state) - set(own))
     if unexpected:
-        lines.append(f"not used from {source}: {_few(unexpected)}")
+        lines.append(f"not used from {source}: {few(unexpected, 4)}")
     backbone.load_state_dict({n: state[n] for n in own if n in state}, strict=False)
     return lines, bool(fresh)
 
@@ -158,7 +159,3 @@ def imagenet_rows(class_names: Sequence[str] | None) -> list[int] | None:
 
     index = {wnid: i for i, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
     return [index[name] for name in class_names] if all(name in index for name in class_names) else None
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

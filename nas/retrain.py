@@ -19,19 +19,9 @@ from nas.evaluate import Network, images_per_second, print_table, top_k
 from nas.kernel_term import KernelAdjoined, check_kernel_options, has_kernel_term, kernel_term
 from nas.loop import Training, fit, settle
 from nas.objective import Adjoined
-from nas.optim import (
-    make_clip,
-    make_ema,
-    make_optimizer,
-    make_scheduler,
-    prepare,
-    total_epochs,
-    updates_per_epoch,
-)
 from nas.run import open_run, write_csv, write_json
 from nas.setup import (
     Loaders,
-    amp_dtype,
     check_common,
     dataset_of,
     make_loaders,
@@ -46,6 +36,7 @@ from nas.setup import (
     search_space,
     start_of,
 )
+from nas.training import make_training
 from search_spaces.architecture import Architecture, load_architecture, save_architecture
 from search_spaces.errors import UserError
 from search_spaces.registry import Space, get_space
@@ -218,39 +209,6 @@ def make_objective(
         temperature=config.distill_temperature,
         smoothing=smoothing,
     )
-
-
-def make_training(config: RetrainConfig, objective: Adjoined, loaders: Loaders, device: torch.device) -> Training:
-    """An objective and everything it trains with."""
-    assert config.output is not None
-    objective, backbone = objective.to(device), objective.supernet.backbone
-    prepare(config, objective.supernet)
-    optimizer = make_optimizer(config, backbone)
-
-    def evaluate() -> dict[str, float]:
-        networks = {name: network for name, network in objective.networks().items() if name != "teacher"}
-        return {} if loaders.val is None else top_k(networks, loaders.val, device, training.autocast)
-
-    training = Training(
-        objective=objective,
-        optimizer=optimizer,
-        scheduler=make_scheduler(config, optimizer, updates_per_epoch(config, loaders.train)),
-        train_loader=loaders.train,
-        epochs=total_epochs(config),
-        folder=config.output,
-        seed=config.seed,
-        device=device,
-        evaluate=evaluate,
-        mixup=loaders.mixup,
-        clip=make_clip(config, backbone),
-        accum_steps=config.grad_accum_steps,
-        amp_dtype=amp_dtype(config, device),
-        channels_last=config.channels_last,
-        ema=make_ema(config, backbone),
-        keep=config.keep,
-        tensorboard=config.tensorboard,
-    )
-    return training
 
 
 def conclude(

@@ -14,19 +14,10 @@ from nas.kcr import FLOPS_WEIGHT, Bernoulli, TopK, check_selection_options
 from nas.kernel_term import check_kernel_options, has_kernel_term, kernel_term
 from nas.loop import Training, fit, settle
 from nas.objective import Differentiable, Search
-from nas.optim import (
-    make_clip,
-    make_ema,
-    make_optimizer,
-    make_scheduler,
-    prepare,
-    total_epochs,
-    updates_per_epoch,
-)
+from nas.optim import total_epochs, updates_per_epoch
 from nas.run import open_run, write_json
 from nas.selection import check_budget
 from nas.setup import (
-    amp_dtype,
     check_common,
     dataset_of,
     make_loaders,
@@ -41,6 +32,7 @@ from nas.setup import (
     search_space,
     start_of,
 )
+from nas.training import make_training
 from search_spaces.architecture import Architecture, save_architecture
 from search_spaces.errors import UserError
 from search_spaces.method import FRACTIONS, Picks
@@ -114,7 +106,10 @@ def run_search(config: SearchConfig) -> Path:
     config, folder = open_run_of(config, choices)  # only now: weights that cannot be had leave no folder behind
     for line in lines:
         print(line)
-    training, objective, loaders = make_training(config, space, supernet, costs, splits, budget, device)
+    loaders = make_loaders(config, splits, supernet, device, config.arch_data)
+    total = total_epochs(config) * updates_per_epoch(config, loaders.train)
+    objective = objective_of(config, space, supernet, costs, budget, total)
+    training = make_training(config, objective, loaders, device, config.arch_lr or 1e-3)
     orders = order_by_importance(config, supernet, loaders.train, device, trained=start.given(), fresh_classifier=fresh)
     print(
         f"{space.name} on {config.dataset}: {choices.size():.3g} architectures, backbone {model}"
@@ -158,53 +153,6 @@ def objective_of(
         common["flops_weight"] = FLOPS_WEIGHT if config.flops_weight is None else config.flops_weight
     kind = Bernoulli if config.selection == "bernoulli" else TopK
     return kind(supernet, costs, kernel=kernel_term(config), **common)
-
-
-def make_training(
-    config: SearchConfig,
-    space: Space,
-    supernet: Supernet,
-    costs: SpaceCosts,
-    splits: Any,
-    budget: float | None,
-    device: torch.device,
-) -> tuple[Training, Search, Any]:
-    """The search's objective and everything it trains with."""
-    assert config.epochs is not None and config.output is not None
-    loaders = make_loaders(config, splits, supernet, device, config.arch_data)
-    prepare(config, supernet)
-    updates = updates_per_epoch(config, loaders.train)
-    total = total_epochs(config) * updates
-    objective = objective_of(config, space, supernet, costs, budget, total).to(device)
-    optimizer = make_optimizer(config, supernet.backbone)
-
-    def evaluate() -> dict[str, float]:
-        if loaders.val is None:
-            return {}
-        return top_k(objective.networks(), loaders.val, device, training.autocast)
-
-    training = Training(
-        objective=objective,
-        optimizer=optimizer,
-        scheduler=make_scheduler(config, optimizer, updates),
-        train_loader=loaders.train,
-        epochs=total_epochs(config),
-        folder=config.output,
-        seed=config.seed,
-        device=device,
-        evaluate=evaluate,
-        arch_optimizer=torch.optim.Adam(objective.architecture_parameters(), lr=config.arch_lr or 1e-3),
-        arch_loader=loaders.arch,
-        mixup=loaders.mixup,
-        clip=make_clip(config, supernet.backbone),
-        accum_steps=config.grad_accum_steps,
-        amp_dtype=amp_dtype(config, device),
-        channels_last=config.channels_last,
-        ema=make_ema(config, supernet.backbone),
-        keep=config.keep,
-        tensorboard=config.tensorboard,
-    )
-    return training, objective, loaders
 
 
 def pick_alpha(costs: SpaceCosts, alpha: int | None, budget: float | None) -> int:

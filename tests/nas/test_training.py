@@ -14,8 +14,8 @@ from nas.config import RetrainConfig
 from nas.loop import BEST, CHECKPOINT, fit, settle
 from nas.objective import Step
 from nas.optim import make_clip, make_optimizer, make_scheduler
-from nas.retrain import make_training
 from nas.setup import check_common
+from nas.training import make_training
 from search_spaces.errors import UserError
 from tests.nas import tiny
 

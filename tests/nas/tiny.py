@@ -12,8 +12,8 @@ from nas.datasets import Splits
 from nas.images import Images, Source
 from nas.loop import Training
 from nas.objective import Adjoined
-from nas.retrain import make_training
 from nas.setup import Loaders, make_loaders
+from nas.training import make_training
 from search_spaces.slices import NetworkSlice, network_slice, prefix_slice
 from supernets.supernet import Supernet
 
