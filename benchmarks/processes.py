@@ -50,12 +50,8 @@ def seconds(module: Any, objective: Any, batch_size: int, rounds: int, exchange:
 def work(rank: int, processes: int, port: int, args: argparse.Namespace, results: Any) -> None:
     """One process of `processes`."""
     torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    place = {"RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
     device = torch.device("cpu")
     objective = objectives(args.net, args.width, 224)[0]["search"].train()
     with distributed.joined(device):
@@ -89,15 +85,12 @@ def main() -> None:
     args = parser.parse_args()
     alone = run(1, args)[True]
     several = run(args.processes, args)
-    print(
-        f"{args.net}, {args.width}, batch {args.batch_size} a process, one thread each, float32, torch {torch.__version__}"
-    )
-    print(f"one process                         {args.batch_size / alone:7.2f} images/s")
-    for exchange, words in ((False, "without exchange"), (True, "with gradients exchanged")):
+    print(f"{args.net}, {args.width}, batch {args.batch_size} a process, one thread each, float32, {torch.__version__}")
+    print(f"one process alone: {args.batch_size / alone:.2f} images/s")
+    for exchange, words in ((False, "not exchanging"), (True, "exchanging gradients")):
         speed = args.batch_size / several[exchange]
-        print(
-            f"{args.processes} processes, {words:24} {speed:7.2f} images/s each, {speed * alone / args.batch_size:.2f} of one alone"
-        )
+        share = alone / several[exchange]
+        print(f"{args.processes} processes, {words}: {speed:.2f} images/s each, {share:.2f} of one alone")
     print(f"communication: {1 - several[False] / several[True]:.1%} of a step")
 
 
