@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.figures import DPI, X_AXES, choices_figure, curves_figure, pareto_figure
+from nas.figures import DPI, X_AXES, choices_figure, curves_figure
+from nas.scatter import pareto_figure
 from search_spaces.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def plot_pareto(
     uniform: pd.DataFrame | None = None,
     published: pd.DataFrame | None = None,
 ) -> list[Path]:
-    """Draw nas.figures.pareto_figure and write it as path.png (150 dpi) and path.pdf (vectors).
+    """Draw nas.scatter.pareto_figure and write it as path.png (150 dpi) and path.pdf (vectors).
 
     Frames as described there. Raises UserError for an unknown axis, when no point has both values, or when
     the files cannot be written.

@@ -17,7 +17,7 @@ from nas.config import RetrainConfig, with_defaults
 from nas.distill import Distilled, Plain, Teacher, check_distillation, make_teacher
 from nas.evaluate import Network, images_per_second, print_table, top_k
 from nas.kernel_term import KernelAdjoined, check_kernel_options, has_kernel_term, kernel_term
-from nas.loop import Training, fit, settle
+from nas.loop import OnEpoch, Training, fit, settle
 from nas.objective import Adjoined
 from nas.run import open_run, write_csv, write_json
 from nas.setup import (
@@ -119,8 +119,8 @@ def starting_point(config: RetrainConfig, arch: Architecture, num_classes: int) 
     return start, "the original weights" if start.given() else "timm's initialisation"
 
 
-def run_retrain(config: RetrainConfig) -> Path:
-    """Run stage 2 to its end and return the run's folder."""
+def run_retrain(config: RetrainConfig, on_epoch: OnEpoch | None = None) -> Path:
+    """Run stage 2 to its end and return the run's folder. on_epoch: as in `fit`."""
     config, space, arch = resolve(config)
     device = pick_device(config)
     splits = open_data(config, space)
@@ -177,7 +177,7 @@ def run_retrain(config: RetrainConfig) -> Path:
     else:
         save_architecture(arch, folder / "arch.json")
         print(f"{words}; small {arch.params / 1e6:.3f} M, {arch.flops / 1e9:.4g} GFLOPs")
-    fit(training, config.resume, "retrain")
+    fit(training, config.resume, "retrain", on_epoch)
     conclude(config, arch, subnet, training, loaders)
     return folder
 

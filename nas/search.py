@@ -12,7 +12,7 @@ from nas.costs import SpaceCosts, space_costs
 from nas.evaluate import print_table, top_k
 from nas.kcr import FLOPS_WEIGHT, Bernoulli, TopK, check_selection_options
 from nas.kernel_term import check_kernel_options, has_kernel_term, kernel_term
-from nas.loop import Training, fit, settle
+from nas.loop import OnEpoch, Training, fit, settle
 from nas.objective import Differentiable, Search
 from nas.optim import total_epochs, updates_per_epoch
 from nas.run import open_run, write_json
@@ -77,8 +77,8 @@ def budget_fraction(config: SearchConfig, full_flops: int) -> float | None:
     return config.budget or None
 
 
-def run_search(config: SearchConfig) -> Path:
-    """Run stage 1 to its end and return the run's folder."""
+def run_search(config: SearchConfig, on_epoch: OnEpoch | None = None) -> Path:
+    """Run stage 1 to its end and return the run's folder. on_epoch: as in `fit`."""
     config, space = resolve(config)
     device = pick_device(config)
     model, model_kwargs = model_of(config, space)
@@ -116,7 +116,7 @@ def run_search(config: SearchConfig) -> Path:
         f" {meta.params() / 1e6:.2f} M parameters, {meta.flops() / 1e9:.4g} GFLOPs (MACs)"
         + (f", budget {budget:.4g}" if budget is not None else f", gamma {objective.gamma:g}" * config.adjoined)
     )
-    fit(training, config.resume, "search")
+    fit(training, config.resume, "search", on_epoch)
     conclude(config, space, choices, objective, training, loaders, budget, model, model_kwargs, orders)
     return folder
 

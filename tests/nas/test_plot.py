@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 import nas.plot
-from nas.figures import candidate_text, choices_figure, curves_figure, pareto_figure
+from nas.figures import candidate_text, choices_figure, curves_figure
 from nas.plot import find_runs, main, plot_all, plot_pareto, plot_run, run_points
+from nas.scatter import pareto_figure
 from search_spaces.errors import UserError
 
 ALPHAS, FRACTIONS = (1, 2, 4, 8), (1.0, 0.75, 0.5, 0.25)
@@ -337,6 +338,13 @@ def test_seeds_of_a_configuration_become_their_mean_with_bars_to_the_extremes():
     segments = sorted(tuple(path.vertices.ravel()) for bars in axes.collections for path in bars.get_paths())
     np.testing.assert_allclose(segments, [(4.0, 92.0, 4.2, 92.0), (4.1, 90.0, 4.1, 94.0)])
     assert "mean of several seeds, lowest to highest" in [t.get_text() for t in axes.get_legend().get_texts()]
+
+
+def test_seeds_of_equal_cost_are_drawn_whatever_their_mean_rounds_to():
+    points = pd.DataFrame({"gflops": [0.1] * 3, "top1": [0.7] * 3, "config": [*"aaa"]})
+    assert points["gflops"].mean() > 0.1
+    (axes,) = pareto_figure(points.assign(space="swin-dan", role="subnet"), "run").axes
+    assert len(axes.collections) == 2
 
 
 def test_uniform_line_joins_its_points_by_cost_and_counts_for_the_front():
