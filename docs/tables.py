@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from nas import config as config_module  # noqa: E402
-from nas.config import Common, RetrainConfig, SearchConfig  # noqa: E402
+from nas.config import Common, RetrainConfig, SearchConfig, SweepConfig  # noqa: E402
 from search_spaces.method import Settings  # noqa: E402
 from search_spaces.registry import METHODS, SPACES  # noqa: E402
 from search_spaces.slices import network_slice  # noqa: E402
@@ -176,6 +176,7 @@ def sections() -> dict[str, dict[str, str]]:
         "options.md": {
             "both": options(Common),
             "search": options(SearchConfig),
+            "sweep": options(SweepConfig),
             "retrain": options(RetrainConfig),
             "spaces": space_defaults(),
         },

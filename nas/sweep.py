@@ -178,20 +178,13 @@ def conclude(sweep: Path, board: Board) -> int:
     """The last table, the pictures, the page, and what failed."""
     board.write()
     board.print_all()
-    from nas.plot import find_runs, plot_all
+    from nas.plot import plot_sweep
 
-    try:
-        if find_runs(sweep):
-            plot_all(sweep)
-            from nas.page import write_page
-
-            write_page(sweep)
-    except UserError as error:
-        print(f"no picture of the sweep: {error}", file=sys.stderr)
+    written = ", ".join(path.name for path in plot_sweep(sweep))
     failed = [row for row in board.rows if row["status"] == "failed"]
     for row in failed:
         print(f"trial {row['trial']} failed: {row['error']}", file=sys.stderr)
-    print(f"results in {results_path(sweep)}: trials.csv, pareto.png, pareto.pdf, index.html")
+    print(f"results in {results_path(sweep)}: trials.csv, {written}")
     if failed:
         print(f"{len(failed)} of {len(board.rows)} trials failed; try them again by --resume", file=sys.stderr)
     return 1 if failed else 0

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
@@ -67,7 +68,9 @@ def run_trial(job: Mapping[str, Any], node: str, report: Report) -> None:
         if not finished(outcome_of(folder)):
             (folder / OUTCOME).unlink(missing_ok=True)
             with open(folder / OUTPUT, "a", buffering=1) as output, redirect_stdout(output):
-                outcome = {"trial": name, "node": node} | attempt(job, folder, storage, report)
+                began = time.time()
+                outcome = {"trial": name, "node": node, "process": os.getpid(), "began": began}
+                outcome |= attempt(job, folder, storage, report) | {"ended": time.time()}
             write_text(folder / OUTCOME, json.dumps(outcome, indent=2) + "\n")
             if storage is not None:
                 storage.push(folder, name)
@@ -90,12 +93,12 @@ def attempt(job: Mapping[str, Any], folder: Path, storage: Storage | None, repor
     print(f"trial {job['trial']} on {os.uname().nodename}, process {os.getpid()}")
     report({"stage": "start", "node": os.uname().nodename, "pid": os.getpid(), "folder": str(folder)})
     try:
-        if not (folder / "search" / "summary.json").is_file():
+        if not (folder / "retrain" / "config.yaml").is_file():  # not done, or not known to be
             from nas.search import run_search
 
             search = SearchConfig(**typed(SearchConfig, job["search"], folder))
             run_search(here(search, folder / "search"), on_epoch("search"))
-        if job["retrain"] is not None and not (folder / "retrain" / "summary.json").is_file():
+        if job["retrain"] is not None:
             from nas.retrain import run_retrain
 
             retrain = RetrainConfig(**typed(RetrainConfig, job["retrain"], folder))
@@ -117,7 +120,7 @@ def here(config: Any, folder: Path) -> Any:
 
 def figures(row: Mapping[str, Any], stage: str) -> dict[str, Any]:
     """What the table shows of an epoch; ASHA compares `top1` of the search at `iteration`."""
-    shown = {"epoch": int(float(row["epoch"]))}
+    shown: dict[str, Any] = {"epoch": int(float(row["epoch"]))}
     top1 = row.get("subnet_top1", row.get("large_top1"))
     if top1 not in (None, ""):
         shown["top1"] = float(top1)

@@ -555,19 +555,33 @@ def test_networks_compressed_alike_are_joined(tmp_path, drawn):
 def test_everything_below_a_folder_is_drawn_and_a_sweep_gets_its_own_picture(tmp_path, drawn):
     sweep = tmp_path / "sweep"
     trials = [make_run(sweep / f"trial{i}", budget=b) for i, b in enumerate((0.3, 0.5))]
-    (sweep / "trials.csv").write_text("run,budget\n")
+    (sweep / "trials.csv").write_text("trial,status,search\n0,done,trial0\n1,done,trial1\n")
     (sweep / "config.yaml").write_text("space: swin-dan-nano\n")
     single = make_run(tmp_path / "single", dataset="cifar10")
     make_run(tmp_path / ".hidden" / "run")
     assert find_runs(tmp_path) == [single, *trials]
     written = plot_all(tmp_path)
-    assert written == list(drawn)
+    assert written == [*drawn, sweep / "index.html"]
     assert {p.parent for p in written} == {tmp_path, sweep, single, *trials}
-    assert {p.name for p in written if p.parent == sweep} == {"pareto.png", "pareto.pdf"}
+    assert {p.name for p in written if p.parent == sweep} == {"pareto.png", "pareto.pdf", "index.html"}
     assert {p.stem for p in written if p.parent == tmp_path} == {"pareto-digits", "pareto-cifar10"}
     (axes,) = drawn[sweep / "pareto.png"].axes
     assert "this run" not in lines(axes)
     np.testing.assert_allclose(lines(axes)["_swin-dan-nano subnet"].get_xdata(), [0.3 * BACKBONE, 0.5 * BACKBONE])
+
+
+def test_runs_of_other_folders_join_the_picture_once(tmp_path, drawn, capsys):
+    sweep, other = tmp_path / "sweep", tmp_path / "other"
+    for i, budget in enumerate((0.3, 0.5)):
+        make_run(sweep / f"trial{i}", budget=budget)
+    make_run(other / "more", budget=0.7)
+    make_run(other / "elsewhere", dataset="cifar10")
+    assert main([str(sweep), "--with", str(other), str(tmp_path)]) == 0
+    (axes,) = drawn[sweep / "pareto.png"].axes
+    marks = lines(axes)["_swin-dan-nano subnet"].get_xdata()
+    np.testing.assert_allclose(marks, [0.3 * BACKBONE, 0.5 * BACKBONE, 0.7 * BACKBONE])
+    assert {p.parent.parent for p in drawn} <= {tmp_path, sweep}
+    assert main([str(sweep), "--with", str(tmp_path / "nowhere")]) == 2
 
 
 def test_command_prints_what_it_drew(tmp_path, drawn, capsys):
