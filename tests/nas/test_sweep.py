@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from nas.storage import scratch
 from tests.nas.runs import assert_same_run, assert_whole
 
 ROOT = Path(__file__).parents[2]
@@ -214,6 +216,7 @@ def test_a_killed_node_leaves_its_trial_to_the_other(
         assert_each_epoch_once(sweep.folder / name, restarts=int(name == trial.name))
         assert_whole(sweep.folder / name / "search")
     assert_same_run(sweep.folder / "000" / "search", undisturbed)
+    shutil.rmtree(scratch(sweep.folder, "node").parent)
 
 
 @pytest.mark.slow

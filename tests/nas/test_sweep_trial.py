@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,7 +125,10 @@ def test_a_trial_that_is_ended_from_outside_has_no_outcome(fake: Fake, tmp_path:
     assert [r["epoch"] for r in epochs_done(tmp_path / "000/search")] == [1, 2]
 
 
-def test_another_node_takes_a_trial_over_from_the_shared_place(fake: Fake, tmp_path: Path) -> None:
+def test_another_node_takes_a_trial_over_from_the_shared_place(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     sweep, one = tmp_path / "sweep", trial(retrain=True)
     storage = storage_of(str(tmp_path / "shared"), sweep)
     assert storage is not None and storage.uri == (tmp_path / "shared/sweep").as_uri()
