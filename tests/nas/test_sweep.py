@@ -19,7 +19,7 @@ from nas.storage import scratch
 from tests.nas.runs import assert_same_run, assert_whole
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = """--space vit-dan-nano --alphas 1 2 4 --arch-lr 0.3 --epochs 8 --batch-size 64
+OPTIONS = """--space vit-dan-nano --alphas 1 2 4 --arch-lr 0.3 --epochs 5 --batch-size 64
  --model-kwargs patch_size=8 embed_dim=24 depth=2 num_heads=4"""
 TINY = OPTIONS.split()
 ALONE = [*TINY, "--threads", "1"]
@@ -103,7 +103,7 @@ def epochs(folder: Path) -> int:
     return len(log.read_text().splitlines()) - 1 if log.exists() else 0
 
 
-def assert_each_epoch_once(folder: Path, number: int = 8, restarts: int = 0) -> None:
+def assert_each_epoch_once(folder: Path, number: int = 5, restarts: int = 0) -> None:
     """The log has every epoch once; what was printed shows that at most the interrupted one was run again."""
     with open(folder / "search" / "log.csv") as file:
         assert [int(row["epoch"]) for row in csv.DictReader(file)] == list(range(1, number + 1))
