@@ -15,7 +15,7 @@ from nas.checkpoint import save_weights
 from nas.compact_file import describe, save_compact, slices_of
 from nas.config import RetrainConfig, with_defaults
 from nas.distill import Distilled, Plain, Teacher, check_distillation, make_teacher
-from nas.evaluate import Network, images_per_second, print_table, top_k
+from nas.evaluate import print_table, top_k
 from nas.kernel_term import KernelAdjoined, check_kernel_options, has_kernel_term, kernel_term
 from nas.loop import Training, fit, settle
 from nas.objective import Adjoined
@@ -36,6 +36,7 @@ from nas.setup import (
     search_space,
     start_of,
 )
+from nas.speed import Network, images_per_second
 from nas.training import make_training
 from search_spaces.architecture import Architecture, load_architecture, save_architecture
 from search_spaces.errors import UserError
