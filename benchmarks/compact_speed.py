@@ -60,7 +60,10 @@ def subnets(shapes: tuple[BlockShape, ...], kinds: list[str], alphas: list[int])
         drawn = [a[int(torch.randint(len(a), (), generator=random))] for a in allowed]
         fractions = [(1.0, 0.75, 0.5, 0.25)[int(torch.randint(4, (), generator=random))] for _ in shapes]
         if kind.startswith("dan"):
-            yield kind, network_slice(shapes, [prefix_slice(s, a, kind[4:]) for s, a in zip(shapes, drawn, strict=True)])
+            yield (
+                kind,
+                network_slice(shapes, [prefix_slice(s, a, kind[4:]) for s, a in zip(shapes, drawn, strict=True)]),
+            )
             continue
         if kind != "joint":
             drawn = [1] * len(shapes)
@@ -100,7 +103,9 @@ def main() -> None:
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads,"
         f" {'bf16 autocast' if args.amp else 'float32'}"
     )
-    print(f"{'network':9} {'subnet':12} {'batch':>5} {'large/s':>8} {'compact/s':>9} {'gain':>6} {'FLOPs':>6} {'part':>5}")
+    print(
+        f"{'network':9} {'subnet':12} {'batch':>5} {'large/s':>8} {'compact/s':>9} {'gain':>6} {'FLOPs':>6} {'part':>5}"
+    )
     for net in args.nets:
         torch.manual_seed(0)
         supernet = Supernet(timm.create_model(NETS[net][0], **NETS[net][1])).to(device).eval()
