@@ -1,5 +1,7 @@
 """A compact network on disk: compact.safetensors beside its arch.json, enough to rebuild it without the supernet."""
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nas.backbone import build
-from nas.checkpoint import load_weights, save_weights
+from nas.backbone import build, classifier_names
+from nas.checkpoint import load_weights, save_weights, write_text
 from search_spaces.architecture import Architecture, load_architecture
 from search_spaces.errors import UserError
 from search_spaces.method import Picks, Settings, picks_of
@@ -20,6 +22,8 @@ from supernets.compact import shrink
 from supernets.supernet import Supernet
 
 WEIGHTS = "compact.safetensors"
+TIMM_CONFIG = "config.json"  # timm's own file; its architecture is the entry point of nas/timm_entry.py
+TIMM_NAME = "compact"
 
 
 def describe(
@@ -93,35 +97,73 @@ def _check_stage_widths(arch: Architecture, shapes: tuple[BlockShape, ...], stre
             raise UserError(f"arch.json: field 'stage_widths[{stage}]' is {width}; expected {low} to {high}")
 
 
-def save_compact(compact: nn.Module, folder: Path, num_classes: int) -> Path:
-    """Write the compact network's weights beside arch.json."""
+def save_compact(
+    compact: nn.Module, folder: Path, num_classes: int, data: Mapping[str, Any] | None = None
+) -> Path:
+    """Write the compact network's weights beside arch.json, and the config.json by which timm opens the folder.
+
+    data: how its images are prepared (mean, std, interpolation, crop_pct), where that is not the backbone's own way.
+    """
     path = folder / WEIGHTS
     save_weights(compact.state_dict(), path, {"num_classes": str(num_classes)})
+    net: Any = compact
+    own = {name: net.pretrained_cfg.get(name) for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    own |= {"input_size": list(adapter_size(net)), "fixed_input_size": True, "num_classes": num_classes}
+    own |= dict(data or {})
+    config = {"architecture": TIMM_NAME, "num_classes": num_classes, "num_features": net.num_features}
+    config["pretrained_cfg"] = {name: value for name, value in own.items() if value is not None}
+    write_text(folder / TIMM_CONFIG, json.dumps(config, indent=2) + "\n")
     return path
 
 
-def load_compact(folder: Path, device: torch.device | str = "cpu") -> nn.Module:
+def adapter_size(compact: Any) -> tuple[int, int, int]:
+    """(C, H, W) that a compact network reads."""
+    stem = compact.tokens_to_token if hasattr(compact, "tokens_to_token") else compact.patch_embed
+    channels = compact.in_chans if hasattr(compact, "tokens_to_token") else stem.proj.in_channels
+    return (channels, *stem.img_size)
+
+
+def load_compact(
+    folder: Path,
+    device: torch.device | str = "cpu",
+    *,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    **model_kwargs: Any,
+) -> nn.Module:
     """The compact network of a folder that holds arch.json and compact.safetensors, in eval mode.
 
+    pretrained False: timm's initial weights. num_classes: another number than it was trained with takes a new
+    classifier, 0 takes none. model_kwargs: arguments of the timm model that replace the architecture's, such as
+    img_size (position embeddings and tables are resized as timm does) or drop_path_rate.
     Raises UserError when a file is missing, truncated or does not belong to the other.
     """
     arch = load_architecture(folder)
-    weights = load_weights(folder / WEIGHTS)
+    weights = load_weights(folder / WEIGHTS) if pretrained else {}
     classes = [t.shape[0] for name, t in weights.items() if name in ("head.weight", "head.fc.weight")]
-    if not classes:
+    if pretrained and not classes:
         raise UserError(f"{folder / WEIGHTS} holds no classifier (head.weight or head.fc.weight)")
-    compact: Any = build_compact(arch, classes[0])
-    try:
-        compact.load_state_dict(weights)
-    except RuntimeError as error:
-        lines = str(error).splitlines()
-        raise UserError(
-            f"{folder / WEIGHTS} does not belong to {folder / 'arch.json'}: {' '.join(lines[1:3])}"
-        ) from None
+    trained_with = classes[0] if classes else arch.num_classes
+    compact: Any = build_compact(arch, num_classes or trained_with, model_kwargs)
+    if pretrained:
+        if "img_size" in model_kwargs:
+            weights = sys.modules[type(compact).__module__].checkpoint_filter_fn(weights, compact)
+        fresh = num_classes is not None and num_classes != trained_with
+        new = [name for name in weights if fresh and name.startswith(tuple(classifier_names(compact)))]
+        own = compact.state_dict()
+        try:
+            compact.load_state_dict(weights | {name: own[name] for name in new})
+        except RuntimeError as error:
+            lines = str(error).splitlines()
+            raise UserError(
+                f"{folder / WEIGHTS} does not belong to {folder / 'arch.json'}: {' '.join(lines[1:3])}"
+            ) from None
+    if num_classes == 0:
+        compact.reset_classifier(0)
     return compact.to(device).eval()  # type: ignore[no-any-return]
 
 
-def build_compact(arch: Architecture, num_classes: int) -> nn.Module:
+def build_compact(arch: Architecture, num_classes: int, model_kwargs: Mapping[str, Any] | None = None) -> nn.Module:
     """The compact network's modules, with timm's initial weights cut to size."""
-    model = build(arch.model, arch.model_kwargs, num_classes=num_classes)
+    model = build(arch.model, dict(arch.model_kwargs) | dict(model_kwargs or {}), num_classes=num_classes)
     return shrink(model, slices_of(arch, adapter_for(model).shapes))

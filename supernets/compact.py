@@ -60,7 +60,7 @@ class CompactBlock(nn.Module):
         if index is not None:
             return z.index_add(-1, index, y.to(z.dtype))
         R = self.mlp_stream
-        return z + y if R == z.shape[-1] else torch.cat([z[..., :R] + y, z[..., R:]], dim=-1)
+        return z + y if z.shape[-1] == R else torch.cat([z[..., :R] + y, z[..., R:]], dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, E), Swin's (B, H, W, E)
         s = self.stream

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from supernets.elastic import join_heads
+
 
 class CompactWindowAttention(nn.Module):
     """timm's WindowAttention with the shift and the partition around it. Children keep timm's names.
@@ -38,6 +40,7 @@ class CompactWindowAttention(nn.Module):
                 setattr(self, name, child)
         self.relative_position_bias_table = attn.relative_position_bias_table
         self.num_heads, self.head_dim, self.scale = attn.num_heads, attn.head_dim, attn.scale
+        self.window_size = block.window_size  # read by timm where it resizes tables
         self.window_area = block.window_size[0] * block.window_size[1]
         for name, buffer in (
             ("relative_position_index", attn.relative_position_index),
@@ -60,7 +63,7 @@ class CompactWindowAttention(nn.Module):
 
     def _cached_bias(self, dtype: torch.dtype) -> Tensor:
         """`bias`, computed again only when the table has changed; kept only where nothing is being differentiated."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.bias(dtype)
         table = self.relative_position_bias_table
         key = (table.data_ptr(), table._version, dtype)
@@ -89,7 +92,7 @@ class CompactWindowAttention(nn.Module):
         x = F.scaled_dot_product_attention(
             q, k, v, attn_mask=self._cached_bias(q.dtype), dropout_p=dropout_p, scale=self.scale
         )
-        x = x.transpose(1, 2).reshape(B, -1, rows[2])  # (B, W*T, h*V) or (B, T*W, h*V)
+        x = join_heads(x).reshape(B, -1, rows[2])  # (B, W*T, h*V) or (B, T*W, h*V)
         x = self.proj_drop(self.proj(x))
         if self.scatter is not None:
             x = x.index_select(1, self.scatter)
