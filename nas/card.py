@@ -140,9 +140,14 @@ def push_to_hub(folder: Path, repo: str, private: bool = False) -> str:
         made = api.create_repo(repo, private=private, exist_ok=True)
         write_text(card, card.read_text().replace("<user>/<name>", made.repo_id))
         api.upload_folder(
-            repo_id=made.repo_id, folder_path=folder, allow_patterns=list(UPLOADED), commit_message="Add compact network"
+            repo_id=made.repo_id,
+            folder_path=folder,
+            allow_patterns=list(UPLOADED),
+            commit_message="Add compact network",
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--push-to-hub {repo}: {reason}; is the name right, and did you run `hf auth login`?") from None
+        raise UserError(
+            f"--push-to-hub {repo}: {reason}; is the name right, and did you run `hf auth login`?"
+        ) from None
     return str(made)

@@ -11,7 +11,7 @@ from torch import nn
 
 from nas.backbone import build, classifier_names
 from nas.checkpoint import load_weights, save_weights, write_text
-from search_spaces.architecture import Architecture, load_architecture
+from search_spaces.architecture import Architecture, load_architecture, save_architecture
 from search_spaces.errors import UserError
 from search_spaces.method import Picks, Settings, picks_of
 from search_spaces.registry import METHODS, get_space
@@ -24,6 +24,7 @@ from supernets.supernet import Supernet
 WEIGHTS = "compact.safetensors"
 TIMM_CONFIG = "config.json"  # timm's own file; its architecture is the entry point of nas/timm_entry.py
 TIMM_NAME = "compact"
+PREPARATION = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of images, in timm's words
 
 
 def describe(
@@ -97,30 +98,25 @@ def _check_stage_widths(arch: Architecture, shapes: tuple[BlockShape, ...], stre
             raise UserError(f"arch.json: field 'stage_widths[{stage}]' is {width}; expected {low} to {high}")
 
 
-def save_compact(
-    compact: nn.Module, folder: Path, num_classes: int, data: Mapping[str, Any] | None = None
-) -> Path:
-    """Write the compact network's weights beside arch.json, and the config.json by which timm opens the folder.
+def save_compact(compact: nn.Module, folder: Path, arch: Architecture, data: Mapping[str, Any] | None = None) -> Path:
+    """Write compact.safetensors, arch.json and the config.json by which timm opens the folder.
 
     data: how its images are prepared (mean, std, interpolation, crop_pct), where that is not the backbone's own way.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_architecture(arch, folder / "arch.json")
     path = folder / WEIGHTS
-    save_weights(compact.state_dict(), path, {"num_classes": str(num_classes)})
+    save_weights(compact.state_dict(), path, {"num_classes": str(arch.num_classes)})
     net: Any = compact
-    own = {name: net.pretrained_cfg.get(name) for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
-    own |= {"input_size": list(adapter_size(net)), "fixed_input_size": True, "num_classes": num_classes}
-    own |= dict(data or {})
-    config = {"architecture": TIMM_NAME, "num_classes": num_classes, "num_features": net.num_features}
+    own = {name: net.pretrained_cfg.get(name) for name in PREPARATION}
+    own |= {"input_size": arch.input_size, "fixed_input_size": True, "num_classes": arch.num_classes}
+    if max(arch.input_size[1:]) <= 64:
+        own["crop_pct"] = 1.0  # as in training: nas.setup
+    own |= {name: value for name, value in (data or {}).items() if value is not None}
+    config = {"architecture": TIMM_NAME, "num_classes": arch.num_classes, "num_features": net.num_features}
     config["pretrained_cfg"] = {name: value for name, value in own.items() if value is not None}
     write_text(folder / TIMM_CONFIG, json.dumps(config, indent=2) + "\n")
     return path
-
-
-def adapter_size(compact: Any) -> tuple[int, int, int]:
-    """(C, H, W) that a compact network reads."""
-    stem = compact.tokens_to_token if hasattr(compact, "tokens_to_token") else compact.patch_embed
-    channels = compact.in_chans if hasattr(compact, "tokens_to_token") else stem.proj.in_channels
-    return (channels, *stem.img_size)
 
 
 def load_compact(
@@ -160,6 +156,10 @@ def load_compact(
             ) from None
     if num_classes == 0:
         compact.reset_classifier(0)
+    if (folder / TIMM_CONFIG).is_file():
+        saved = json.loads((folder / TIMM_CONFIG).read_text())["pretrained_cfg"]
+        lists = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        compact.pretrained_cfg = compact.default_cfg = dict(compact.pretrained_cfg) | lists
     return compact.to(device).eval()  # type: ignore[no-any-return]
 
 

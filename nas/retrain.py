@@ -240,7 +240,7 @@ def conclude(
             raise AssertionError(f"compact and subnet differ by {difference:.1e} of the largest logit")
         mean, std = loaders.test.stats
         chosen = {"mean": mean, "std": std, "interpolation": config.interpolation, "crop_pct": config.crop_pct}
-        save_compact(compact, folder, arch.num_classes, {k: v for k, v in chosen.items() if v is not None})
+        save_compact(compact, folder, arch, chosen)
         facts |= {"budget": arch.search.get("budget"), "compact_minus_subnet": difference}
         table["subnet"] = {"params": arch.params, "gflops": arch.flops / 1e9}
         table["compact"] = {"params": sum(p.numel() for p in compact.parameters()), "gflops": arch.flops / 1e9}

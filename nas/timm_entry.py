@@ -1,7 +1,7 @@
 """The name "compact" for timm: after `import nas.timm_entry`, timm.create_model opens compact networks.
 
-    timm.create_model("local-dir:results/<run>", pretrained=True)       # by the config.json in the folder
-    timm.create_model("compact", folder="results/<run>", pretrained=True, features_only=True)
+timm.create_model("local-dir:results/<run>", pretrained=True)       # by the config.json in the folder
+timm.create_model("compact", folder="results/<run>", pretrained=True, features_only=True)
 """
 
 from collections.abc import Mapping
@@ -45,17 +45,15 @@ def compact(
 
     folder: where arch.json and compact.safetensors lie; with local-dir: and hf-hub: timm says it. pretrained False
     leaves timm's initial weights. features_only: a module from images to feature maps (NCHW), of the last out_indices
-    (an int, or a tuple of indices). kwargs: num_classes, and arguments of the backbone such as img_size, drop_path_rate.
+    (an int, or a tuple of indices). kwargs: num_classes, and the backbone's own, such as img_size and drop_path_rate.
     """
-    given = dict(pretrained_cfg or {}) | dict(pretrained_cfg_overlay or {})
-    source = Path(folder) if folder is not None else folder_of(given, cache_dir)
+    source = Path(folder) if folder is not None else folder_of(pretrained_cfg or {}, cache_dir)
     options = {name: kwargs.pop(name) for name in ("out_indices", "output_fmt", "norm") if name in kwargs}
     network: Any = load_compact(source, pretrained=pretrained, **kwargs)
-    own = {name: value for name, value in given.items() if value is not None}
-    network.pretrained_cfg = network.default_cfg = dict(network.pretrained_cfg) | own
-    if not features_only:
-        return network  # type: ignore[no-any-return]
-    return FeatureGetterNet(network, **{"out_indices": min(4, len(network.feature_info))} | options)
+    network.pretrained_cfg = network.default_cfg = dict(network.pretrained_cfg) | dict(pretrained_cfg_overlay or {})
+    if features_only:
+        network = FeatureGetterNet(network, **{"out_indices": min(4, len(network.feature_info))} | options)
+    return network  # type: ignore[no-any-return]
 
 
 if not timm.is_model("compact"):

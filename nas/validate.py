@@ -1,7 +1,7 @@
 """Measure finished networks: top-1, top-5 and images per second of large, subnet and compact.
 
-    python -m nas.validate --weights results/<run>
-    python -m nas.validate --weights results/<run>/compact.safetensors --dataset imagenet --data-dir /data/imagenet
+python -m nas.validate --weights results/<run>
+python -m nas.validate --weights results/<run>/compact.safetensors --dataset imagenet --data-dir /data/imagenet
 """
 
 import argparse

@@ -7,14 +7,14 @@ import torch
 
 from nas.checkpoint import save_weights
 from nas.compact_file import describe, save_compact, slices_of
-from search_spaces.architecture import Architecture, save_architecture
+from search_spaces.architecture import Architecture
 from supernets.compact import cut
 from supernets.supernet import Supernet
 from tests.oracle import randomise
 
 SWIN = (
     "swin_tiny_patch4_window7_224",
-    dict(img_size=36, embed_dim=16, depths=(2, 2), num_heads=(4, 8), window_size=4, mlp_ratio=2),
+    dict(img_size=36, embed_dim=16, depths=(2, 1), num_heads=(4, 8), window_size=4, mlp_ratio=2),
 )
 
 
@@ -24,9 +24,7 @@ def finished_run(folder: Path, num_classes: int = 10) -> tuple[Architecture, Sup
     supernet = Supernet(randomise(timm.create_model(model, num_classes=num_classes, **options), 0)).eval()
     picks = [{"alpha": 2 - i % 2} for i in range(len(supernet.shapes))]
     arch = describe(supernet, "swin-dan-nano", model, options, picks)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_architecture(arch, folder / "arch.json")
-    save_compact(cut(supernet.backbone, slices_of(arch, supernet.shapes)), folder, num_classes)
+    save_compact(cut(supernet.backbone, slices_of(arch, supernet.shapes)), folder, arch)
     save_weights(supernet.backbone.state_dict(), folder / "large.safetensors")
     return arch, supernet
 

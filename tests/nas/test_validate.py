@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_refused(run: Path, tmp_path: Path, capsys: pytest.
     with pytest.raises(UserError, match=r"expected compact\.safetensors or"):
         open_folder(tmp_path, CPU)
     finished_run(tmp_path / "seven", num_classes=7)
-    with pytest.raises(UserError, match="digits has 10 classes, the networks of .* 7"):
+    with pytest.raises(UserError, match=r"digits has 10 classes, the networks of .* 7"):
         validate("--weights", tmp_path / "seven")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["nas.validate", "--weights", str(tmp_path / "nowhere")])
