@@ -61,6 +61,7 @@ class Training:
     tensorboard: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
     choice_rows: list[dict[str, Any]] = field(default_factory=list)
+    step_rows: list[dict[str, Any]] = field(default_factory=list)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The run's precision."""
@@ -104,6 +105,7 @@ def fit(training: Training, resume: bool, words: str) -> None:
                 row |= training.evaluate()
             training.rows.append(row)
             training.choice_rows += [{"epoch": epoch + 1} | r for r in training.objective.choice_rows()]
+            training.step_rows += training.objective.step_rows()
             save(training, epoch + 1)
             if board is not None:
                 board.add(row)
@@ -251,6 +253,7 @@ def save(training: Training, epochs_done: int) -> None:
         "optimizer": training.optimizer.state_dict(),
         "rows": training.rows,
         "choice_rows": training.choice_rows,
+        "step_rows": training.step_rows,
     }
     if training.scheduler is not None:
         state["scheduler"] = training.scheduler.state_dict()
@@ -281,11 +284,13 @@ def keep_copies(training: Training) -> None:
 
 
 def write_tables(training: Training) -> None:
-    """log.csv and, in a search, choices.csv."""
+    """log.csv and, in a search, choices.csv; steps.csv where a method moves within an epoch."""
     if training.rows:
         write_csv(training.folder / "log.csv", training.rows)
     if training.choice_rows:
         write_csv(training.folder / "choices.csv", training.choice_rows)
+    if training.step_rows:
+        write_csv(training.folder / "steps.csv", training.step_rows)
 
 
 def restore(training: Training) -> int:
@@ -296,6 +301,7 @@ def restore(training: Training) -> int:
     state = load_checkpoint(path)
     load_state(training, state, path)
     training.rows, training.choice_rows = state["rows"], state["choice_rows"]
+    training.step_rows = state.get("step_rows", [])
     keep_copies(training)  # the run may have been killed right after the checkpoint
     write_tables(training)
     return int(state["epoch"])

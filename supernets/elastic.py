@@ -1,8 +1,8 @@
 """Elastic half-blocks: functions of (parameters, slice), never of stored state.
 
 Shape letters: B images (times windows in Swin), N tokens, E stream, S slice of the stream, R channels the MLP
-reads and writes, H kept heads, D head width, V channels of V in one head or, without an H beside it, in all of them, M kept hidden
-neurons.
+reads and writes, H kept heads, D head width, V channels of V in a head (without an H beside it, in all of them),
+M kept hidden neurons.
 """
 
 from collections.abc import Callable, Mapping, Sequence
