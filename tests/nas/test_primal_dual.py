@@ -40,8 +40,8 @@ def tensor(*values: float) -> Tensor:
 
 
 def test_group_scores_are_squared_norms_of_columns() -> None:
-    proj = torch.tensor([[1.0, 2.0, 0.0, 3.0], [2.0, 0.0, 1.0, 1.0]])  # (E 2, 2 heads of 2)
-    fc2 = torch.tensor([[3.0, 0.0, 1.0], [4.0, 2.0, 1.0]])
+    proj = tensor(1, 2, 0, 3, 2, 0, 1, 1).view(2, 4)  # (E 2, 2 heads of 2)
+    fc2 = tensor(3, 0, 1, 4, 2, 1).view(2, 3)
     channels, neurons = group_scores(proj, fc2, 2)
     assert channels.tolist() == [[5.0, 4.0], [1.0, 10.0]]
     assert neurons.tolist() == [25.0, 4.0, 2.0]

@@ -60,7 +60,8 @@ def test_skipped_blocks_come_back_until_the_budget_is_nearest() -> None:
 
     assert kept([1, 1, -1, 1], 166)[0] == [True, True, False, True]  # 166: as decided
     assert kept([-3, -1, -4, -2], 166)[0] == [True, True, False, True]
-    assert kept([-3, -1, -4, -2], 130)[0] == [False, True, False, True]  # 114 is nearer to 130 than 166 is
+    assert kept([-3, -1, -4, -2], 118) == ([False, True, False, True], 114)  # nearer to 118 than 166 is
+    assert kept([-3, -1, -4, -2], 130)[0] == [True, True, False, True]  # 114 is nearer, and below the band
     assert kept([-3, -1, -4, -2], 150) == ([True, True, False, True], 147)  # 166 is nearer; units leave
     assert kept([3, 1, 4, 2], 100, units=False) == ([True, False, False, False], 62)
     assert kept([3, -1, 4, -2], 218, units=False) == ([True] * 4, 218)
@@ -72,9 +73,7 @@ def test_every_plan_ends_in_the_band_where_that_is_possible(data: st.DataObject)
     rng = random.Random(data.draw(st.integers(0, 10**6)))
     prices = [Prices(rng.choice([2, 3, 4]), 6, 40, rng.randint(4, 8), rng.randint(4, 9)) for _ in range(5)]
     scores = [
-        Scores(
-            [[rng.random() for _ in range(p.head_dim)] for _ in range(p.num_heads)], [rng.random() for _ in range(40)]
-        )
+        Scores([[rng.random() for _ in range(6)] for _ in range(p.num_heads)], [rng.random() for _ in range(40)])
         for p in prices
     ]
     full = 50 + sum(p.attn + p.mlp for p in prices)
