@@ -140,6 +140,10 @@ def fit_budget(plan: Plan, gates: Sequence[Gate], low: int, high: int, units: bo
         remove_units(plan, high)
     if plan.flops() < low:
         restore_units(plan, high)
+    if plan.flops() < low and (heads := _lost_heads(plan)):  # a head is more than the band: others leave for it
+        _, b, h = heads[0]
+        plan.blocks[b].channels[h].add(_ascending(plan.scores[b].channels[h])[-1])
+        remove_units(plan, high, heads=False)
 
 
 def _fit_gates(plan: Plan, likely: Sequence[Gate], low: int, high: int) -> None:
@@ -155,8 +159,11 @@ def _fit_gates(plan: Plan, likely: Sequence[Gate], low: int, high: int) -> None:
                 plan.switch(gate, False)
 
 
-def remove_units(plan: Plan, high: int) -> None:
-    """Remove the unit of lowest score per MAC until F <= high; a half keeps one neuron, or one channel of one head."""
+def remove_units(plan: Plan, high: int, heads: bool = True) -> None:
+    """Remove the unit of lowest score per MAC until F <= high; a half keeps one neuron, or one channel of one head.
+
+    heads: whether whole heads may leave.
+    """
     total = plan.flops()
 
     def head_key(b: int, h: int) -> float:
@@ -168,7 +175,7 @@ def remove_units(plan: Plan, high: int) -> None:
         if block.attn:
             for h, kept in enumerate(block.channels):
                 if kept:
-                    heap.append((head_key(b, h), b, 0, h, 0))
+                    heap += [(head_key(b, h), b, 0, h, 0)] * heads
                     heap += [(score.channels[h][c] / price.channel, b, 1, h, c) for c in kept]
         if block.mlp:
             heap += [(score.hidden[j] / price.neuron, b, 2, 0, j) for j in block.hidden]
@@ -196,17 +203,13 @@ def restore_units(plan: Plan, high: int) -> None:
     total = plan.flops()
     while True:
         offers: list[tuple[float, int, int, int, int]] = []
-        heads: list[tuple[float, int, int, int, int]] = []
         for b, (block, price, score) in enumerate(zip(plan.blocks, plan.prices, plan.scores, strict=True)):
             if block.mlp:
                 gone = set(range(price.hidden)) - block.hidden
                 offers += [(-score.hidden[j] / price.neuron, b, 2, 0, j) for j in gone]
             for h, kept in enumerate(block.channels if block.attn else []):
-                if kept:
-                    gone = set(range(price.head_dim)) - kept
-                    offers += [(-score.channels[h][c] / price.channel, b, 1, h, c) for c in gone]
-                else:
-                    heads.append((-sum(score.channels[h]) / (2 * price.head_dim * price.channel), b, 0, h, 0))
+                gone = set(range(price.head_dim)) - kept if kept else set()
+                offers += [(-score.channels[h][c] / price.channel, b, 1, h, c) for c in gone]
         before = total
         for _, b, kind, h, index in sorted(offers):
             price = plan.prices[b]
@@ -216,7 +219,7 @@ def restore_units(plan: Plan, high: int) -> None:
                 (plan.blocks[b].hidden if kind == 2 else plan.blocks[b].channels[h]).add(index)
         if total != before:
             continue
-        for _, b, _, h, _ in sorted(heads):  # a head comes back with its best channel; the next turn adds more
+        for _, b, h in _lost_heads(plan):  # a head comes back with its best channel; the next turn adds more
             price, row = plan.prices[b], plan.scores[b].channels[h]
             if total + price.channel * (price.head_dim + 1) <= high:
                 total += price.channel * (price.head_dim + 1)
@@ -224,6 +227,16 @@ def restore_units(plan: Plan, high: int) -> None:
                 break
         if total == before:
             return
+
+
+def _lost_heads(plan: Plan) -> list[tuple[float, int, int]]:
+    """Removed heads of attention that is there, the highest score per MAC first: key, block, head."""
+    lost = []
+    for b, (block, price, score) in enumerate(zip(plan.blocks, plan.prices, plan.scores, strict=True)):
+        for h, kept in enumerate(block.channels if block.attn else []):
+            if not kept:
+                lost.append((-sum(score.channels[h]) / (2 * price.head_dim * price.channel), b, h))
+    return sorted(lost)
 
 
 def _ascending(scores: Sequence[float]) -> list[int]:

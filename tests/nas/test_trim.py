@@ -63,7 +63,7 @@ def test_skipped_blocks_come_back_until_the_budget_is_nearest() -> None:
     assert kept([-3, -1, -4, -2], 118) == ([False, True, False, True], 114)  # nearer to 118 than 166 is
     assert kept([-3, -1, -4, -2], 130)[0] == [True, True, False, True]  # 114 is nearer, and below the band
     assert kept([-3, -1, -4, -2], 150) == ([True, True, False, True], 147)  # 166 is nearer; units leave
-    assert kept([3, 1, 4, 2], 100, units=False) == ([True, False, False, False], 62)
+    assert kept([3, 1, 4, 2], 100, units=False) == ([False, False, True, False], 62)
     assert kept([3, -1, 4, -2], 218, units=False) == ([True] * 4, 218)
 
 
