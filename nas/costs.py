@@ -138,9 +138,10 @@ def space_costs(
     if space.method.name == "uvc":
         ends = []
         for shape, costs, choices in zip(space.shapes, network.blocks, space.candidates, strict=True):
-            picks = [{name: pick(c) for name, c in choices.items()} for pick in (max, min)]
-            slices = [space.method.block_slice(shape, space.settings, p, {}) for p in picks]
-            ends.append(tuple(Option(p, s, block_flops(shape, costs, s)) for p, s in zip(picks, slices, strict=True)))
+            whole, skipped = ({name: pick(c) for name, c in choices.items()} for pick in (max, min))
+            slices = [space.method.block_slice(shape, space.settings, p, {}) for p in (whole, skipped)]
+            flops = [block_flops(shape, costs, s) for s in slices]
+            ends.append((Option(whole, slices[0], flops[0]), Option(skipped, slices[1], flops[1])))
         return EndsOnly(space, network, tuple(ends), full_flops, True)
     options = []
     for shape, costs, choices in zip(space.shapes, network.blocks, space.candidates, strict=True):

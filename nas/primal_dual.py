@@ -10,7 +10,6 @@ Letters: L blocks, H heads of a block, d channels of V in a head, M neurons. s c
 remove from a block, r channels to remove inside one head. "Units" are a list of heads, channels or neurons.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -223,9 +222,3 @@ class AveragedSGD(torch.optim.SGD):
 def ascend(dual: Tensor, violation: Tensor, rate: float) -> Tensor:
     """Move 5: y <- max(0, y + rate * violation); the violation is S_k(W), or F/F_full - B for z."""
     return (dual + rate * violation).clamp_min(0.0)
-
-
-def whole_steps(epochs: int, warmup_epochs: int, per_epoch: int) -> tuple[int, int]:
-    """Steps of warm-up, in which gates stand at one half and nothing else moves, and steps after it."""
-    warmup = min(warmup_epochs, epochs - 1) * per_epoch
-    return warmup, max(1, math.ceil(epochs * per_epoch - warmup))

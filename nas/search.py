@@ -35,7 +35,8 @@ from nas.setup import (
     start_of,
 )
 from nas.training import make_training
-from nas.uvc import UVC, check_reach, check_uvc_options, make_loss
+from nas.uvc import UVC
+from nas.uvc_options import check_reach, check_uvc_options, make_loss
 from search_spaces.architecture import Architecture, save_architecture
 from search_spaces.errors import UserError
 from search_spaces.method import FRACTIONS, Picks

@@ -31,7 +31,7 @@ def steps_figure(steps: pd.DataFrame, title: str) -> Figure | None:
     steps = steps.apply(pd.to_numeric, errors="coerce")
     if not {"step", "z", "expected", "hard", "budget"} <= set(steps.columns) or steps.empty:
         return None
-    panels = {name: [c for c in steps if str(c).rpartition("_")[0] == name] for name in BY_BLOCK}
+    panels = {name: [str(c) for c in steps if str(c).rpartition("_")[0] == name] for name in BY_BLOCK}
     keeps = [steps[panels[name]].to_numpy() for name in ("keep_attention", "keep_mlp")]
     words = dict(BY_BLOCK)
     if keeps[0].shape == keeps[1].shape and (keeps[0] == keeps[1]).all():

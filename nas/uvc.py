@@ -1,16 +1,14 @@
 """UVC's search: the minimax step of nas/primal_dual.py as an objective of the one training loop (section 2.5)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nas.config import SearchConfig
 from nas.costs import SpaceCosts
-from nas.distill import Teacher, distill_weight, distilled_terms
 from nas.gumbel import gumbel_softmax, step_generator
-from nas.losses import cross_entropy
 from nas.objective import Draw, Search, Step
 from nas.primal_dual import (
     DUAL_START,
@@ -31,11 +29,9 @@ from nas.primal_dual import (
     smallest_sum,
     step_counts,
 )
-from nas.selection import Candidate, Selection, SelectionProblem, check_budget, flops_band
+from nas.selection import Selection, flops_band
 from nas.trim import Gate, Plan, Scores, fit_budget, make_plan
-from search_spaces.errors import UserError
 from search_spaces.method import Picks
-from search_spaces.registry import Space
 from search_spaces.slices import BlockShape, identity_slice
 from search_spaces.uvc import KEPT_HIDDEN, KEPT_V, SKIPS
 from supernets.elastic import BlockMixture, Term
@@ -116,7 +112,7 @@ class UVC(Search):
     def draw(self, step: Step) -> Draw:
         """The gates g1 of one step, one half during the warm-up: "keep" (2,) of attention and MLP."""
         if step.number < self.warmup_steps:
-            values = torch.full_like(self.gates.detach()[..., 1], 0.5)
+            values = 0.5 + 0.0 * self.gates[..., 1]  # a gradient of zero: float16's scaler wants one
         else:
             generator = step_generator(self.seed, step.number)
             drawn = [gumbel_softmax(logits, TAU, generator)[1] for logits in self.gates.flatten(0, 1)]
@@ -133,7 +129,7 @@ class UVC(Search):
             elif self.skip == "block":
                 mixtures.append(BlockMixture((Term(whole),), keep=drawn["keep"][0]))
             else:
-                attn, mlp = (type(whole)(whole.stream, whole.heads, whole.hidden, attn=a, mlp=not a) for a in (1, 0))
+                attn, mlp = replace(whole, mlp=False), replace(whole, attn=False)
                 terms = Term(attn, weight=drawn["keep"][0]), Term(mlp, weight=drawn["keep"][1])
                 mixtures.append(BlockMixture(terms))
         return mixtures
@@ -152,12 +148,14 @@ class UVC(Search):
         """Squared norms of every block's groups: channels (H, d) and neurons (M,), float64."""
         found = []
         for block, heads in zip(self.supernet.adapter.blocks(), self.num_heads, strict=True):
-            found.append(group_scores(block.attn.proj.weight.double(), block.mlp.fc2.weight.double(), heads))
+            channels, neurons = group_scores(block.attn.proj.weight, block.mlp.fc2.weight, heads)
+            found.append((channels.double(), neurons.double()))
         return found
 
     def flops_at(self, heads: Tensor, channels: Tensor, hidden: Tensor, keep: Tensor) -> Tensor:
         """F(s, r, gates) in MACs. keep: (L, 2)."""
-        order = [channels_Hd.sum(-1) for channels_Hd, _ in self.scores()]
+        weights = [block.attn.proj.weight.detach() for block in self.supernet.adapter.blocks()]
+        order = [w.square().sum(0).unflatten(0, (n, -1)).sum(1) for w, n in zip(weights, self.num_heads, strict=True)]
         parts = channels.split(self.num_heads)
         return flops(self.prices, self.outer, heads, parts, hidden, keep, order)
 
@@ -362,54 +360,3 @@ def unit_prices(shape: BlockShape, costs: BlockCosts) -> Prices:
     """MACs of the block's units."""
     S, n = shape.embed_dim, costs.attn_tokens
     return Prices(shape.num_heads, shape.head_dim, shape.hidden, n * (2 * S + costs.attended), costs.mlp_tokens * 2 * S)
-
-
-def make_loss(config: SearchConfig, teacher: Teacher | None, smoothing: float) -> Loss:
-    """L_distill of a search: (1 - w) CE(q) + w D(teacher, q), or CE(q) without a teacher."""
-
-    def loss(images: Tensor, q: Tensor, target: Tensor) -> dict[str, Tensor]:
-        if teacher is None:
-            return {"ce": cross_entropy(q, target, smoothing)}
-        hard, weight = config.distill == "hard", distill_weight(config)
-        return distilled_terms(teacher(images), q, target, hard, weight, config.distill_temperature, smoothing)
-
-    return loss
-
-
-def check_uvc_options(config: SearchConfig, space: Space) -> None:
-    """Refuse options of UVC's search that the space does not have, and those that UVC has no use for."""
-    uvc = space.method.name == "uvc"
-    if not uvc:
-        for given, flag in ((not config.prune, "--no-prune"), (config.skip != "block", f"--skip {config.skip}")):
-            if given:
-                raise UserError(f"{flag} goes with method uvc; the space is {space.name}")
-        return
-    if not config.budget and config.gflops is None:
-        raise UserError(f"{space.name} compresses to a budget; give --budget or --gflops")
-    if config.alphas is not None:
-        raise UserError(f"--alphas: {space.name} has no compression factor; it counts heads, channels and neurons")
-    if config.width != "stream":
-        raise UserError(f"--width {config.width}: {space.name} keeps the whole stream in every block; leave it out")
-    if config.gamma is not None:
-        raise UserError("--gamma prices FLOPs where there is no budget; method uvc always has one")
-    if config.arch_data == "val" and config.skip == "none":
-        raise UserError("--arch-data val trains gates; --skip none has none")
-
-
-def check_reach(costs: SpaceCosts, budget: float, skip: str, prune: bool) -> None:
-    """Refuse a budget below what the mechanisms asked for can reach."""
-    blocks = []
-    for shape, block in zip(costs.space.shapes, costs.network.blocks, strict=True):
-        price = unit_prices(shape, block)
-        units = prune or skip == "none"
-        attn = price.channel * (price.head_dim + 1) if units else price.attn
-        mlp = price.neuron if units else price.mlp
-        least = attn * (skip not in ("block", "attention", "halves")) + mlp * (skip not in ("block", "mlp", "halves"))
-        ends = (price.attn + price.mlp, least)
-        blocks.append(tuple(Candidate(macs, shape.embed_dim, 0.0) for macs in ends))
-    whole = costs.uniform()
-    problem = SelectionProblem(
-        tuple(blocks), whole.stages, whole.constant, whole.stem_per_channel, whole.merge_per_pair,
-        whole.head_per_channel, whole.fixed_widths,
-    )  # fmt: skip
-    check_budget(problem, costs.full_flops, budget)
