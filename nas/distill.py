@@ -82,6 +82,10 @@ class Distilled(Adjoined):
         expert, q = self.teacher(images), self.supernet.small(images, self.subnet)
         return distilled_terms(expert, q, target, self.hard, self.weight, self.temperature, self.smoothing)
 
+    @property
+    def may_leave_weights_unused(self) -> bool:
+        return not all(block.attn and block.mlp for block in self.subnet.blocks)
+
     def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:
         return {"teacher": self.teacher, "subnet": lambda x: self.supernet.small(x, self.subnet)}
 

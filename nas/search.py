@@ -11,6 +11,7 @@ from nas.checkpoint import save_weights
 from nas.config import SearchConfig, parse_key_values, with_defaults
 from nas.costs import SpaceCosts, space_costs
 from nas.distill import Teacher, check_distillation, make_teacher
+from nas.distributed import is_main, joined, quiet_unless_main
 from nas.evaluate import print_table, top_k
 from nas.kcr import FLOPS_WEIGHT, Bernoulli, TopK, check_selection_options
 from nas.kernel_term import check_kernel_options, has_kernel_term, kernel_term
@@ -87,9 +88,14 @@ def budget_fraction(config: SearchConfig, full_flops: int) -> float | None:
 
 
 def run_search(config: SearchConfig) -> Path:
-    """Run stage 1 to its end and return the run's folder."""
+    """Run stage 1 to its end and return the run's folder. Under torchrun, every process calls it."""
     config, space = resolve(config)
     device = pick_device(config)
+    with joined(device), quiet_unless_main():
+        return _search(config, space, device)
+
+
+def _search(config: SearchConfig, space: Space, device: torch.device) -> Path:
     model, model_kwargs = model_of(config, space)
     splits = open_data(config, space)
     meta = meta_supernet(model, model_kwargs, splits.num_classes, space)
@@ -263,7 +269,8 @@ def write_architecture(
         permutation=orders,
         search=settings,
     )
-    save_architecture(arch, folder / "arch.json")
+    if is_main():
+        save_architecture(arch, folder / "arch.json")
     return arch, subnet
 
 
@@ -303,7 +310,8 @@ def conclude(
             f"no architecture between {budget - 0.02:.4f} and {budget:.4f} of the FLOPs: "  # type: ignore[operator]
             f"{budget - arch.flops / arch.backbone_flops:.4f} of the budget is unused"  # type: ignore[operator]
         )
-    save_weights(supernet.backbone.state_dict(), folder / "supernet.safetensors")
+    if is_main():
+        save_weights(supernet.backbone.state_dict(), folder / "supernet.safetensors")
     supernet.eval()
     full = network_slice(supernet.shapes, choices.block_slices(picks, kept), full_stage_width=True)
     networks = {
@@ -326,6 +334,8 @@ def conclude(
     facts: dict[str, Any] = {"stage": "search", "space": space.name, "dataset": config.dataset, "seed": config.seed}
     facts |= {"budget": budget, "split": "val", "precision": str(training.amp_dtype or torch.float32)}
     facts |= {"unreadable_images": report_unreadable(loaders)}
+    if not is_main():
+        return
     write_json(folder / "summary.json", facts | found | table | {"narrowing": narrowing})
     print_table(table, f"{space.name} on {config.dataset}, validation split")
     if subnet != full and scores:

@@ -16,6 +16,7 @@ import nas.loop
 import nas.plot
 import nas.retrain
 import nas.search
+import nas.training
 from nas.compact_file import load_compact
 from nas.config import RetrainConfig, SearchConfig
 from nas.retrain import run_retrain
@@ -174,7 +175,7 @@ def test_7_an_interrupted_validation_resumes_to_the_same_run(
     config, undisturbed = search
     config = replace(config, output=tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(nas.search, "top_k", Interrupt(nas.search.top_k, 2))
+        patch.setattr(nas.training, "top_k", Interrupt(nas.training.top_k, 2))
         with pytest.raises(KeyboardInterrupt):
             run_search(config)
     with monkeypatch.context() as patch:  # and once more, when all is trained but nothing concluded
