@@ -71,9 +71,8 @@ class UVC(Search):
         self.outer = costs.network.flops.at(supernet.identity().stage_widths)
         self.num_heads = [shape.num_heads for shape in shapes]
         start = torch.tensor(GATE_START).expand(len(shapes), SKIPS[skip], 2)
-        self.gates = nn.Parameter(
-            start.clone(), requires_grad=SKIPS[skip] > 0
-        )  # (L, gates, 2): logits of skipping and of keeping
+        # (L, gates, 2): logits of skipping and of keeping
+        self.gates = nn.Parameter(start.clone(), requires_grad=SKIPS[skip] > 0)
         self.heads: Tensor  # s1 (L,)
         self.hidden: Tensor  # s3 (L,)
         self.channels: Tensor  # r (all heads,)

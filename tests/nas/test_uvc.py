@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 
 import nas.loop
 import nas.retrain
+from nas import describe
 from nas.compact_file import load_compact, slices_of
 from nas.config import RetrainConfig, SearchConfig
 from nas.costs import space_costs
@@ -21,6 +23,7 @@ from nas.objective import Step
 from nas.primal_dual import GATE_START
 from nas.retrain import run_retrain
 from nas.search import resolve, run_search
+from nas.steps_figure import steps_figure
 from nas.uvc import UVC
 from nas.uvc_options import check_reach
 from search_spaces.architecture import load_architecture
@@ -161,6 +164,21 @@ def test_without_pruning_counts_stand_still() -> None:
     assert objective.found()["removed"]["neurons"] == 0
 
 
+@pytest.mark.parametrize(("skip", "panels"), [("block", 6), ("halves", 7), ("attention", 6), ("none", 5)])
+def test_the_picture_has_a_panel_for_everything_that_moves(skip: str, panels: int) -> None:
+    objective = disturb(search_of(small_supernet("vit"), skip), 3)
+    for number in range(6, 9):
+        step_of(objective, number)
+    rows = objective.step_rows()
+    assert [row["step"] for row in rows] == [7, 8, 9] and objective.step_rows() == []
+    figure = steps_figure(pd.DataFrame(rows), "title")
+    assert figure is not None
+    drawn = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(drawn) == panels
+    assert [len(axes.lines) for axes in drawn] == [1, 3, *[3] * (panels - 2)]  # z; F; a line per block
+    assert drawn[4].lines[1].get_ydata().tolist() == [row["neurons_1"] for row in rows]
+
+
 def test_slices_of_picks() -> None:
     shape, method = BlockShape(0, 24, 3, 8, 48), METHODS["uvc"]
     whole = method.block_slice(shape, Settings(), {"heads": 3, "v_channels": 24, "hidden": 48}, {})
@@ -246,13 +264,15 @@ def test_a_search_ends_in_the_band_and_its_architecture_retrains_to_a_compact_ne
     assert sum(arch.search["removed"].values()) == pytest.approx(1 - arch.flops / arch.backbone_flops)
     assert arch.search["distill"] == "none"  # from scratch there is no teacher
     assert (folder / "steps.png").stat().st_size > 10_000
-    header, *rows = (folder / "steps.csv").read_text().splitlines()
-    assert header.startswith("step,z,expected,hard,budget,heads_0,channels_0,neurons_0") and len(rows) == 27
+    header, *lines = (folder / "steps.csv").read_text().splitlines()
+    assert header.startswith("step,z,expected,hard,budget,heads_0,channels_0,neurons_0") and len(lines) == 27
     monkeypatch.setattr(nas.retrain, "images_per_second", lambda networks, *_: dict.fromkeys(networks, 1.0))
     data = {"dataset": "folder", "data_dir": config.data_dir, "workers": 0, "batch_size": 16, "epochs": 1}
     again = run_retrain(RetrainConfig(arch=folder, output=tmp_path / "small", **data))
     summary = json.loads((again / "summary.json").read_text())
     assert summary["compact_minus_subnet"] <= 1e-5
+    rows = describe.rows_of(arch)
+    assert sum(row.flops[0] for row in rows) == arch.flops
     compact, small = load_compact(again), load_architecture(again)
     assert sum(p.numel() for p in compact.parameters()) == small.params < small.backbone_params
     # UVC's own second stage, from the large network that the search left
