@@ -1,20 +1,29 @@
 """Stage 1: search a vision transformer for a smaller one that shares its weights. Writes arch.json."""
 
+import sys
+
 from nas.cli import main
-from nas.config import SearchConfig
+from nas.config import SweepConfig
 
 
-def run(config: SearchConfig) -> None:
+def run(config: SweepConfig) -> None:
     """Import torch only once the command line is known to be good."""
     if config.list_spaces:
         from nas.spaces import list_spaces
 
         list_spaces()
         return
+    from nas.trials import make_trials, single_search
+
+    if config.sweep:
+        trials = make_trials(config)
+        from nas.sweep import run_sweep
+
+        sys.exit(run_sweep(config, trials))
     from nas.search import run_search
 
-    run_search(config)
+    run_search(single_search(config))
 
 
 if __name__ == "__main__":
-    main(SearchConfig, run, "search.py")
+    main(SweepConfig, run, "search.py")

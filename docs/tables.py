@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import tyro  # noqa: E402
 
 from nas import config as config_module  # noqa: E402
-from nas.config import Common, RetrainConfig, SearchConfig  # noqa: E402
+from nas.config import Common, RetrainConfig, SearchConfig, SweepConfig  # noqa: E402
 from search_spaces.method import Settings  # noqa: E402
 from search_spaces.registry import METHODS, SPACES  # noqa: E402
 from search_spaces.slices import network_slice  # noqa: E402
@@ -178,6 +178,7 @@ def sections() -> dict[str, dict[str, str]]:
         "options.md": {
             "both": options(Common),
             "search": options(SearchConfig),
+            "sweep": options(SweepConfig),
             "retrain": options(RetrainConfig),
             "spaces": space_defaults(),
         },

@@ -60,6 +60,8 @@ def parse(kind: type[C], arguments: list[str], program: str) -> C:
             i = arguments.index(flag) if flag in arguments else -1
             if i >= 0 and arguments[i + 1 : i + 2] not in (["True"], ["False"], ["None"]):
                 arguments = [*arguments[:i], f"--{name}", value, *arguments[i + 1 :]]
+    arguments, sweeps = take_options(arguments, "--sweep")
+    arguments += ["--sweep", *sweeps] if sweeps else []
     arguments, config_file = take_option(arguments, "--config")
     default = None
     if config_file is not None:
@@ -77,21 +79,27 @@ def parse(kind: type[C], arguments: list[str], program: str) -> C:
 
 def take_option(arguments: list[str], option: str) -> tuple[list[str], str | None]:
     """Remove `option VALUE` or `option=VALUE`; the last one counts."""
+    rest, values = take_options(arguments, option)
+    return rest, values[-1] if values else None
+
+
+def take_options(arguments: list[str], option: str) -> tuple[list[str], list[str]]:
+    """Remove every `option VALUE` and `option=VALUE`; also the values, in order."""
     rest: list[str] = []
-    value = None
+    values: list[str] = []
     i = 0
     while i < len(arguments):
         if arguments[i] == option:
             if i + 1 == len(arguments):
                 raise UserError(f"{option} needs a value")
-            value = arguments[i + 1]
+            values.append(arguments[i + 1])
             i += 1
         elif arguments[i].startswith(f"{option}="):
-            value = arguments[i].partition("=")[2]
+            values.append(arguments[i].partition("=")[2])
         else:
             rest.append(arguments[i])
         i += 1
-    return rest, value
+    return rest, values
 
 
 def read_yaml(kind: type[C], path: Path, program: str) -> C:

@@ -124,8 +124,7 @@ def print_rows(arch: Architecture, rows: Sequence[Row]) -> None:
 
 def architecture_figure(rows: Sequence[Row], title: str) -> Figure:
     """A panel for each of stream, heads, neurons and FLOPs; a row per block, the backbone's in outline."""
-    from nas.figures import PALETTE
-    from nas.figures import _figure as new_figure
+    from nas.figures import PALETTE, new_figure
 
     blocks = [row for row in rows if row.block is not None]
     figure = new_figure(10.5, 1.5 + 0.24 * max(len(blocks), 6), title)

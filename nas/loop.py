@@ -26,6 +26,7 @@ from nas.tensorboard import Board
 from search_spaces.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
+OnEpoch = Callable[[Mapping[str, Any]], None]
 CHECKPOINT = "checkpoint.pt"
 BEST = "best.pt"
 
@@ -89,8 +90,11 @@ def seed_everything(seed: int, epoch: int) -> None:
     torch.manual_seed(mixed)
 
 
-def fit(training: Training, resume: bool, words: str) -> None:
-    """Train to the last epoch, from the checkpoint when resuming. Logs, saves and shows progress each epoch."""
+def fit(training: Training, resume: bool, words: str, on_epoch: OnEpoch | None = None) -> None:
+    """Train to the last epoch, from the checkpoint when resuming. Logs, saves and shows progress each epoch.
+
+    on_epoch: called with every row of log.csv once it is on disk.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     first = restore(training) if resume else 0
@@ -117,6 +121,8 @@ def fit(training: Training, resume: bool, words: str) -> None:
             if board is not None:
                 board.add(row)
             progress.console.print(summary_line(row, training.epochs), highlight=False, soft_wrap=True)
+            if on_epoch is not None:
+                on_epoch(row)
 
 
 def train_epoch(training: Training, epoch: int, grad_scaler: Any, advance: Callable[[], None]) -> dict[str, Any]:

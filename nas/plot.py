@@ -5,7 +5,8 @@
 draws, in every run folder below: choices.png (which candidate each block leans to), curves.png (losses,
 accuracy, cost, schedules), steps.png (UVC's search, step by step), pareto.png and pareto.pdf (accuracy against
 cost, among the other runs on the same dataset); and in the folder itself, and in every sweep's, the Pareto picture
-of all its runs. What a run's files do not hold is left out; nothing but the pictures is written.
+of all its runs, and a sweep's page. What a run's files do not hold is left out; nothing but pictures and pages is
+written.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.figures import DPI, X_AXES, choices_figure, curves_figure, pareto_figure
+from nas.figures import DPI, X_AXES, choices_figure, curves_figure
+from nas.scatter import pareto_figure
 from nas.steps_figure import steps_figure
 from search_spaces.errors import UserError
 
@@ -81,7 +83,7 @@ def plot_pareto(
     uniform: pd.DataFrame | None = None,
     published: pd.DataFrame | None = None,
 ) -> list[Path]:
-    """Draw nas.figures.pareto_figure and write it as path.png (150 dpi) and path.pdf (vectors).
+    """Draw nas.scatter.pareto_figure and write it as path.png (150 dpi) and path.pdf (vectors).
 
     Frames as described there. Raises UserError for an unknown axis, when no point has both values, or when
     the files cannot be written.
@@ -140,27 +142,56 @@ def find_runs(root: Path) -> list[Path]:
     return sorted(f for f in folders if not (f / SWEEP_FILE).exists())
 
 
-def plot_all(root: Path, x: str = "gflops") -> list[Path]:
-    """Redraw every run at or below `root`, and the Pareto pictures of `root` and of its sweeps.
+def plot_all(root: Path, x: str = "gflops", beside: Sequence[Path] = ()) -> list[Path]:
+    """Redraw every run at or below `root`, and the Pareto pictures of `root` and of its sweeps, with their pages.
 
-    Raises UserError when there is no run.
+    beside: further runs, sweeps or folders of them, whose points join every Pareto picture. Raises UserError when
+    there is no run.
     """
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; give a run's folder, or one that holds runs")
+    for place in (root, *beside):
+        if not place.is_dir():
+            raise UserError(f"{place}: no such folder; give a run's folder, or one that holds runs")
     runs = find_runs(root)
     if not runs:
         raise UserError(f"{root}: no run in it ({', '.join(RUN_FILES)}); give the folder that search.py wrote")
-    points = [p for run in runs for p in run_points(run)] if runs != [root] else None
+    own = {run.resolve() for run in runs}
+    joining = dict.fromkeys(run for place in beside for run in find_runs(place) if run.resolve() not in own)
+    extra = [p for run in joining for p in run_points(run)]
+    points = [*(p for run in runs for p in run_points(run)), *extra] if runs != [root] or extra else None
     written = [path for run in runs for path in plot_run(run, points, x)]
     sweeps = {f.parent for f in root.rglob(SWEEP_FILE) if not _hidden(f, root)}
     for folder in sorted(sweeps | ({root} - set(runs))):
-        inside = [p for p in points or [] if Path(p["run"]).is_relative_to(folder.resolve()) and _drawable(p, x)]
-        datasets = sorted({p["dataset"] for p in inside})
-        for dataset in datasets:
-            name = "pareto" if len(datasets) == 1 else f"pareto-{dataset.replace('/', '-')}"
-            chosen = [p for p in inside if p["dataset"] == dataset]
-            written += _draw_points(chosen, folder / name, f"{folder.resolve().name}: all runs on {dataset}", x)
+        inside = [p for p in points or [] if Path(p["run"]).is_relative_to(folder.resolve())]
+        shared = {p["dataset"] for p in inside}
+        written += plot_together(folder, [*inside, *(p for p in extra if p["dataset"] in shared)], x)
+    for folder in sorted(sweeps):
+        written += page_of(folder)
     return written
+
+
+def plot_sweep(folder: Path, x: str = "gflops") -> list[Path]:
+    """The Pareto picture and the page of a sweep, whose runs have their own; the paths written."""
+    points = [p for run in find_runs(folder) for p in run_points(run)]
+    return [*plot_together(folder, points, x), *page_of(folder)]
+
+
+def plot_together(folder: Path, points: Sequence[Mapping[str, Any]], x: str) -> list[Path]:
+    """A Pareto picture of all these points into the folder; one for each dataset."""
+    written: list[Path] = []
+    drawn = [p for p in points if _drawable(p, x)]
+    datasets = sorted({p["dataset"] for p in drawn})
+    for dataset in datasets:
+        name = "pareto" if len(datasets) == 1 else f"pareto-{dataset.replace('/', '-')}"
+        chosen = [p for p in drawn if p["dataset"] == dataset]
+        written += _draw_points(chosen, folder / name, f"{folder.resolve().name}: all runs on {dataset}", x)
+    return written
+
+
+def page_of(folder: Path) -> list[Path]:
+    """index.html of a sweep."""
+    from nas.page import write_page
+
+    return [write_page(folder)]
 
 
 def _draw_points(rows: Sequence[Mapping[str, Any]], path: Path, title: str, x: str) -> list[Path]:
@@ -303,9 +334,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nas.plot", description="Redraw the pictures of runs.")
     parser.add_argument("folder", type=Path, help="a run's folder, or one that holds runs, e.g. results/")
     parser.add_argument("--x", choices=tuple(X_AXES), default="gflops", help="cost axis of the Pareto pictures")
+    words = "more folders, whose runs join the Pareto pictures: other sweeps, AN runs for the line of uniform α"
+    parser.add_argument("--with", type=Path, nargs="+", default=[], dest="beside", metavar="FOLDER", help=words)
     options = parser.parse_args(arguments)
     try:
-        for path in plot_all(options.folder, options.x):
+        for path in plot_all(options.folder, options.x, options.beside):
             print(path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ from nas.distill import Distilled, Plain, Teacher, check_distillation, distill_w
 from nas.distributed import is_main, joined, quiet_unless_main
 from nas.evaluate import Network, images_per_second, print_table, top_k
 from nas.kernel_term import KernelAdjoined, check_kernel_options, has_kernel_term, kernel_term
-from nas.loop import Training, fit, settle
+from nas.loop import OnEpoch, Training, fit, settle
 from nas.objective import Adjoined
 from nas.run import open_run, write_csv, write_json
 from nas.setup import (
@@ -123,15 +123,20 @@ def starting_point(config: RetrainConfig, arch: Architecture, num_classes: int) 
     return start, "the original weights" if start.given() else "timm's initialisation"
 
 
-def run_retrain(config: RetrainConfig) -> Path:
-    """Run stage 2 to its end and return the run's folder. Under torchrun, every process calls it."""
+def run_retrain(config: RetrainConfig, on_epoch: OnEpoch | None = None) -> Path:
+    """Run stage 2 to its end and return the run's folder. Under torchrun, every process calls it.
+
+    on_epoch: as in `fit`.
+    """
     config, space, arch = resolve(config)
     device = pick_device(config)
     with joined(device), quiet_unless_main():
-        return _retrain(config, space, arch, device)
+        return _retrain(config, space, arch, device, on_epoch)
 
 
-def _retrain(config: RetrainConfig, space: Space, arch: Architecture | None, device: torch.device) -> Path:
+def _retrain(
+    config: RetrainConfig, space: Space, arch: Architecture | None, device: torch.device, on_epoch: OnEpoch | None
+) -> Path:
     splits = open_data(config, space)
     if arch is None:
         model, model_kwargs = model_of(config, space)
@@ -187,7 +192,7 @@ def _retrain(config: RetrainConfig, space: Space, arch: Architecture | None, dev
         if is_main():
             save_architecture(arch, folder / "arch.json")
         print(f"{words}; small {arch.params / 1e6:.3f} M, {arch.flops / 1e9:.4g} GFLOPs")
-    fit(training, config.resume, "retrain")
+    fit(training, config.resume, "retrain", on_epoch)
     conclude(config, arch, subnet, training, loaders)
     return folder
 

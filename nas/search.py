@@ -15,7 +15,7 @@ from nas.distributed import is_main, joined, quiet_unless_main
 from nas.evaluate import print_table, top_k
 from nas.kcr import FLOPS_WEIGHT, Bernoulli, TopK, check_selection_options
 from nas.kernel_term import check_kernel_options, has_kernel_term, kernel_term
-from nas.loop import Training, fit, settle
+from nas.loop import OnEpoch, Training, fit, settle
 from nas.objective import Differentiable, Search
 from nas.optim import total_epochs, updates_per_epoch
 from nas.run import open_run, write_json
@@ -87,15 +87,18 @@ def budget_fraction(config: SearchConfig, full_flops: int) -> float | None:
     return config.budget or None
 
 
-def run_search(config: SearchConfig) -> Path:
-    """Run stage 1 to its end and return the run's folder. Under torchrun, every process calls it."""
+def run_search(config: SearchConfig, on_epoch: OnEpoch | None = None) -> Path:
+    """Run stage 1 to its end and return the run's folder. Under torchrun, every process calls it.
+
+    on_epoch: as in `fit`.
+    """
     config, space = resolve(config)
     device = pick_device(config)
     with joined(device), quiet_unless_main():
-        return _search(config, space, device)
+        return _search(config, space, device, on_epoch)
 
 
-def _search(config: SearchConfig, space: Space, device: torch.device) -> Path:
+def _search(config: SearchConfig, space: Space, device: torch.device, on_epoch: OnEpoch | None) -> Path:
     model, model_kwargs = model_of(config, space)
     splits = open_data(config, space)
     meta = meta_supernet(model, model_kwargs, splits.num_classes, space)
@@ -142,7 +145,7 @@ def _search(config: SearchConfig, space: Space, device: torch.device) -> Path:
         f" {meta.params() / 1e6:.2f} M parameters, {meta.flops() / 1e9:.4g} GFLOPs (MACs)"
         + (f", budget {budget:.4g}" if budget is not None else f", gamma {objective.gamma:g}" * config.adjoined)
     )
-    fit(training, config.resume, "search")
+    fit(training, config.resume, "search", on_epoch)
     conclude(config, space, choices, objective, training, loaders, budget, model, model_kwargs, orders)
     return folder
 

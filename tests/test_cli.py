@@ -11,7 +11,7 @@ import pytest
 import retrain
 import search
 from nas.cli import main
-from nas.config import RetrainConfig, SearchConfig
+from nas.config import RetrainConfig, SearchConfig, SweepConfig
 
 ROOT = Path(__file__).parents[1]
 VIT = ["--space", "vit-dan-nano"]
@@ -26,7 +26,7 @@ class Shell:
 
     def __call__(self, script: str, *arguments: str) -> tuple[int, str, str]:
         """(exit code, stdout, stderr)."""
-        kind, run = {"search.py": (SearchConfig, search.run), "retrain.py": (RetrainConfig, retrain.run)}[script]
+        kind, run = {"search.py": (SweepConfig, search.run), "retrain.py": (RetrainConfig, retrain.run)}[script]
         self.monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         self.capsys.readouterr()
         code: Any = 0

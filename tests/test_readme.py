@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nas import config
-from nas.config import Common, RetrainConfig, SearchConfig
+from nas.config import Common, RetrainConfig, SearchConfig, SweepConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4, num_classes=7)"
@@ -55,7 +55,7 @@ def test_every_option_has_a_line_of_help() -> None:
     assert not silent, f"no docstring after {', '.join(silent)}"
 
 
-@pytest.mark.parametrize("kind", [Common, SearchConfig, RetrainConfig])
+@pytest.mark.parametrize("kind", [Common, SearchConfig, SweepConfig, RetrainConfig])
 def test_every_option_is_in_the_docs(kind: type[Common]) -> None:
     page = (ROOT / "docs" / "options.md").read_text()
     missing = [f.name for f in fields(kind) if f"`--{f.name.replace('_', '-')}`" not in page]

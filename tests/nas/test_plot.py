@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 import nas.plot
-from nas.figures import candidate_text, choices_figure, curves_figure, pareto_figure
+from nas.figures import candidate_text, choices_figure, curves_figure
 from nas.plot import find_runs, main, plot_all, plot_pareto, plot_run, run_points
+from nas.scatter import pareto_figure
 from search_spaces.errors import UserError
 
 ALPHAS, FRACTIONS = (1, 2, 4, 8), (1.0, 0.75, 0.5, 0.25)
@@ -267,6 +268,16 @@ def test_a_log_without_an_epoch_or_a_curve_is_not_drawn():
     assert curves_figure(log_rows().iloc[:0], "run") is None
 
 
+def test_kernel_complexity_has_a_panel_where_it_was_measured():
+    log = log_rows()
+    assert "complexity" not in [axes.get_label() for axes in curves_figure(log, "run").axes]
+    kc = np.linspace(0.5, 0.3, len(log))
+    measured = log.assign(kc=3 * kc, kc_normalised=kc, tnn=kc / 10, trace=2.0)
+    axes = panel(curves_figure(measured, "run"), "complexity")
+    np.testing.assert_array_equal(lines(axes)["KC, trace-normalised spectrum"].get_ydata(), kc)
+    np.testing.assert_allclose(lines(axes)["TNN as a share of the trace"].get_ydata(), kc / 20)
+
+
 def test_a_retraining_has_no_cost_panel():
     log = log_rows().drop(columns="expected_gflops").assign(selected_gflops=0.005)
     labels = [axes.get_label() for axes in curves_figure(log, "run", BACKBONE, 0.5).axes]
@@ -337,6 +348,13 @@ def test_seeds_of_a_configuration_become_their_mean_with_bars_to_the_extremes():
     segments = sorted(tuple(path.vertices.ravel()) for bars in axes.collections for path in bars.get_paths())
     np.testing.assert_allclose(segments, [(4.0, 92.0, 4.2, 92.0), (4.1, 90.0, 4.1, 94.0)])
     assert "mean of several seeds, lowest to highest" in [t.get_text() for t in axes.get_legend().get_texts()]
+
+
+def test_seeds_of_equal_cost_are_drawn_whatever_their_mean_rounds_to():
+    points = pd.DataFrame({"gflops": [0.1] * 3, "top1": [0.7] * 3, "config": [*"aaa"]})
+    assert points["gflops"].mean() > 0.1
+    (axes,) = pareto_figure(points.assign(space="swin-dan", role="subnet"), "run").axes
+    assert len(axes.collections) == 2
 
 
 def test_uniform_line_joins_its_points_by_cost_and_counts_for_the_front():
@@ -547,19 +565,33 @@ def test_networks_compressed_alike_are_joined(tmp_path, drawn):
 def test_everything_below_a_folder_is_drawn_and_a_sweep_gets_its_own_picture(tmp_path, drawn):
     sweep = tmp_path / "sweep"
     trials = [make_run(sweep / f"trial{i}", budget=b) for i, b in enumerate((0.3, 0.5))]
-    (sweep / "trials.csv").write_text("run,budget\n")
+    (sweep / "trials.csv").write_text("trial,status,search\n0,done,trial0\n1,done,trial1\n")
     (sweep / "config.yaml").write_text("space: swin-dan-nano\n")
     single = make_run(tmp_path / "single", dataset="cifar10")
     make_run(tmp_path / ".hidden" / "run")
     assert find_runs(tmp_path) == [single, *trials]
     written = plot_all(tmp_path)
-    assert written == list(drawn)
+    assert written == [*drawn, sweep / "index.html"]
     assert {p.parent for p in written} == {tmp_path, sweep, single, *trials}
-    assert {p.name for p in written if p.parent == sweep} == {"pareto.png", "pareto.pdf"}
+    assert {p.name for p in written if p.parent == sweep} == {"pareto.png", "pareto.pdf", "index.html"}
     assert {p.stem for p in written if p.parent == tmp_path} == {"pareto-digits", "pareto-cifar10"}
     (axes,) = drawn[sweep / "pareto.png"].axes
     assert "this run" not in lines(axes)
     np.testing.assert_allclose(lines(axes)["_swin-dan-nano subnet"].get_xdata(), [0.3 * BACKBONE, 0.5 * BACKBONE])
+
+
+def test_runs_of_other_folders_join_the_picture_once(tmp_path, drawn, capsys):
+    sweep, other = tmp_path / "sweep", tmp_path / "other"
+    for i, budget in enumerate((0.3, 0.5)):
+        make_run(sweep / f"trial{i}", budget=budget)
+    make_run(other / "more", budget=0.7)
+    make_run(other / "elsewhere", dataset="cifar10")
+    assert main([str(sweep), "--with", str(other), str(tmp_path)]) == 0
+    (axes,) = drawn[sweep / "pareto.png"].axes
+    marks = lines(axes)["_swin-dan-nano subnet"].get_xdata()
+    np.testing.assert_allclose(marks, [0.3 * BACKBONE, 0.5 * BACKBONE, 0.7 * BACKBONE])
+    assert {p.parent.parent for p in drawn} <= {tmp_path, sweep}
+    assert main([str(sweep), "--with", str(tmp_path / "nowhere")]) == 2
 
 
 def test_command_prints_what_it_drew(tmp_path, drawn, capsys):
