@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nas.figures import PALETTE, _figure, _tidy
+from nas.figures import PALETTE, new_figure, tidy
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,16 +39,16 @@ def steps_figure(steps: pd.DataFrame, title: str) -> Figure | None:
         words["keep_attention"] = "P(block is kept)"
     shown = [n for n, c in panels.items() if c and not (n.startswith("keep") and (steps[c] == 1).all(axis=None))]
     columns = (len(shown) + 3) // 2
-    figure = _figure(4.2 * columns, 6.2, title)
+    figure = new_figure(4.2 * columns, 6.2, title)
     axes = list(figure.subplots(2, columns, squeeze=False).flat)
     axes[0].plot(steps["step"], steps["z"], color=PALETTE[0], lw=1.4)
-    _tidy(axes[0], "step", "multiplier z")
+    tidy(axes[0], "step", "multiplier z")
     for name, stroke, label in (("hard", "-", "as decided now"), ("expected", "--", "expected over the gates")):
         axes[1].plot(steps["step"], steps[name], stroke, color=PALETTE[name == "expected"], lw=1.4, label=label)
     axes[1].plot(steps["step"], steps["budget"], ":", color="#555555", lw=1.2, label="budget")
     axes[1].set_ylim(0, 1.05)
     axes[1].legend(fontsize=7, frameon=False)
-    _tidy(axes[1], "step", "F / F_full")
+    tidy(axes[1], "step", "F / F_full")
     for place, name in zip(axes[2:], shown, strict=False):
         _by_block(place, steps, panels[name], words[name])
     for place in axes[2 + len(shown) :]:
@@ -67,4 +67,4 @@ def _by_block(axes: Axes, steps: pd.DataFrame, columns: list[str], words: str) -
     axes.set_ylim(-0.03, 1.03)
     if len(columns) <= 12:
         axes.legend(fontsize=6, frameon=False, ncols=2)
-    _tidy(axes, "step", words)
+    tidy(axes, "step", words)
