@@ -74,7 +74,8 @@ class Common:
     sched: str | None = None
     """learning-rate schedule, by timm's name; none: constant, after the warm-up if there is one"""
     warmup_epochs: int | None = None
-    """epochs of linear warm-up before the schedule begins; a constant rate (--sched none) has none"""
+    """epochs of linear warm-up before the schedule begins; a constant rate (--sched none) has none. In a search by UVC
+    gates, counts and multipliers stand still for as long"""
     warmup_lr: float | None = None
     """rate at which the warm-up begins"""
     min_lr: float | None = None
@@ -175,6 +176,19 @@ class Common:
     detach_teacher: bool = False
     """stop the gradient of the KL term into the large network"""
 
+    teacher: str | None = None
+    """any timm model with the dataset's classes (--train distill; a search by UVC); by default the original network"""
+    teacher_kwargs: KeyValues = ()
+    """constructor arguments of --teacher"""
+    teacher_checkpoint: Path | None = None
+    """weights of the teacher"""
+    distill: Literal["soft", "hard", "none"] | None = None
+    """match the teacher's distribution, or its decision; by default soft, in a search from scratch none"""
+    distill_weight: float | None = None
+    """share of the loss that is the teacher's (0.5; UVC: 0.1)"""
+    distill_temperature: float = 1.0
+    """divides both networks' logits in distillation"""
+
     adjoined: bool = True
     """KCR, joint: train large and small together, or by --no-adjoined the small network alone, as KCR's authors do"""
     eta_kc: float | None = None
@@ -199,6 +213,10 @@ class SearchConfig(Common):
     """KCR, joint: candidate shares of the channels that an MLP reads and writes (1, 3/4, 1/2, 1/4)"""
     selection: Literal["topk", "bernoulli"] = "topk"
     """KCR: choose a count and keep the channels of highest score, or let every channel be drawn by itself"""
+    prune: bool = True
+    """UVC: remove heads, channels and neurons; by --no-prune nothing but what --skip skips"""
+    skip: Literal["block", "attention", "mlp", "halves", "none"] = "block"
+    """UVC: what a gate skips: a block, its attention, its MLP, each half by a gate of its own, or nothing"""
     flops_weight: float | None = None
     """weight w of E[F]/F_full under --no-adjoined (0.2)"""
     alpha: int | None = None
@@ -212,7 +230,7 @@ class SearchConfig(Common):
     gamma: float | None = None
     """weight of the FLOPs penalty per MAC when there is no budget (1e-12, equation 3.7)"""
     arch_lr: float | None = None
-    """Adam's rate for the architecture logits"""
+    """Adam's rate for the architecture logits; UVC: that of the gates' SGD, as of the published run's length"""
     arch_data: Literal["train", "val"] = "train"
     """train the logits on the weights' own batches, or alternate with the held-out part"""
 
@@ -260,18 +278,6 @@ class RetrainConfig(Common):
     classes is the same"""
     train: Literal["plain", "adjoined", "distill"] = "adjoined"
     """both networks (equation 3.4), the large one alone, or the small one under a frozen teacher"""
-    teacher: str | None = None
-    """any timm model with the dataset's classes; by default the original network"""
-    teacher_kwargs: KeyValues = ()
-    """constructor arguments of --teacher"""
-    teacher_checkpoint: Path | None = None
-    """weights of the teacher"""
-    distill: Literal["soft", "hard"] = "soft"
-    """match the teacher's distribution, or its decision"""
-    distill_weight: float = 0.5
-    """share of the loss that is the teacher's"""
-    distill_temperature: float = 1.0
-    """divides both networks' logits (--train distill)"""
     result: Literal["last", "best"] = "last"
     """which epoch's weights are measured and cut: the last, or the best on the held-out part"""
 

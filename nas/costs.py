@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -112,6 +112,15 @@ class SpaceCosts:
         )
 
 
+class EndsOnly(SpaceCosts):
+    """Costs of a space too fine to list (UVC's counts): options[l] are block l whole and block l skipped."""
+
+    def uniform(self) -> SelectionProblem:
+        blocks = [{"end": torch.full((len(options),), 1.0 / len(options))} for options in self.options]
+        ends = replace(self.space, candidates=tuple({"end": tuple(range(len(o)))} for o in self.options))
+        return SpaceCosts(ends, self.network, self.options, self.full_flops, True).problem(blocks)
+
+
 def joint_probability(weights: Mapping[str, Tensor], candidates: Mapping[str, tuple[object, ...]]) -> Tensor:
     """Probability of every option of a block, its choices being independent: (prod of their sizes,)."""
     joint: Tensor | None = None
@@ -125,7 +134,15 @@ def joint_probability(weights: Mapping[str, Tensor], candidates: Mapping[str, tu
 def space_costs(
     space: SearchSpace, network: NetworkCosts, full_flops: int, full_stage_width: bool = False
 ) -> SpaceCosts:
-    """Price every option of every block."""
+    """Price every option of every block; of UVC, whose counts are too many, the ends."""
+    if space.method.name == "uvc":
+        ends = []
+        for shape, costs, choices in zip(space.shapes, network.blocks, space.candidates, strict=True):
+            whole, skipped = ({name: pick(c) for name, c in choices.items()} for pick in (max, min))
+            slices = [space.method.block_slice(shape, space.settings, p, {}) for p in (whole, skipped)]
+            flops = [block_flops(shape, costs, s) for s in slices]
+            ends.append((Option(whole, slices[0], flops[0]), Option(skipped, slices[1], flops[1])))
+        return EndsOnly(space, network, tuple(ends), full_flops, True)
     options = []
     for shape, costs, choices in zip(space.shapes, network.blocks, space.candidates, strict=True):
         row = []

@@ -1,4 +1,7 @@
-"""The other ways to train than adjoined: the large network alone, and the small one under a frozen teacher."""
+"""The other ways to train than adjoined: the large network alone, and the small one under a frozen teacher.
+
+UVC's search learns from the same teacher, by the same terms.
+"""
 
 import copy
 from collections.abc import Callable
@@ -11,13 +14,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas.backbone import Start, starting_backbone
-from nas.config import RetrainConfig, parse_key_values
+from nas.config import Common, parse_key_values
 from nas.datasets import Splits
 from nas.losses import cross_entropy
 from nas.objective import Adjoined, Step
 from search_spaces.errors import UserError
 from search_spaces.slices import NetworkSlice
 from supernets.supernet import Supernet
+
+DISTILL_WEIGHT = 0.5
 
 
 class Plain(Adjoined):
@@ -75,11 +80,7 @@ class Distilled(Adjoined):
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
         expert, q = self.teacher(images), self.supernet.small(images, self.subnet)
-        term = cross_entropy(q, expert.argmax(dim=1)) if self.hard else soft_distillation(expert, q, self.temperature)
-        return {
-            "ce": (1 - self.weight) * cross_entropy(q, target, self.smoothing),
-            "distill": self.weight * term,
-        }
+        return distilled_terms(expert, q, target, self.hard, self.weight, self.temperature, self.smoothing)
 
     @property
     def may_leave_weights_unused(self) -> bool:
@@ -92,6 +93,14 @@ class Distilled(Adjoined):
         return {"selected_gflops": self.supernet.flops(self.subnet) / 1e9}
 
 
+def distilled_terms(
+    expert: Tensor, q: Tensor, target: Tensor, hard: bool, weight: float, temperature: float, smoothing: float = 0.0
+) -> dict[str, Tensor]:
+    """(1 - w) CE(q) and w D(teacher, q). expert, q: logits (B, classes) of teacher and student."""
+    term = cross_entropy(q, expert.argmax(dim=1)) if hard else soft_distillation(expert, q, temperature)
+    return {"ce": (1 - weight) * cross_entropy(q, target, smoothing), "distill": weight * term}
+
+
 def soft_distillation(teacher_logits: Tensor, logits: Tensor, temperature: float) -> Tensor:
     """T^2 KL(teacher/T || student/T), mean over the batch, float32 (Hinton, Vinyals, Dean 2015)."""
     log_p = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
@@ -99,8 +108,11 @@ def soft_distillation(teacher_logits: Tensor, logits: Tensor, temperature: float
     return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()
 
 
-def check_distillation(config: RetrainConfig) -> None:
-    """Refuse a teacher that nothing learns from, and weights and temperatures that make no loss."""
+def check_distillation(config: Common, refusal: str | None) -> None:
+    """Refuse a teacher that nothing learns from, and weights and temperatures that make no loss.
+
+    refusal: in whose place options of distillation are given to no purpose, in words; None: they have one.
+    """
     given = [
         flag
         for flag, value in (
@@ -110,18 +122,25 @@ def check_distillation(config: RetrainConfig) -> None:
         )
         if value
     ]
-    if given and config.train != "distill":
-        raise UserError(f"{given[0]} goes with --train distill, not with --train {config.train}")
+    if given and refusal is not None:
+        raise UserError(f"{given[0]} goes with {refusal}")
+    if given and config.distill == "none":
+        raise UserError(f"{given[0]} names a teacher, --distill none has none")
     if config.teacher_kwargs and config.teacher is None:
         raise UserError("--teacher-kwargs are arguments of --teacher; name the model too")
-    if not 0 < config.distill_weight <= 1:
+    if not 0 < distill_weight(config) <= 1:
         raise UserError(f"--distill-weight {config.distill_weight}; expected a share above 0 and up to 1")
     if config.distill_temperature <= 0:
         raise UserError(f"--distill-temperature {config.distill_temperature}; expected more than 0")
 
 
+def distill_weight(config: Common) -> float:
+    """The share of the loss that is the teacher's."""
+    return DISTILL_WEIGHT if config.distill_weight is None else config.distill_weight
+
+
 def make_teacher(
-    config: RetrainConfig,
+    config: Common,
     supernet: Supernet,
     model: tuple[str, dict[str, Any]],
     base: Start,
@@ -130,21 +149,20 @@ def make_teacher(
     splits: Splits,
     stats: tuple[Tensor, Tensor],
     device: torch.device,
+    asked: str = "--train distill",
 ) -> Teacher:
     """The network that --teacher and --teacher-checkpoint name; by default the original one.
 
     base: the original weights. origin: those that supernet holds now, before training; it stands for the original
     network where base was never trained (a search from scratch). stats: mean and std (C, 1, 1) that images are
-    normalised with.
+    normalised with. asked: the option that asks for a teacher.
     Raises UserError when the teacher was never trained for the dataset's classes, or cannot read its images.
     """
     mean, std = stats
     own_mean, own_std = stats
     if config.teacher is None and config.teacher_checkpoint is None and (origin == base or not base.given()):
         if not origin.given():
-            raise UserError(
-                "--train distill: the original network is untrained; give --teacher-checkpoint, or --checkpoint"
-            )
+            raise UserError(f"{asked}: the original network is untrained; give --teacher-checkpoint, or --checkpoint")
         name, network, fresh = model[0], copy.deepcopy(supernet.backbone), fresh_classifier
     else:
         name = config.teacher or model[0]
@@ -159,7 +177,7 @@ def make_teacher(
             own_mean, own_std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
     if fresh:
         raise UserError(
-            f"--train distill: {name} was not trained for the dataset's {splits.num_classes} classes;"
+            f"{asked}: {name} was not trained for the dataset's {splits.num_classes} classes;"
             " give --teacher-checkpoint one that was"
         )
     network = network.to(device).eval().requires_grad_(False)

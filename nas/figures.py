@@ -27,7 +27,13 @@ CHOICES = {
     "channels": "channels of the MLP",
     "channel": "a channel of the MLP",
 }
-TERMS = {"ce": "cross-entropy", "kl": "λ · KL", "penalty": "FLOPs penalty", "tnn": "truncated nuclear norm"}
+TERMS = {
+    "ce": "cross-entropy",
+    "kl": "λ · KL",
+    "penalty": "FLOPs penalty",
+    "tnn": "truncated nuclear norm",
+    "distill": "distillation",
+}
 SCHEDULES = {
     "temperature τ": ("tau",),
     "weight λ": ("lam",),

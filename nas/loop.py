@@ -63,6 +63,7 @@ class Training:
     tensorboard: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
     choice_rows: list[dict[str, Any]] = field(default_factory=list)
+    step_rows: list[dict[str, Any]] = field(default_factory=list)
     parallel: torch.nn.Module | None = None  # the objective under DistributedDataParallel, made by `fit`
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -114,6 +115,7 @@ def fit(training: Training, resume: bool, words: str, on_epoch: OnEpoch | None =
                 row |= training.evaluate()
             training.rows.append(row)
             training.choice_rows += [{"epoch": epoch + 1} | r for r in training.objective.choice_rows()]
+            training.step_rows += training.objective.step_rows()
             if main:
                 save(training, epoch + 1)
             if board is not None:
@@ -282,6 +284,7 @@ def save(training: Training, epochs_done: int) -> None:
         "optimizer": training.optimizer.state_dict(),
         "rows": training.rows,
         "choice_rows": training.choice_rows,
+        "step_rows": training.step_rows,
     }
     if training.scheduler is not None:
         state["scheduler"] = training.scheduler.state_dict()
@@ -312,11 +315,13 @@ def keep_copies(training: Training) -> None:
 
 
 def write_tables(training: Training) -> None:
-    """log.csv and, in a search, choices.csv."""
+    """log.csv and, in a search, choices.csv; steps.csv where a method moves within an epoch."""
     if training.rows:
         write_csv(training.folder / "log.csv", training.rows)
     if training.choice_rows:
         write_csv(training.folder / "choices.csv", training.choice_rows)
+    if training.step_rows:
+        write_csv(training.folder / "steps.csv", training.step_rows)
 
 
 def restore(training: Training) -> int:
@@ -327,6 +332,7 @@ def restore(training: Training) -> int:
     state = load_checkpoint(path)
     load_state(training, state, path)
     training.rows, training.choice_rows = state["rows"], state["choice_rows"]
+    training.step_rows = state.get("step_rows", [])
     if distributed.is_main():
         keep_copies(training)  # the run may have been killed right after the checkpoint
         write_tables(training)

@@ -59,6 +59,11 @@ class Adjoined(nn.Module):
         """Parameters with an optimiser of their own."""
         return []
 
+    def architecture_optimizer(self, lr: float) -> torch.optim.Optimizer | None:
+        """The optimiser of `architecture_parameters`."""
+        parameters = self.architecture_parameters()
+        return torch.optim.Adam(parameters, lr=lr) if parameters else None
+
     def after_step(self, step: Step) -> None:
         """Updates that are not gradient steps."""
 
@@ -80,6 +85,10 @@ class Adjoined(nn.Module):
 
     def choice_rows(self) -> list[dict[str, Any]]:
         """The epoch's rows in choices.csv: block, choice, candidate, probability."""
+        return []
+
+    def step_rows(self) -> list[dict[str, Any]]:
+        """The epoch's rows in steps.csv, of methods whose state moves within an epoch; asked for once."""
         return []
 
 
@@ -132,6 +141,10 @@ class Search(Adjoined, ABC):
     def kept(self, picks: list[Picks]) -> list[dict[str, list[int]]]:
         """Per block the kept indices of a choice that is no prefix, by their name in arch.json."""
         return [{} for _ in picks]
+
+    def found(self) -> dict[str, Any]:
+        """What the search has to say about its result, for arch.json."""
+        return {}
 
     def penalty(self, draw: Draw) -> Tensor:
         """gamma * n_f of the draw, or z * E[F]/F_full under a budget."""

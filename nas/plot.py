@@ -3,9 +3,10 @@
     python -m nas.plot results/
 
 draws, in every run folder below: choices.png (which candidate each block leans to), curves.png (losses,
-accuracy, cost, schedules), pareto.png and pareto.pdf (accuracy against cost, among the other runs on the same
-dataset); and in the folder itself, and in every sweep's, the Pareto picture of all its runs, and a sweep's page. What a
-run's files do not hold is left out; nothing but pictures and pages is written.
+accuracy, cost, schedules), steps.png (UVC's search, step by step), pareto.png and pareto.pdf (accuracy against
+cost, among the other runs on the same dataset); and in the folder itself, and in every sweep's, the Pareto picture
+of all its runs, and a sweep's page. What a run's files do not hold is left out; nothing but pictures and pages is
+written.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.figures import DPI, X_AXES, choices_figure, curves_figure
 from nas.scatter import pareto_figure
+from nas.steps_figure import steps_figure
 from search_spaces.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,6 +60,10 @@ def plot_run(folder: Path, points: Sequence[Mapping[str, Any]] | None = None, x:
     if history is not None:
         figure = curves_figure(history, title, _backbone_gflops(summary, arch), _budget(summary, arch))
         written += save(figure, folder / "curves.png") if figure is not None else []
+    steps = _csv(folder / "steps.csv")
+    if steps is not None:
+        figure = steps_figure(steps, title)
+        written += save(figure, folder / "steps.png") if figure is not None else []
     own = [p for p in run_points(folder) if _drawable(p, x)]
     if own:
         if points is None:

@@ -14,7 +14,7 @@ from nas.backbone import Start
 from nas.checkpoint import save_weights
 from nas.compact_file import describe, save_compact, slices_of
 from nas.config import RetrainConfig, with_defaults
-from nas.distill import Distilled, Plain, Teacher, check_distillation, make_teacher
+from nas.distill import Distilled, Plain, Teacher, check_distillation, distill_weight, make_teacher
 from nas.distributed import is_main, joined, quiet_unless_main
 from nas.evaluate import print_table, top_k
 from nas.kernel_term import KernelAdjoined, check_kernel_options, has_kernel_term, kernel_term
@@ -82,7 +82,10 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture |
         raise UserError("--model goes with --space; the architecture of --arch names its own model")
     config = replace(config, dataset=dataset_of(config))
     check_common(config)
-    check_distillation(config)
+    learns = config.train == "distill"
+    check_distillation(config, None if learns else f"--train distill, not with --train {config.train}")
+    if learns and config.distill == "none":
+        raise UserError("--train distill learns from a teacher; --distill none takes it away")
     if config.result == "best" and config.val_fraction == 0:
         raise UserError("--result best needs a held-out part to choose by; set --val-fraction above 0")
     check_kernel_options(config, space)
@@ -218,7 +221,7 @@ def make_objective(
         subnet,
         teacher,
         hard=config.distill == "hard",
-        weight=config.distill_weight,
+        weight=distill_weight(config),
         temperature=config.distill_temperature,
         smoothing=smoothing,
     )

@@ -2,13 +2,15 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from nas.backbone import Start
 from nas.checkpoint import save_weights
 from nas.config import SearchConfig, parse_key_values, with_defaults
 from nas.costs import SpaceCosts, space_costs
+from nas.distill import Teacher, check_distillation, make_teacher
 from nas.distributed import is_main, joined, quiet_unless_main
 from nas.evaluate import print_table, top_k
 from nas.kcr import FLOPS_WEIGHT, Bernoulli, TopK, check_selection_options
@@ -34,6 +36,8 @@ from nas.setup import (
     start_of,
 )
 from nas.training import make_training
+from nas.uvc import UVC
+from nas.uvc_options import check_reach, check_uvc_options, make_loss
 from search_spaces.architecture import Architecture, save_architecture
 from search_spaces.errors import UserError
 from search_spaces.method import FRACTIONS, Picks
@@ -65,6 +69,11 @@ def resolve(config: SearchConfig) -> tuple[SearchConfig, Space]:
         raise UserError(f"--alpha is AN's one factor; {space.name} searches, offer it candidates with --alphas")
     check_kernel_options(config, space)
     check_selection_options(config, space)
+    check_uvc_options(config, space)
+    uvc = space.method.name == "uvc"
+    check_distillation(config, None if uvc else f"method uvc in a search; the space is {space.name}")
+    if config.distill is not None and not uvc:
+        raise UserError(f"--distill goes with method uvc in a search; the space is {space.name}")
     parse_key_values(config.model_kwargs)
     return config, space
 
@@ -100,6 +109,8 @@ def _search(config: SearchConfig, space: Space, device: torch.device, on_epoch: 
         require_search(choices)
         if budget is not None:
             check_budget(costs.uniform(), costs.full_flops, budget)
+            if space.method.name == "uvc":
+                check_reach(costs, budget, config.skip, config.prune)
     elif config.alpha is None and budget is None:
         raise UserError(f"{space.name} needs --alpha or --budget; allowed alpha: {_list(uniform_alphas(choices))}")
     alpha = None if space.method.name != "an" else pick_alpha(costs, config.alpha, budget)
@@ -117,7 +128,16 @@ def _search(config: SearchConfig, space: Space, device: torch.device, on_epoch: 
         print(line)
     loaders = make_loaders(config, splits, supernet, device, config.arch_data)
     total = total_epochs(config) * updates_per_epoch(config, loaders.train)
-    objective = objective_of(config, space, supernet, costs, budget, total)
+    teacher = None
+    if space.method.name == "uvc":
+        config = replace(config, distill=distillation(config, start, fresh))
+        if config.distill != "none":
+            stats = loaders.stats()
+            whole = (model, model_kwargs)
+            asked = f"--distill {config.distill}"
+            teacher = make_teacher(config, supernet, whole, start, start, fresh, splits, stats, device, asked)
+            print(f"teacher: {teacher.name}, {teacher.params / 1e6:.3f} M, {teacher.flops / 1e9:.4g} GFLOPs (MACs)")
+    objective = objective_of(config, space, supernet, costs, budget, total, teacher)
     training = make_training(config, objective, loaders, device, config.arch_lr or 1e-3)
     orders = order_by_importance(config, supernet, loaders.train, device, trained=start.given(), fresh_classifier=fresh)
     print(
@@ -144,8 +164,25 @@ def fractions_of(config: SearchConfig) -> tuple[float, ...] | None:
     return None if config.selection == "bernoulli" else config.fractions or FRACTIONS
 
 
+def distillation(config: SearchConfig, start: Start, fresh_classifier: bool) -> Literal["soft", "hard", "none"]:
+    """--distill, by default soft where there is a teacher: one that was named, or a trained original network."""
+    named = config.teacher is not None or config.teacher_checkpoint is not None
+    if config.distill is not None:
+        return config.distill
+    if named or (start.given() and not fresh_classifier):
+        return "soft"
+    print("no teacher: the original network was not trained for these classes; --teacher-checkpoint gives another")
+    return "none"
+
+
 def objective_of(
-    config: SearchConfig, space: Space, supernet: Supernet, costs: SpaceCosts, budget: float | None, total_steps: int
+    config: SearchConfig,
+    space: Space,
+    supernet: Supernet,
+    costs: SpaceCosts,
+    budget: float | None,
+    total_steps: int,
+    teacher: Teacher | None = None,
 ) -> Search:
     """What stage 1 minimises, by the space's method."""
     common: dict[str, Any] = {
@@ -156,6 +193,12 @@ def objective_of(
         "smoothing": config.smoothing or 0.0,
         "detach_teacher": config.detach_teacher,
     }
+    if space.method.name == "uvc":
+        epochs = total_epochs(config)
+        warmup = min(config.warmup_epochs or 0, epochs - 1) * (total_steps // epochs)
+        loss = make_loss(config, teacher, config.smoothing or 0.0)
+        kinds: dict[str, Any] = {"loss": loss, "skip": config.skip, "prune": config.prune, "warmup_steps": warmup}
+        return UVC(supernet, costs, **kinds, **common)
     if not has_kernel_term(space):
         return Differentiable(supernet, costs, **common)
     if not config.adjoined:
@@ -194,16 +237,22 @@ def write_architecture(
     model: str,
     model_kwargs: dict[str, Any],
     orders: dict[str, list[int]],
+    found: dict[str, Any] | None = None,
 ) -> tuple[Architecture, NetworkSlice]:
-    """Write arch.json for the picks, checked against the space's grammar, and return it with its slices."""
+    """Write arch.json for the picks, checked against the space's grammar, and return it with its slices.
+
+    found: what else the search says about them.
+    """
     sample = {label(i, name): option for i, pick in enumerate(picks) for name, option in pick.items()}
     picks = list(choices.freeze(sample))
     subnet = network_slice(supernet.shapes, choices.block_slices(picks, kept), config.stage_width == "full")
     facts = SEARCH_FACTS + (KERNEL_FACTS if has_kernel_term(space) else ())
+    facts += UVC_FACTS if space.method.name == "uvc" else ()
     settings = {k: v for k, v in asdict(config).items() if k in facts and v is not None} | {
         "budget": budget,
         "space_size": float(choices.size()),
     }
+    settings |= found or {}
     if config.checkpoint is not None:
         settings["checkpoint"] = str(config.checkpoint)
     arch = Architecture(
@@ -232,6 +281,7 @@ SEARCH_FACTS = (
     "dataset", "epochs", "batch_size", "lr", "arch_lr", "arch_data", "gamma", "seed", "stage_width", "alphas",
     "pretrained", "amp", "detach_teacher",
 )  # fmt: skip
+UVC_FACTS = ("prune", "skip", "distill", "distill_weight", "distill_temperature", "teacher", "warmup_epochs")
 KERNEL_FACTS = ("fractions", "selection", "adjoined", "eta_kc", "rho", "flops_weight")
 
 
@@ -251,10 +301,13 @@ def conclude(
     folder, supernet, device = training.folder, objective.supernet, training.device
     settle(training, best=False)
     picks, selection = objective.selection()
-    kept = objective.kept(picks)
+    kept, found = objective.kept(picks), objective.found()
     arch, subnet = write_architecture(
-        folder, config, space, choices, supernet, picks, kept, budget, model, model_kwargs, orders
+        folder, config, space, choices, supernet, picks, kept, budget, model, model_kwargs, orders, found
     )
+    if "removed" in found:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in found["removed"].items())
+        print(f"{arch.flops / arch.backbone_flops:.2%} of the FLOPs kept; removed by {shares}")
     if selection is not None and not selection.in_band:
         print(
             f"no architecture between {budget - 0.02:.4f} and {budget:.4f} of the FLOPs: "  # type: ignore[operator]
@@ -286,7 +339,7 @@ def conclude(
     facts |= {"unreadable_images": report_unreadable(loaders)}
     if not is_main():
         return
-    write_json(folder / "summary.json", facts | table | {"narrowing": narrowing})
+    write_json(folder / "summary.json", facts | found | table | {"narrowing": narrowing})
     print_table(table, f"{space.name} on {config.dataset}, validation split")
     if subnet != full and scores:
         print(

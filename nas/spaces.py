@@ -4,7 +4,7 @@ from nas.costs import space_costs
 from nas.selection import reachable_range
 from nas.setup import meta_supernet, search_space
 from search_spaces.registry import SPACES
-from search_spaces.space import uniform_alphas
+from search_spaces.space import spell, uniform_alphas
 
 
 def list_spaces() -> None:
@@ -25,7 +25,7 @@ def list_spaces() -> None:
             words, size = f"alpha {_list(options)}, the same everywhere", float(len(options))
         else:
             kinds = dict.fromkeys(
-                "; ".join(f"{name} {_list(list(c))}" for name, c in block.items()) for block in choices.candidates
+                "; ".join(f"{name} {spell(c)}" for name, c in block.items()) for block in choices.candidates
             )
             words = " or ".join(kinds)
         low, high = reachable_range(costs.uniform())

@@ -21,12 +21,12 @@ from nas.setup import Loaders, amp_dtype
 def make_training(
     config: Common, objective: Adjoined, loaders: Loaders, device: torch.device, arch_lr: float | None = None
 ) -> Training:
-    """What `fit` runs. arch_lr: Adam's rate for the objective's architecture parameters; None where it has none."""
+    """What `fit` runs. arch_lr: rate of the objective's architecture parameters; None where it has none."""
     assert config.output is not None
     objective, backbone = objective.to(device), objective.supernet.backbone
     prepare(config, objective.supernet)
     optimizer = make_optimizer(config, backbone)
-    arch_optimizer = None if arch_lr is None else torch.optim.Adam(objective.architecture_parameters(), lr=arch_lr)
+    arch_optimizer = None if arch_lr is None else objective.architecture_optimizer(arch_lr)
 
     def evaluate() -> dict[str, float]:
         networks = {name: network for name, network in objective.networks().items() if name != "teacher"}

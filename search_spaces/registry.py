@@ -11,8 +11,9 @@ from search_spaces.errors import UserError
 from search_spaces.joint import Joint
 from search_spaces.kcr import KCR
 from search_spaces.method import Method
+from search_spaces.uvc import UVC
 
-METHODS: dict[str, Method] = {method.name: method for method in (AN(), DAN(), KCR(), Joint())}
+METHODS: dict[str, Method] = {method.name: method for method in (AN(), DAN(), KCR(), Joint(), UVC())}
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,13 @@ KCR_FULL = dict(
     aa="rand-m9-mstd0.5", reprob=0.2, mixup=0.0, cutmix=0.0, amp=True,
 )  # fmt: skip
 KCR_RETRAIN = dict(epochs=300, model_ema=True, model_ema_decay=0.9995)
+GATES_LR = 0.01  # a tenth of the published rate, at which gates do nearly all of the work (docs/uvc.md)
+# UVC's published recipe (section 2.5); warm-up, search and retrain in epochs.
+UVC_FULL = dict(
+    FULL,
+    lr=1e-4, weight_decay=0.05, sched="cosine", warmup_epochs=5, batch_size=256, importance="none", distill_weight=0.1,
+)  # fmt: skip
+UVC_SEARCH = dict(epochs=30, arch_lr=GATES_LR, budget=0.5)
 KERNEL = dict(eta_kc=1e-2, rho=0.3)  # docs/kcr.md says why; not cross-validated
 RATES = {"swin": dict(lr=1e-5, batch_size=64), "t2t": dict(lr=1e-3, batch_size=128)}
 # From scratch on a few thousand small images, in minutes on two cores.
@@ -93,24 +101,32 @@ NANO_TRAINING = dict(
     drop_path=0.0,
 )
 NANO_KERNEL = dict(eta_kc=5e-2, rho=0.15)
+NANO_OWN: dict[str, dict[str, Any]] = {
+    "kcr": NANO_KERNEL,
+    "joint": NANO_KERNEL,
+    "uvc": dict(importance="none", distill_weight=0.1),
+}
 
 
 def _full_training(family: str, method: str) -> dict[str, Any]:
+    if method == "uvc":
+        return UVC_FULL
     if method == "kcr":
         return KCR_FULL | KERNEL
     return FULL | RATES.get(family, RATES["swin"]) | (KERNEL if method == "joint" else {})
 
 
 def _full(family: str, method: Method) -> Space:
+    uvc = method.name == "uvc"
     return Space(
         name=f"{family}-{method.name}",
         family=family,
         method=method,
-        model=MODELS[family],
+        model="deit_tiny_patch16_224" if uvc and family == "deit" else MODELS[family],
         alphas=ALPHAS.get(family),
         training=_full_training(family, method.name),
-        search=dict(epochs=100, arch_lr=1e-3),
-        retrain=KCR_RETRAIN if method.name == "kcr" else dict(epochs=50),
+        search=UVC_SEARCH if uvc else dict(epochs=100, arch_lr=1e-3),
+        retrain=KCR_RETRAIN if method.name == "kcr" else dict(epochs=120 if uvc else 50),
     )
 
 
@@ -123,10 +139,11 @@ def _nano(family: str, method: Method) -> Space:
         model=model,
         model_kwargs=model_kwargs,
         nano=True,
-        training=NANO_TRAINING | (NANO_KERNEL if method.name in ("kcr", "joint") else {}),
+        training=NANO_TRAINING | NANO_OWN.get(method.name, {}),
         # KCR's quarter of the channels leaves attention whole: 0.55 to 0.68 of the FLOPs is the least it reaches
         # The rate stays up during the search: nothing has to settle before the retrain, which starts from there.
-        search=dict(epochs=15, sched="none", lr=1e-3, arch_lr=2e-2, budget=0.75 if method.name == "kcr" else 0.5),
+        search=dict(epochs=15, sched="none", lr=1e-3, arch_lr=2e-2, budget=0.75 if method.name == "kcr" else 0.5)
+        | (dict(arch_lr=GATES_LR) if method.name == "uvc" else {}),
         retrain=dict(epochs=30, warmup_epochs=1),
     )
 

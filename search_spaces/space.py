@@ -26,8 +26,8 @@ class SearchSpace:
     dropped: tuple[str, ...] = ()
 
     def size(self) -> int:
-        """Number of architectures."""
-        return math.prod(len(options) for block in self.candidates for options in block.values())
+        """Number of architectures, at most the 1e300 that a float still holds."""
+        return min(math.prod(len(options) for block in self.candidates for options in block.values()), 10**300)
 
     def block_slices(
         self, picks: Sequence[Picks], kept: Sequence[Mapping[str, Sequence[int]]] | None = None
@@ -60,6 +60,13 @@ class SearchSpace:
 OFFERS = {"kcr": "--fractions", "joint": "--alphas and --fractions"}
 
 
+def spell(candidates: Sequence[Candidate]) -> str:
+    """Candidates in words: all of a few, the ends of a long run of whole numbers."""
+    if len(candidates) > 12 and set(candidates) == set(range(int(min(candidates)), int(max(candidates)) + 1)):
+        return f"{min(candidates)} to {max(candidates)}"
+    return ", ".join(map(str, candidates))
+
+
 def label(block: int, choice: str) -> str:
     """The label of a choice in the grammar."""
     return f"block{block}/{choice}"
@@ -83,7 +90,7 @@ def block_slices(
             slices.append(method.block_slice(shape, settings, pick, indices))
         except ValueError as error:
             allowed, _ = method.choices(shape, Settings(settings.width))
-            options = "; ".join(f"{n}: {', '.join(map(str, c))}" for n, c in allowed.items())
+            options = "; ".join(f"{n}: {spell(c)}" for n, c in allowed.items())
             raise UserError(f"{name}: block {i}: {error}; allowed: {options}") from None
     return slices
 

@@ -1,13 +1,13 @@
 """What a backbone family must tell the supernet, and which family a timm model belongs to."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from search_spaces.errors import UserError
-from search_spaces.slices import BlockShape, BlockSlice
+from search_spaces.slices import BlockShape
 from supernets.axes import take_axis
 from supernets.flops import NetworkCosts
 
@@ -53,8 +53,11 @@ class Adapter(ABC):
         """Patch merging before stage `stage` (> 0)."""
 
     @abstractmethod
-    def attend(self, block: Any, params: Params, kept: BlockSlice, x: Tensor) -> Tensor:
-        """The block's attention on its normed slice, before LayerScale and the residual."""
+    def attend(self, block: Any, params: Params, widths: Sequence[int], x: Tensor) -> Tensor:
+        """The block's attention on its normed slice, before LayerScale and the residual.
+
+        widths: channels of V in each kept head.
+        """
 
     @abstractmethod
     def pool(self, params: Params, x: Tensor) -> Tensor:

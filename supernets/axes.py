@@ -69,29 +69,11 @@ def take_axis(t: Tensor, dim: int, letters: str, kept: Mapping[str, Kept], sizes
     return t.flatten(dim, dim + len(letters) - 1)
 
 
-def v_rows(shape: BlockShape, kept: BlockSlice) -> tuple[list[int], list[bool]]:
-    """Rows of V (and columns of the output projection) kept, heads padded to the block's widest.
-
-    Returns flat indices into (H, D) and whether each is real; a padding row is read as zero.
-    """
+def v_rows(shape: BlockShape, kept: BlockSlice) -> list[int]:
+    """Rows of V (and columns of the output projection) that are kept, head by head: flat indices into (H, D)."""
     assert kept.v_channels is not None
     heads = range(kept.heads) if isinstance(kept.heads, int) else kept.heads
-    widest = max(len(channels) for channels in kept.v_channels)
-    rows: list[int] = []
-    real: list[bool] = []
-    for head, channels in zip(heads, kept.v_channels, strict=True):
-        pad = widest - len(channels)
-        rows += [head * shape.head_dim + c for c in channels] + [0] * pad
-        real += [True] * len(channels) + [False] * pad
-    return rows, real
-
-
-def _take_padded(t: Tensor, dim: int, rows: list[int], real: list[bool]) -> Tensor:
-    t = t.index_select(dim, torch.tensor(rows, device=t.device))
-    if all(real):
-        return t
-    mask = torch.tensor(real, device=t.device, dtype=t.dtype)
-    return t * mask.view([-1 if d == dim else 1 for d in range(t.dim())])
+    return [h * shape.head_dim + c for h, channels in zip(heads, kept.v_channels, strict=True) for c in channels]
 
 
 def slice_block(params: Mapping[str, Tensor], shape: BlockShape, kept: BlockSlice) -> dict[str, Tensor]:
@@ -99,7 +81,7 @@ def slice_block(params: Mapping[str, Tensor], shape: BlockShape, kept: BlockSlic
 
     params: the block's parameters, full size. Returns views where the slice is a prefix and gathers where it
     is not; gradients flow back either way. Half-blocks that the slice skips are left out. With v_channels,
-    qkv rows are (q: h*D, k: h*D, v: h*widest) and the projection reads (h*widest).
+    qkv rows are (q: h*D, k: h*D, v: V) and the projection reads V channels, head by head, none of them padding.
     """
     mlp_stream = kept.stream if kept.mlp_stream is None else kept.mlp_stream
     keep: dict[str, Kept] = {"S": kept.stream, "R": mlp_stream, "H": kept.heads, "M": kept.hidden}
@@ -124,12 +106,12 @@ def slice_block(params: Mapping[str, Tensor], shape: BlockShape, kept: BlockSlic
 
 def _slice_uneven(t: Tensor, axes: tuple[str, ...], shape: BlockShape, kept: BlockSlice) -> Tensor:
     """The fused qkv rows, or the projection's columns, of a block whose heads keep different V channels."""
-    rows, real = v_rows(shape, kept)
+    rows = torch.tensor(v_rows(shape, kept), device=t.device)
     if axes[0] != "3HD":
-        return _take_padded(t, len(axes) - 1, rows, real)
+        return t.index_select(len(axes) - 1, rows)
     t = t.unflatten(0, (3, shape.num_heads * shape.head_dim))
     qk = take(t[:2].unflatten(1, (shape.num_heads, shape.head_dim)), 1, kept.heads).flatten(0, 2)
-    return torch.cat([qk, _take_padded(t[2], 0, rows, real)])
+    return torch.cat([qk, t[2].index_select(0, rows)])
 
 
 class _Prefixes(torch.autograd.Function):
@@ -218,9 +200,11 @@ def block_parameters(block: nn.Module) -> dict[str, Tensor]:
     return params
 
 
-def num_v(kept: BlockSlice, shape: BlockShape) -> int:
-    """Width of V per head as executed: head_dim, or the widest kept list when heads are uneven."""
-    return shape.head_dim if kept.v_channels is None else max(map(len, kept.v_channels))
+def v_widths(kept: BlockSlice, shape: BlockShape) -> tuple[int, ...]:
+    """Channels of V in each kept head."""
+    if kept.v_channels is None:
+        return (shape.head_dim,) * count(kept.heads)
+    return tuple(map(len, kept.v_channels))
 
 
 def num_heads(kept: BlockSlice) -> int:

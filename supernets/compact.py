@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice
 from supernets.adapter import adapter_for
-from supernets.axes import block_parameters, num_heads, num_v, slice_block
+from supernets.axes import block_parameters, slice_block, v_widths
 from supernets.compact_swin import CompactWindowAttention
-from supernets.elastic import split_heads
+from supernets.elastic import by_width
 
 
 class CompactBlock(nn.Module):
@@ -74,7 +74,7 @@ class CompactBlock(nn.Module):
 
 
 class UnevenAttention(nn.Module):
-    """timm's Attention whose V is narrower than its Q and K (UVC, section 2.5)."""
+    """timm's Attention whose V is narrower than its Q and K, head by head (UVC, section 2.5)."""
 
     qkv: Any
     q_norm: Any
@@ -84,20 +84,21 @@ class UnevenAttention(nn.Module):
     proj: Any
     proj_drop: Any
 
-    def __init__(self, attn: Any) -> None:
+    def __init__(self, attn: Any, widths: tuple[int, ...]) -> None:
         super().__init__()
         for name, child in attn.named_children():
             setattr(self, name, child)
         self.num_heads, self.head_dim, self.scale = attn.num_heads, attn.head_dim, attn.scale
+        self.v_widths = widths
 
     def forward(self, x: Tensor) -> Tensor:
-        B, N, _ = x.shape
-        q, k, v = split_heads(self.qkv(x), self.num_heads, self.head_dim)  # (B, H, N, D), v (B, H, N, V)
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        x = nn.functional.scaled_dot_product_attention(
-            self.q_norm(q), self.k_norm(k), v, dropout_p=dropout_p, scale=self.scale
-        )
-        x = self.norm(x.transpose(1, 2).reshape(B, N, -1))
+        def attend(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
+            dropout_p = self.attn_drop.p if self.training else 0.0
+            return nn.functional.scaled_dot_product_attention(
+                self.q_norm(q), self.k_norm(k), v, dropout_p=dropout_p, scale=self.scale
+            )
+
+        x = self.norm(by_width(self.qkv(x), self.v_widths, self.head_dim, attend))
         return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]
 
 
@@ -129,21 +130,24 @@ def shrink(model: nn.Module, subnet: NetworkSlice) -> nn.Module:
 
 
 def _shrink_block(model: nn.Module, name: str, shape: BlockShape, kept: BlockSlice, stage_width: int) -> None:
+    parent, _, leaf = name.rpartition(".")
+    if not kept.attn and not kept.mlp:
+        setattr(model.get_submodule(parent), leaf, nn.Identity())  # skipped: the others keep their names
+        return
     block: Any = model.get_submodule(name)
     for param, value in slice_block(block_parameters(block), shape, kept).items():
         assign(block, param, value)
     if kept.attn:
-        attn = block.attn
-        attn.num_heads = num_heads(kept)
-        attn.attn_dim, attn.dim = num_heads(kept) * num_v(kept, shape), kept.stream
+        attn, widths = block.attn, v_widths(kept, shape)
+        attn.num_heads = len(widths)
+        attn.attn_dim, attn.dim = sum(widths), kept.stream
         if hasattr(attn, "window_size"):
-            block.attn = CompactWindowAttention(block)
-        elif num_v(kept, shape) != shape.head_dim:
-            block.attn = UnevenAttention(attn)
+            block.attn = CompactWindowAttention(block, widths)
+        elif set(widths) != {shape.head_dim}:
+            block.attn = UnevenAttention(attn, widths)
     whole = kept.attn and kept.mlp and kept.mlp_stream is None
     whole = whole and not isinstance(block.attn, UnevenAttention | CompactWindowAttention)
     if kept.stream != stage_width or not whole:
-        parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, CompactBlock(block, kept))
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supernets.elastic import join_heads
+from supernets.elastic import by_width, join_heads
 
 
 class CompactWindowAttention(nn.Module):
@@ -19,6 +19,7 @@ class CompactWindowAttention(nn.Module):
 
     Plain windows are gathered as (B*W, T). Shifted ones as (B, T, W): then q, k and v, each projected on its own, are
     views of shape (B, W*h, T, D), to which one mask of (1, W*h, T, T) applies, and the output is a view as well.
+    Heads whose V differ in width (UVC) run grouped by width, over windows gathered as (B*W, T).
     """
 
     qkv: Any
@@ -31,8 +32,8 @@ class CompactWindowAttention(nn.Module):
     gather: Tensor | None
     scatter: Tensor | None
 
-    def __init__(self, block: Any) -> None:
-        """block: timm's SwinTransformerBlock, already cut, whose parameters are taken over."""
+    def __init__(self, block: Any, widths: tuple[int, ...]) -> None:
+        """block: timm's SwinTransformerBlock, already cut, whose parameters are taken over. widths: V's, by head."""
         super().__init__()
         attn = block.attn
         for name, child in attn.named_children():
@@ -40,18 +41,23 @@ class CompactWindowAttention(nn.Module):
                 setattr(self, name, child)
         self.relative_position_bias_table = attn.relative_position_bias_table
         self.num_heads, self.head_dim, self.scale = attn.num_heads, attn.head_dim, attn.scale
+        self.v_widths, self.uneven = widths, len(set(widths)) > 1
         self.window_size = block.window_size  # read by timm where it resizes tables
         self.window_area = block.window_size[0] * block.window_size[1]
         for name, buffer in (
             ("relative_position_index", attn.relative_position_index),
             ("attn_mask", block.attn_mask),
-            *zip(("gather", "scatter"), _gathers(block), strict=True),
+            *zip(("gather", "scatter"), _gathers(block, by_token=self._by_token(block.attn_mask)), strict=True),
         ):
             self.register_buffer(name, buffer, persistent=False)
         self.num_windows = block.attn_mask.shape[0] if block.attn_mask is not None else 0
         H, W = block.input_resolution
         self.padded = H % block.window_size[0] != 0 or W % block.window_size[1] != 0
         self._bias: tuple[Tensor, Any, Tensor] | None = None
+
+    def _by_token(self, mask: Tensor | None) -> bool:
+        """Whether windows are gathered token by token, (T, W)."""
+        return mask is not None and not self.uneven
 
     def bias(self, dtype: torch.dtype) -> Tensor:
         """Relative positions, and the mask of shifted windows: (1, h, T, T) or (1, W*h, T, T)."""
@@ -73,12 +79,19 @@ class CompactWindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, S) -> (B, H, W, S)."""
-        B, h, T, shape = x.shape[0], self.num_heads, self.window_area, x.shape
-        x = x.flatten(1, 2)
+        shape, x = x.shape, x.flatten(1, 2)
         if self.gather is not None:
             if self.padded:
                 x = F.pad(x, (0, 0, 0, 1))  # the token of zeros that every padded place reads
             x = x.index_select(1, self.gather)  # (B, W*T, S) or, shifted, (B, T*W, S)
+        x = self._uneven_heads(x) if self.uneven else self._even_heads(x)  # (B, W*T, h*V) or (B, T*W, h*V)
+        x = self.proj_drop(self.proj(x))
+        if self.scatter is not None:
+            x = x.index_select(1, self.scatter)
+        return x.view(shape)
+
+    def _even_heads(self, x: Tensor) -> Tensor:
+        B, h, T = x.shape[0], self.num_heads, self.window_area
         rows = [h * self.head_dim, h * self.head_dim, self.proj.in_features]
         if self.attn_mask is None:
             parts = F.linear(x, self.qkv.weight, self.qkv.bias).view(-1, T, sum(rows)).split(rows, dim=-1)
@@ -88,24 +101,35 @@ class CompactWindowAttention(nn.Module):
             biases = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.split(rows)
             parts = tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
             q, k, v = (t.view(B, T, self.num_windows * h, -1).transpose(1, 2) for t in parts)  # (B, W*h, T, D)
+        return join_heads(self._attend(q, k, v, self._cached_bias(q.dtype))).reshape(B, -1, rows[2])
+
+    def _uneven_heads(self, x: Tensor) -> Tensor:
+        B, T, W = x.shape[0], self.window_area, self.num_windows
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, index: Any) -> Tensor:  # (B*W, g, T, D), v (B*W, g, T, V)
+            bias = self._cached_bias(q.dtype)
+            if self.attn_mask is None:
+                return self._attend(q, k, v, bias[:, index])
+            bias = bias.unflatten(1, (W, self.num_heads))[:, :, index].flatten(1, 2)
+            heads = q.shape[1]
+            q, k, v = (t.reshape(B, W * heads, T, -1) for t in (q, k, v))
+            return self._attend(q, k, v, bias).reshape(B * W, heads, T, -1)
+
+        qkv = self.qkv(x).view(-1, T, self.qkv.out_features)
+        return by_width(qkv, self.v_widths, self.head_dim, attend).reshape(B, -1, self.proj.in_features)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         dropout_p = self.attn_drop.p if self.training else 0.0
-        x = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=self._cached_bias(q.dtype), dropout_p=dropout_p, scale=self.scale
-        )
-        x = join_heads(x).reshape(B, -1, rows[2])  # (B, W*T, h*V) or (B, T*W, h*V)
-        x = self.proj_drop(self.proj(x))
-        if self.scatter is not None:
-            x = x.index_select(1, self.scatter)
-        return x.view(shape)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=self.scale)
 
 
-def _gathers(block: Any) -> tuple[Tensor | None, Tensor | None]:
+def _gathers(block: Any, by_token: bool) -> tuple[Tensor | None, Tensor | None]:
     """Token of the image at each place of the windows, N where padded; and the place of each token. None: the same."""
     (H, W), (win_h, win_w), (shift_h, shift_w) = block.input_resolution, block.window_size, block.shift_size
     tokens = torch.arange(H * W).view(H, W).roll((-shift_h, -shift_w), (0, 1))
     tokens = F.pad(tokens, (0, -W % win_w, 0, -H % win_h), value=H * W)
     windows = tokens.unflatten(1, (-1, win_w)).unflatten(0, (-1, win_h)).transpose(1, 2).flatten(0, 1).flatten(1)
-    order = (windows if block.attn_mask is None else windows.t()).flatten()  # (W, T) or (T, W)
+    order = (windows.t() if by_token else windows).flatten()  # (T, W) or (W, T)
     if torch.equal(order, torch.arange(H * W)):
         return None, None
     device = block.attn.relative_position_index.device

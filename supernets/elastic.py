@@ -1,7 +1,8 @@
 """Elastic half-blocks: functions of (parameters, slice), never of stored state.
 
 Shape letters: B images (times windows in Swin), N tokens, E stream, S slice of the stream, R channels the MLP
-reads and writes, H kept heads, D head width, V width of V per head, M kept hidden neurons.
+reads and writes, H kept heads, D head width, V channels of V in a head (without an H beside it, in all of them),
+M kept hidden neurons.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from timm.layers.fast_norm import rms_norm
 from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape, BlockSlice, count
-from supernets.axes import num_v, slice_block_each
+from supernets.axes import slice_block_each, v_widths
 
 Params = Mapping[str, Tensor]
 
@@ -112,15 +113,12 @@ def norm(module: nn.Module, params: Params, name: str, x: Tensor) -> Tensor:
     raise TypeError(f"norm layer {type(module).__name__} is not supported; adapters refuse it first")
 
 
-def split_heads(qkv: Tensor, heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N, 2HD + HV) -> q, k (B, H, N, D) and v (B, H, N, V)."""
-    B, N, rows = qkv.shape
-    if rows == 3 * heads * head_dim:  # one permute of the whole, as timm does
-        q, k, v = qkv.reshape(B, N, 3, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
-    qk, v = qkv.split([2 * heads * head_dim, rows - 2 * heads * head_dim], dim=-1)
-    q, k = qk.reshape(B, N, 2, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v.reshape(B, N, heads, -1).transpose(1, 2)
+def split_heads(qkv: Tensor, widths: Sequence[int], head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N, 2HD + V) -> q, k (B, H, N, D) and v (B, N, V). widths: channels of V in each head."""
+    heads = len(widths)
+    qk, v = qkv.split([2 * heads * head_dim, sum(widths)], dim=-1)
+    q, k = qk.unflatten(-1, (2, heads, head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
 
 
 def join_heads(x: Tensor) -> Tensor:
@@ -131,19 +129,43 @@ def join_heads(x: Tensor) -> Tensor:
     return x.flatten(2)
 
 
-def attention(attn: Any, params: Params, heads: int, x_BNS: Tensor, scale: float | None = None) -> Tensor:
-    """timm's Attention on sliced parameters. Returns (B, N, S)."""
-    B, N, _ = x_BNS.shape
-    qkv = F.linear(x_BNS, params["attn.qkv.weight"], params.get("attn.qkv.bias"))
-    q_BHND, k_BHND, v_BHNV = split_heads(qkv, heads, attn.head_dim)
-    q_BHND, k_BHND = attn.q_norm(q_BHND), attn.k_norm(k_BHND)
-    if attn.fused_attn:
-        dropout_p = attn.attn_drop.p if attn.training else 0.0
-        x = F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHNV, dropout_p=dropout_p, scale=scale)
-    else:
+def by_width(
+    qkv: Tensor, widths: Sequence[int], head_dim: int, attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+) -> Tensor:
+    """(B, N, 2HD + V) -> (B, N, V): heads whose V has the same width run together, without padding (section 2.5).
+
+    attend: q, k (B, h, N, D), v (B, h, N, w) and an index of those h heads -> (B, h, N, w).
+    """
+    B, N, _ = qkv.shape
+    if all(w == head_dim for w in widths):  # one permute of the whole, as timm does
+        q, k, v = qkv.reshape(B, N, 3, len(widths), head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        return join_heads(attend(q, k, v, slice(None)))
+    q, k, v = split_heads(qkv, widths, head_dim)
+    if len(set(widths)) == 1:
+        v = v.unflatten(-1, (len(widths), -1)).transpose(1, 2)
+        return join_heads(attend(q, k, v, slice(None)))
+    parts = list(v.split(list(widths), dim=-1))
+    for width in sorted(set(widths)):
+        heads = [h for h, w in enumerate(widths) if w == width]
+        x = attend(q[:, heads], k[:, heads], torch.stack([parts[h] for h in heads], dim=1), heads)
+        for h, part in zip(heads, x.unbind(1), strict=True):
+            parts[h] = part
+    return torch.cat(parts, dim=-1)
+
+
+def attention(attn: Any, params: Params, widths: Sequence[int], x_BNS: Tensor, scale: float | None = None) -> Tensor:
+    """timm's Attention on sliced parameters, widths: channels of V in each kept head. Returns (B, N, S)."""
+
+    def attend(q_BHND: Tensor, k_BHND: Tensor, v_BHNV: Tensor, _: Any) -> Tensor:
+        q_BHND, k_BHND = attn.q_norm(q_BHND), attn.k_norm(k_BHND)
+        if attn.fused_attn:
+            dropout_p = attn.attn_drop.p if attn.training else 0.0
+            return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHNV, dropout_p=dropout_p, scale=scale)
         scores = (q_BHND * attn.scale) @ k_BHND.transpose(-2, -1)
-        x = attn.attn_drop(scores.softmax(dim=-1)) @ v_BHNV
-    x = x.transpose(1, 2).reshape(B, N, -1)  # (B, H, N, V) -> (B, N, H*V)
+        return attn.attn_drop(scores.softmax(dim=-1)) @ v_BHNV  # type: ignore[no-any-return]
+
+    qkv = F.linear(x_BNS, params["attn.qkv.weight"], params.get("attn.qkv.bias"))
+    x = by_width(qkv, widths, attn.head_dim, attend)
     x = norm(attn.norm, params, "attn.norm", x)
     x = F.linear(x, params["attn.proj.weight"], params.get("attn.proj.bias"))
     return attn.proj_drop(x)  # type: ignore[no-any-return]
@@ -170,7 +192,8 @@ def gated(params: dict[str, Tensor], term: Term, shape: BlockShape) -> dict[str,
             scaled[name] = scaled[name] * by
 
     if term.head_gate is not None:
-        scale("attn.proj.weight", term.head_gate.repeat_interleave(num_v(term.slice, shape)))
+        widths = torch.tensor(v_widths(term.slice, shape), device=term.head_gate.device)
+        scale("attn.proj.weight", term.head_gate.repeat_interleave(widths))
     if term.hidden_gate is not None:
         scale("mlp.fc2.weight", term.hidden_gate)
     if term.channel_gate is not None:
@@ -189,7 +212,7 @@ def layer_scale(params: Params, name: str, y: Tensor) -> Tensor:
     return y * params[name] if name in params else y
 
 
-Attend = Callable[[Params, BlockSlice, Tensor], Tensor]
+Attend = Callable[[Params, Sequence[int], Tensor], Tensor]
 
 
 def mixed_block(
@@ -209,7 +232,7 @@ def mixed_block(
     z = x
     ys = []
     for (kept, p), z_S in zip(attn_terms, read_prefixes(x, [s.stream for s, _ in attn_terms]), strict=True):
-        y_S = attend(p, kept, norm(block.norm1, p, "norm1", z_S))
+        y_S = attend(p, v_widths(kept, shape), norm(block.norm1, p, "norm1", z_S))
         ys.append(layer_scale(p, "ls1.gamma", y_S))
     if ys:
         z = add_prefixes(x, drop_together(block.drop_path1, ys))

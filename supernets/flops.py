@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice, count
-from supernets.axes import num_heads, num_v
+from supernets.axes import num_heads, v_widths
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def block_flops(shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
     """MACs of one block at a slice."""
     total = 0
     if kept.attn:
-        h, d, v = num_heads(kept), shape.head_dim, num_v(kept, shape)
-        linear = kept.stream * h * (2 * d + v) + h * v * kept.stream
-        products = costs.attended * h * (d + v)
+        h, d, v = num_heads(kept), shape.head_dim, sum(v_widths(kept, shape))
+        linear = kept.stream * (2 * h * d + v) + v * kept.stream
+        products = costs.attended * (h * d + v)
         total += costs.attn_tokens * (linear + products)
     if kept.mlp:
         total += costs.mlp_tokens * 2 * kept.num_mlp_stream() * count(kept.hidden)
@@ -82,9 +82,9 @@ def block_params(shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
     """Parameters of one block at a slice, equal to sum(p.numel()) of the compact block."""
     total = 0
     if kept.attn:
-        s, h, d, v = kept.stream, num_heads(kept), shape.head_dim, num_v(kept, shape)
-        total += h * (2 * d + v) * (s + costs.qkv_bias) + s * (h * v + costs.proj_bias)
-        total += costs.norm_params * s + costs.attn_norm * h * v + costs.layer_scale * s
+        s, h, d, v = kept.stream, num_heads(kept), shape.head_dim, sum(v_widths(kept, shape))
+        total += (2 * h * d + v) * (s + costs.qkv_bias) + s * (v + costs.proj_bias)
+        total += costs.norm_params * s + costs.attn_norm * v + costs.layer_scale * s
         total += costs.table_rows * h + costs.fixed_params
     if kept.mlp:
         r, m = kept.num_mlp_stream(), count(kept.hidden)

@@ -70,8 +70,8 @@ class Supernet(nn.Module):
         return adapter.classify(outer, features), features
 
     def _block(self, block: Any, shape: BlockShape, mixture: BlockMixture, x: Tensor) -> Tensor:
-        def attend(params: Any, kept: Any, y: Tensor) -> Tensor:
-            return self.adapter.attend(block, params, kept, y)
+        def attend(params: Any, widths: Sequence[int], y: Tensor) -> Tensor:
+            return self.adapter.attend(block, params, widths, y)
 
         return mixed_block(block, block_parameters(block), shape, mixture, attend, x)
 

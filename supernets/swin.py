@@ -1,5 +1,6 @@
 """timm's SwinTransformer as a backbone: shifted windows, relative positions, patch merging."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,44 +14,47 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 
-from search_spaces.slices import BlockShape, BlockSlice
+from search_spaces.slices import BlockShape
 from supernets.adapter import Adapter, OuterAxis, Params, refuse
-from supernets.axes import num_heads
-from supernets.elastic import join_heads, norm, split_heads
+from supernets.elastic import by_width, norm
 from supernets.flops import NetworkCosts, PerWidth
 from supernets.vit import block_costs, check_norm, num_params
 
 # W windows of one image, T tokens of a window; other letters as in elastic.py
 
 
-def window_attention(attn: Any, params: Params, heads: int, x_BTS: Tensor, mask_WTT: Tensor | None) -> Tensor:
-    """timm's WindowAttention on sliced parameters: (B*W, T, S) -> (B*W, T, S).
+def window_attention(
+    attn: Any, params: Params, widths: Sequence[int], x_BTS: Tensor, mask_WTT: Tensor | None
+) -> Tensor:
+    """timm's WindowAttention on sliced parameters: (B*W, T, S) -> (B*W, T, S). widths: of V in each kept head.
 
     Fused attention takes the bias and the shift mask as one (W, H, T, T) mask that is broadcast over images;
     timm's own fused path expands it to every image of the batch.
     """
     B, T, _ = x_BTS.shape
-    qkv = F.linear(x_BTS, params["attn.qkv.weight"], params.get("attn.qkv.bias"))
-    q, k, v = split_heads(qkv, heads, attn.head_dim)  # (B*W, H, T, D)
     table = params["attn.relative_position_bias_table"]
-    bias = table[attn.relative_position_index.view(-1)].view(T, T, heads).permute(2, 0, 1).unsqueeze(0)
-    if attn.fused_attn:
-        dropout_p = attn.attn_drop.p if attn.training else 0.0
-        if mask_WTT is not None:
-            W = mask_WTT.shape[0]
-            bias = (bias + mask_WTT.unsqueeze(1)).flatten(0, 1).unsqueeze(0)  # (1, W*H, T, T)
-            q, k, v = (t.reshape(B // W, W * heads, T, -1) for t in (q, k, v))
-        bias = bias.to(q.dtype)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=attn.scale)
-        x = x.reshape(B, heads, T, -1)
-    else:
+    bias_HTT = table[attn.relative_position_index.view(-1)].view(T, T, -1).permute(2, 0, 1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, index: Any) -> Tensor:  # (B*W, H, T, D), v (B*W, H, T, V)
+        bias, heads = bias_HTT[index].unsqueeze(0), q.shape[1]
+        if attn.fused_attn:
+            dropout_p = attn.attn_drop.p if attn.training else 0.0
+            if mask_WTT is not None:
+                W = mask_WTT.shape[0]
+                bias = (bias + mask_WTT.unsqueeze(1)).flatten(0, 1).unsqueeze(0)  # (1, W*H, T, T)
+                q, k, v = (t.reshape(B // W, W * heads, T, -1) for t in (q, k, v))
+            bias = bias.to(q.dtype)
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=attn.scale)
+            return x.reshape(B, heads, T, -1)
         scores = (q * attn.scale) @ k.transpose(-2, -1) + bias
         if mask_WTT is not None:
             W = mask_WTT.shape[0]
             scores = scores.view(-1, W, heads, T, T) + mask_WTT[None, :, None]
             scores = scores.view(-1, heads, T, T)
-        x = attn.attn_drop(attn.softmax(scores)) @ v
-    x = join_heads(x)
+        return attn.attn_drop(attn.softmax(scores)) @ v  # type: ignore[no-any-return]
+
+    qkv = F.linear(x_BTS, params["attn.qkv.weight"], params.get("attn.qkv.bias"))
+    x = by_width(qkv, widths, attn.head_dim, attend)
     x = F.linear(x, params["attn.proj.weight"], params.get("attn.proj.bias"))
     return attn.proj_drop(x)  # type: ignore[no-any-return]
 
@@ -60,7 +64,7 @@ class FusedWindowAttention(WindowAttention):  # type: ignore[misc]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         params = {f"attn.{name}": p for name, p in self.named_parameters()}
-        return window_attention(self, params, self.num_heads, x, mask)
+        return window_attention(self, params, (self.head_dim,) * self.num_heads, x, mask)
 
 
 def windowed(block: Any, x: Tensor, attend: Any) -> Tensor:
@@ -173,9 +177,9 @@ class SwinAdapter(Adapter):
         x = norm(merge.norm, params, f"layers.{stage}.downsample.norm", x)
         return F.linear(x, params[f"layers.{stage}.downsample.reduction.weight"])
 
-    def attend(self, block: Any, params: Params, kept: BlockSlice, x: Tensor) -> Tensor:
+    def attend(self, block: Any, params: Params, widths: Sequence[int], x: Tensor) -> Tensor:
         def attend_windows(windows: Tensor, mask: Tensor | None) -> Tensor:
-            return window_attention(block.attn, params, num_heads(kept), windows, mask)
+            return window_attention(block.attn, params, widths, windows, mask)
 
         return windowed(block, x, attend_windows)
 

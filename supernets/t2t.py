@@ -1,14 +1,14 @@
 """T2T-ViT as a backbone: the token module is shared whole, its projection is cut to the stream. One stage."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from search_spaces.slices import BlockShape, BlockSlice
+from search_spaces.slices import BlockShape
 from supernets.adapter import Adapter, Params, refuse
-from supernets.axes import num_heads
 from supernets.elastic import attention, norm
 from supernets.flops import NetworkCosts, PerWidth
 from supernets.t2t_vit import TokenPerformer, token_macs
@@ -71,9 +71,9 @@ class T2TAdapter(Adapter):
     def enter_stage(self, stage: int, params: Params, x: Tensor) -> Tensor:
         raise AssertionError("a T2T-ViT has one stage")
 
-    def attend(self, block: Any, params: Params, kept: BlockSlice, x: Tensor) -> Tensor:
+    def attend(self, block: Any, params: Params, widths: Sequence[int], x: Tensor) -> Tensor:
         # published checkpoints scale by the width of the whole stream, whatever the slice
-        return attention(block.attn, params, num_heads(kept), x, scale=block.attn.scale)
+        return attention(block.attn, params, widths, x, scale=block.attn.scale)
 
     def pool(self, params: Params, x: Tensor) -> Tensor:
         return norm(self.backbone.norm, params, "norm", x)[:, 0]

@@ -1,5 +1,6 @@
 """timm's VisionTransformer (ViT, DeiT, two-headed distilled DeiT) as a backbone. One stage."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,9 +9,8 @@ from timm.layers import Attention, Mlp, PatchEmbed, RmsNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from search_spaces.slices import BlockShape, BlockSlice
+from search_spaces.slices import BlockShape
 from supernets.adapter import Adapter, OuterAxis, Params, refuse
-from supernets.axes import num_heads
 from supernets.elastic import attention, norm
 from supernets.flops import BlockCosts, NetworkCosts, PerWidth
 
@@ -140,8 +140,8 @@ class VitAdapter(Adapter):
     def enter_stage(self, stage: int, params: Params, x: Tensor) -> Tensor:
         raise AssertionError("a ViT has one stage")
 
-    def attend(self, block: Any, params: Params, kept: BlockSlice, x: Tensor) -> Tensor:
-        return attention(block.attn, params, num_heads(kept), x)
+    def attend(self, block: Any, params: Params, widths: Sequence[int], x: Tensor) -> Tensor:
+        return attention(block.attn, params, widths, x)
 
     def pool(self, params: Params, x: Tensor) -> Tensor:
         """(B, N, w) -> (B, w); for the two-headed DeiT (B, 2, w), class and distillation token."""

@@ -5,7 +5,7 @@ import copy
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,13 +37,7 @@ few = settings(
 
 def draw_subnet(data: st.DataObject, backbone: nn.Module, kind: str) -> NetworkSlice:
     shapes = block_shapes(backbone)
-    subnet = data.draw(general_slices(shapes) if kind == "general" else prefix_slices(shapes, kind))
-    uneven = any(len(set(map(len, b.v_channels))) > 1 for b in subnet.blocks if b.v_channels and b.attn)
-    scaled = any(
-        isinstance(m, nn.Module) and n.endswith("attn.norm") and list(m.parameters())
-        for n, m in backbone.named_modules()
-    )
-    assume(not (uneven and scaled))  # padding would enter the norm; UVC refuses the combination
+    subnet: NetworkSlice = data.draw(general_slices(shapes) if kind == "general" else prefix_slices(shapes, kind))
     return subnet
 
 

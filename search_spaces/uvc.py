@@ -1,0 +1,75 @@
+"""UVC: heads, channels inside heads, neurons, and whether a block is there at all (section 2.5).
+
+The method of "Unified Visual Transformer Compression" (ICLR 2022). The residual stream keeps all its channels.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from search_spaces.method import Candidate, Picks, Settings
+from search_spaces.slices import BlockShape, BlockSlice
+
+KEPT_V, KEPT_HIDDEN = "kept_v", "kept_hidden"  # the indices' names in a block's entry of arch.json
+SKIPS = {"block": 1, "attention": 1, "mlp": 1, "halves": 2, "none": 0}  # what gates skip -> gates of a block
+
+
+class UVC:
+    """Per block the number of heads, of V's channels in all of them, and of neurons; 0: that half is skipped.
+
+    Which ones follows from the norms of their weights: kept_v are flat indices into V's (H, d), kept_hidden are
+    neurons. Q and K keep their shape inside a kept head.
+    """
+
+    name = "uvc"
+    choice_names: tuple[str, ...] = ("heads", "v_channels", "hidden")
+    kept_names: tuple[str, ...] = (KEPT_V, KEPT_HIDDEN)
+
+    def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:
+        sizes = (shape.num_heads, shape.num_heads * shape.head_dim, shape.hidden)
+        return {n: tuple(range(size, -1, -1)) for n, size in zip(self.choice_names, sizes, strict=True)}, []
+
+    def block_slice(
+        self, shape: BlockShape, settings: Settings, picks: Picks, kept: Mapping[str, Sequence[int]]
+    ) -> BlockSlice:
+        heads, channels, hidden = (int(picks[name]) for name in self.choice_names)
+        if not heads <= channels <= heads * shape.head_dim:
+            raise ValueError(f"{channels} channels of V in {heads} heads of {shape.head_dim}")
+        v = _ascending(KEPT_V, channels, shape.num_heads * shape.head_dim, kept, _spread(heads, channels, shape))
+        neurons = _ascending(KEPT_HIDDEN, hidden, shape.hidden, kept, tuple(range(hidden)))
+        by_head: dict[int, list[int]] = {}
+        for index in v:
+            by_head.setdefault(index // shape.head_dim, []).append(index % shape.head_dim)
+        if len(by_head) != heads:
+            raise ValueError(f"{KEPT_V} lies in {len(by_head)} heads, the choice is {heads}")
+        whole = channels == heads * shape.head_dim
+        return BlockSlice(
+            stream=shape.embed_dim,
+            heads=_prefix(tuple(by_head)) if heads else shape.num_heads,
+            hidden=_prefix(neurons) if hidden else shape.hidden,
+            v_channels=None if whole else tuple(map(tuple, by_head.values())),
+            attn=heads > 0,
+            mlp=hidden > 0,
+        )
+
+
+def _spread(heads: int, channels: int, shape: BlockShape) -> tuple[int, ...]:
+    """The first channels of the first heads, as evenly as they go: what a count costs before scores are known."""
+    widths = [channels // heads + (h < channels % heads) for h in range(heads)]
+    return tuple(h * shape.head_dim + c for h, width in enumerate(widths) for c in range(width))
+
+
+def _prefix(indices: tuple[int, ...]) -> int | tuple[int, ...]:
+    return len(indices) if indices == tuple(range(len(indices))) else indices
+
+
+def _ascending(
+    name: str, count: int, size: int, kept: Mapping[str, Sequence[int]], default: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The indices given under a name, or else the default. ValueError unless `count` ascending ones below `size`."""
+    if not 0 <= count <= size:
+        raise ValueError(f"{count} of {size} for {name}")
+    indices = tuple(kept[name]) if name in kept else default
+    if len(indices) != count:
+        raise ValueError(f"{name} holds {len(indices)} indices, the choice is {count}")
+    if list(indices) != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < size):
+        raise ValueError(f"{name} must rise and lie from 0 to {size - 1}")
+    return indices
