@@ -18,6 +18,8 @@ from typing import Any, get_args, get_origin
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import tyro  # noqa: E402
+
 from nas import config as config_module  # noqa: E402
 from nas.config import Common, RetrainConfig, SearchConfig, SweepConfig  # noqa: E402
 from search_spaces.method import Settings  # noqa: E402
@@ -141,7 +143,7 @@ def options(cls: type[Common]) -> str:
     text = docstrings()
     rows = []
     for field in fields(cls):
-        if field.name not in own:
+        if field.name not in own or tyro.conf.Suppress in get_args(field.type):  # written by the run, not an option
             continue
         flag = "--" + field.name.replace("_", "-")
         assert field.default is not MISSING

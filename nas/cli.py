@@ -1,5 +1,6 @@
 """Both command lines: options from the dataclass, --config YAML, one-line errors, exit codes."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +25,31 @@ def main(kind: type[C], run: Callable[[C], Any], program: str) -> None:
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted; go on with --output DIR --resume", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not several_processes():
+            raise
+        from nas.distributed import lost_contact, report
+
+        if not lost_contact(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        report(program, f"lost contact with another process ({reason}); go on with --output DIR --resume")
+        sys.exit(1)
+
+
+def several_processes() -> bool:
+    """Whether torchrun started this one; torch is not imported to find out."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def fail(program: str, message: str) -> None:
     """One line on stderr, exit code 2."""
-    print(f"{program}: error: {message}", file=sys.stderr)
+    if several_processes():
+        from nas.distributed import report
+
+        report(program, message)
+    else:
+        print(f"{program}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 

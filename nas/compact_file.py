@@ -29,15 +29,19 @@ def describe(
     model_kwargs: Mapping[str, Any],
     picks: Sequence[Picks],
     width: str = "stream",
+    kept: Sequence[Mapping[str, Sequence[int]]] | None = None,
 ) -> Architecture:
     """The architecture of one candidate per choice and block, without a search; stages as wide as their widest slice.
 
     space: whose method the choices are of. model, model_kwargs: arguments of timm.create_model that make the
-    supernet's backbone again. picks: {"alpha": 2} per block, in order. Raises UserError when they do not fit.
+    supernet's backbone again. picks: {"alpha": 2} per block, in order. kept: where the method keeps no prefix, the
+    indices per block, {"kept_channels": [0, 3, ...]}. Raises UserError when they do not fit.
     """
     method = get_space(space).method
-    blocks = block_slices(space, method, Settings(width=width), supernet.shapes, picks)
+    indices = kept if kept is not None else [{} for _ in picks]
+    blocks = block_slices(space, method, Settings(width=width), supernet.shapes, picks, indices)
     subnet = network_slice(supernet.shapes, blocks)
+    entries = tuple(dict(pick) | {k: list(v) for k, v in own.items()} for pick, own in zip(picks, indices, strict=True))
     return Architecture(
         space=space,
         method=method.name,
@@ -47,7 +51,7 @@ def describe(
         num_classes=int(supernet.backbone.num_classes),  # type: ignore[arg-type]
         width=width,
         stage_widths=subnet.stage_widths,
-        blocks=tuple(dict(pick) for pick in picks),
+        blocks=entries,
         flops=supernet.flops(subnet),
         params=supernet.params(subnet),
         backbone_flops=supernet.flops(),

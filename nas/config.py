@@ -54,7 +54,7 @@ class Common:
     epochs: int | None = None
     """passes over the training set"""
     batch_size: int | None = None
-    """images per step"""
+    """images per step and process"""
     grad_accum_steps: int = 1
     """batches per optimiser step; t counts optimiser steps"""
     opt: str | None = None
@@ -164,6 +164,8 @@ class Common:
     """of initial weights, batches, augmentation and Gumbel noise"""
     output: Path | None = None
     """the run's own folder"""
+    processes: Annotated[int | None, tyro.conf.Suppress] = None
+    """how many torchrun started, where there are several; written down, not asked for"""
     resume: bool = False
     """go on with the run in --output"""
     keep: int = 0

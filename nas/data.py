@@ -152,6 +152,11 @@ def train_loader(
     if not isinstance(dataset, Images):
         if repeats > 1:
             raise UserError("--aug-repeats needs random access to the images; this dataset is a stream")
+        if world_size > 1:
+            raise UserError(
+                "several processes need random access to the training images; this dataset is a stream, whose"
+                " shards may differ in length: use one process, or unpack it into class folders"
+            )
         reader = _reader(dataset, spec, seed, rank, world_size, is_training=True)
         stream = Stream(reader, transform, seed, first=0, step=1)
         loader = _data_loader(stream, spec, device, batch_size=spec.batch_size, drop_last=spec.drop_last)

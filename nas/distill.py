@@ -81,6 +81,10 @@ class Distilled(Adjoined):
             "distill": self.weight * term,
         }
 
+    @property
+    def may_leave_weights_unused(self) -> bool:
+        return not all(block.attn and block.mlp for block in self.subnet.blocks)
+
     def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:
         return {"teacher": self.teacher, "subnet": lambda x: self.supernet.small(x, self.subnet)}
 

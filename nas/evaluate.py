@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nas.distributed import sum_
 from nas.losses import accuracy
 
 Network = Callable[[Tensor], Tensor]
@@ -19,17 +20,18 @@ def top_k(
     device: torch.device,
     autocast: Any,
 ) -> dict[str, float]:
-    """{"<name>_top1": percent, "<name>_top5": percent} of each network over the same batches."""
-    hits = {name: torch.zeros(2, dtype=torch.long) for name in networks}
-    seen = 0
+    """{"<name>_top1": percent, "<name>_top5": percent} of each network over the batches of all processes."""
+    hits = {name: torch.zeros(2, dtype=torch.long, device=device) for name in networks}
+    seen = torch.zeros((), dtype=torch.long, device=device)
     for images, target in batches:
         images, target = images.to(device), target.to(device)
-        seen += int((target >= 0).sum())
+        seen += (target >= 0).sum()
         for name, network in networks.items():
             with autocast():
                 logits = network(images)
-            hits[name] += accuracy(logits, target).cpu()
-    share = {name: 100.0 * h.double() / max(seen, 1) for name, h in hits.items()}
+            hits[name] += accuracy(logits, target)
+    sum_(seen, *hits.values())
+    share = {name: 100.0 * h.cpu().double() / max(int(seen), 1) for name, h in hits.items()}
     return {f"{name}_top{k}": float(s[i]) for name, s in share.items() for i, k in enumerate((1, 5))}
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nas import distributed
 from nas.checkpoint import copy_atomically, load_checkpoint, save_checkpoint
 from nas.objective import Adjoined, Step
 from nas.run import write_csv
@@ -62,6 +63,7 @@ class Training:
     tensorboard: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
     choice_rows: list[dict[str, Any]] = field(default_factory=list)
+    parallel: torch.nn.Module | None = None  # the objective under DistributedDataParallel, made by `fit`
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The run's precision."""
@@ -80,8 +82,8 @@ class Training:
 
 
 def seed_everything(seed: int, epoch: int) -> None:
-    """Reseed torch, numpy and random for one epoch."""
-    mixed = (seed * 1_000_003 + epoch * 7919 + 17) % 2**31
+    """Reseed torch, numpy and random for one epoch; every process drops out and mixes by numbers of its own."""
+    mixed = (seed * 1_000_003 + epoch * 7919 + 17 + distributed.rank() * 104_729) % 2**31
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)
@@ -95,11 +97,15 @@ def fit(training: Training, resume: bool, words: str, on_epoch: OnEpoch | None =
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     first = restore(training) if resume else 0
+    training.parallel = distributed.parallel(
+        training.objective, training.device, training.objective.may_leave_weights_unused
+    )
     grad_scaler = torch.amp.GradScaler(training.device.type, enabled=training.amp_dtype is torch.float16)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     per_epoch = training.steps_per_epoch()
-    board = Board(training.folder, first) if training.tensorboard else None
-    with Progress(*columns, TextColumn("left")) as progress:
+    main = distributed.is_main()
+    board = Board(training.folder, first) if training.tensorboard and main else None
+    with Progress(*columns, TextColumn("left"), disable=not main) as progress:
         task = progress.add_task(words, total=training.epochs * per_epoch, completed=first * per_epoch)
         for epoch in range(first, training.epochs):
             row = train_epoch(training, epoch, grad_scaler, lambda: progress.advance(task))
@@ -108,7 +114,8 @@ def fit(training: Training, resume: bool, words: str, on_epoch: OnEpoch | None =
                 row |= training.evaluate()
             training.rows.append(row)
             training.choice_rows += [{"epoch": epoch + 1} | r for r in training.objective.choice_rows()]
-            save(training, epoch + 1)
+            if main:
+                save(training, epoch + 1)
             if board is not None:
                 board.add(row)
             progress.console.print(summary_line(row, training.epochs), highlight=False, soft_wrap=True)
@@ -146,6 +153,8 @@ def train_epoch(training: Training, epoch: int, grad_scaler: Any, advance: Calla
     if training.scheduler is not None:
         training.scheduler.step(epoch + 1)
     objective.after_epoch()
+    sums = distributed.mean_values(sums, training.device)
+    images_seen = sum(distributed.gather(images_seen))
     seconds = time.perf_counter() - start
     end = Step(t=(epoch + 1) / training.epochs, number=(epoch + 1) * per_epoch, total=total)
     means = {name: value / per_epoch for name, value in sums.items()}
@@ -189,16 +198,19 @@ def update_weights(training: Training, batches: Sequence[Batch], step: Step, gra
     The gradient is the mean over the batches, and so are the terms that are returned.
     """
     values: dict[str, float] = {}
-    for batch in batches:
+    objective = training.parallel or training.objective
+    for i, batch in enumerate(batches):
         images, target = training.place(batch)
         if training.mixup is not None:
             images, target = training.mixup(images, target)
-        with training.autocast():
-            terms = training.objective(images, target, step)
-        for name, value in check_finite(terms, step).items():
-            values[name] = values.get(name, 0.0) + value / len(batches)
-        loss = torch.stack([v.float() for v in terms.values()]).sum() / len(batches)
-        grad_scaler.scale(loss).backward()
+        with synchronised(objective, last=i == len(batches) - 1):
+            with training.autocast():
+                terms = objective(images, target, step)
+            terms = weighted(terms, len(images), training.device)
+            for name, value in check_finite(terms, step).items():
+                values[name] = values.get(name, 0.0) + value / len(batches)
+            loss = torch.stack([v.float() for v in terms.values()]).sum() / len(batches)
+            grad_scaler.scale(loss).backward()
     optimizers = [training.optimizer]
     if training.arch_optimizer is not None and training.arch_loader is None:
         optimizers.append(training.arch_optimizer)
@@ -213,16 +225,29 @@ def update_weights(training: Training, batches: Sequence[Batch], step: Step, gra
     return values
 
 
+def synchronised(objective: torch.nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Processes exchange gradients once per optimiser step: in the backward pass of its last batch."""
+    no_sync = getattr(objective, "no_sync", None)
+    return nullcontext() if last or no_sync is None else no_sync()
+
+
+def weighted(terms: Mapping[str, Tensor], n: int, device: torch.device) -> dict[str, Tensor]:
+    """The terms of n images such that their mean over the processes is the mean over the images of all."""
+    share = distributed.share_of_batch(n, device)
+    return {name: value * share for name, value in terms.items()}
+
+
 def update_choices(training: Training, images: Tensor, target: Tensor, step: Step) -> None:
     """One step of the architecture parameters alone, on a held-out batch (--arch-data val)."""
     assert training.arch_optimizer is not None
     with training.autocast():
-        terms = training.objective(images, target, step)
+        terms = weighted(training.objective(images, target, step), len(images), training.device)
     check_finite(terms, step)
     parameters = training.objective.architecture_parameters()
     loss = torch.stack([v.float() for v in terms.values()]).sum()
     for p, g in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
         p.grad = g
+    distributed.mean_gradients(parameters)
     training.arch_optimizer.step()
     training.objective.zero_grad(set_to_none=True)
 
@@ -302,8 +327,9 @@ def restore(training: Training) -> int:
     state = load_checkpoint(path)
     load_state(training, state, path)
     training.rows, training.choice_rows = state["rows"], state["choice_rows"]
-    keep_copies(training)  # the run may have been killed right after the checkpoint
-    write_tables(training)
+    if distributed.is_main():
+        keep_copies(training)  # the run may have been killed right after the checkpoint
+        write_tables(training)
     return int(state["epoch"])
 
 

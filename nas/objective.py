@@ -50,6 +50,11 @@ class Adjoined(nn.Module):
             "kl": adjoined_weight(step.t) * kl_divergence(p, q, self.detach_teacher),
         }
 
+    @property
+    def may_leave_weights_unused(self) -> bool:
+        """Whether a step's loss may depend on only some of the weights: processes then look for the others."""
+        return False
+
     def architecture_parameters(self) -> list[nn.Parameter]:
         """Parameters with an optimiser of their own."""
         return []

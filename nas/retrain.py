@@ -15,6 +15,7 @@ from nas.checkpoint import save_weights
 from nas.compact_file import describe, save_compact, slices_of
 from nas.config import RetrainConfig, with_defaults
 from nas.distill import Distilled, Plain, Teacher, check_distillation, make_teacher
+from nas.distributed import is_main, joined, quiet_unless_main
 from nas.evaluate import Network, images_per_second, print_table, top_k
 from nas.kernel_term import KernelAdjoined, check_kernel_options, has_kernel_term, kernel_term
 from nas.loop import OnEpoch, Training, fit, settle
@@ -120,9 +121,23 @@ def starting_point(config: RetrainConfig, arch: Architecture, num_classes: int) 
 
 
 def run_retrain(config: RetrainConfig, on_epoch: OnEpoch | None = None) -> Path:
-    """Run stage 2 to its end and return the run's folder. on_epoch: as in `fit`."""
+    """Run stage 2 to its end and return the run's folder. on_epoch: as in `fit`.
+
+    Under torchrun, every process calls it.
+    """
     config, space, arch = resolve(config)
     device = pick_device(config)
+    with joined(device), quiet_unless_main():
+        return _retrain(config, space, arch, device, on_epoch)
+
+
+def _retrain(
+    config: RetrainConfig,
+    space: Space,
+    arch: Architecture | None,
+    device: torch.device,
+    on_epoch: OnEpoch | None,
+) -> Path:
     splits = open_data(config, space)
     if arch is None:
         model, model_kwargs = model_of(config, space)
@@ -175,7 +190,8 @@ def run_retrain(config: RetrainConfig, on_epoch: OnEpoch | None = None) -> Path:
     if config.train == "plain":
         print(f"{words}, trained alone")
     else:
-        save_architecture(arch, folder / "arch.json")
+        if is_main():
+            save_architecture(arch, folder / "arch.json")
         print(f"{words}; small {arch.params / 1e6:.3f} M, {arch.flops / 1e9:.4g} GFLOPs")
     fit(training, config.resume, "retrain", on_epoch)
     conclude(config, arch, subnet, training, loaders)
@@ -230,14 +246,16 @@ def conclude(
         table["teacher"] = {"params": objective.teacher.params, "gflops": objective.teacher.flops / 1e9}
     if "large" in networks:
         table["large"] = {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9}
-        save_weights(supernet.backbone.state_dict(), folder / LARGE)
+        if is_main():
+            save_weights(supernet.backbone.state_dict(), folder / LARGE)
     if "subnet" in networks:
         compact = cut(supernet.backbone, subnet).eval()
         networks["compact"] = compact
         difference = relative_difference(networks["subnet"], compact, next(iter(loaders.test))[0].to(device))
         if difference > TOLERANCE:
             raise AssertionError(f"compact and subnet differ by {difference:.1e} of the largest logit")
-        save_compact(compact, folder, arch.num_classes)
+        if is_main():
+            save_compact(compact, folder, arch.num_classes)
         facts |= {"budget": arch.search.get("budget"), "compact_minus_subnet": difference}
         table["subnet"] = {"params": arch.params, "gflops": arch.flops / 1e9}
         table["compact"] = {"params": sum(p.numel() for p in compact.parameters()), "gflops": arch.flops / 1e9}
@@ -245,12 +263,14 @@ def conclude(
     scores = top_k(networks, loaders.test, device, training.autocast)
     for name, row in table.items():
         row |= {k: scores[f"{name}_{k}"] for k in ("top1", "top5")}
+    facts |= {"unreadable_images": report_unreadable(loaders)}
+    if not is_main():
+        return
     for batch in (1, 32):
         speeds = images_per_second(networks, supernet.adapter.input_size, batch, device, training.autocast)
         for name, speed in speeds.items():
             table[name][f"images_per_s_{batch}"] = speed
     facts |= {"precision": str(training.amp_dtype or torch.float32), "threads": torch.get_num_threads()}
-    facts |= {"unreadable_images": report_unreadable(loaders)}
     write_json(folder / "summary.json", facts | table)
     write_csv(folder / "table.csv", [{"network": name} | row for name, row in table.items()])
     print_table(table, f"{arch.space} on {config.dataset}, test split")

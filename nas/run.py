@@ -12,12 +12,13 @@ import yaml
 
 from nas.checkpoint import write_text
 from nas.config import Common
+from nas.distributed import on_main, world_size
 from search_spaces.errors import UserError
 
 C = TypeVar("C", bound=Common)
 SWEEP_PLACE = ("ray_address", "cpus_per_trial", "gpus_per_trial", "max_concurrent")
 # may differ between a run and its resumption
-PLACE = ("output", "resume", "device", "workers", "threads", *SWEEP_PLACE)
+PLACE = ("output", "resume", "device", "workers", "threads", "processes", *SWEEP_PLACE)
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -44,9 +45,15 @@ def plain(config: Common) -> dict[str, Any]:
 def open_run(config: C, name: str) -> C:
     """Create the run folder, or check the one to resume. Returns the config with its output folder set.
 
+    A run that goes on with another number of processes keeps its global batch: --batch-size becomes each one's share.
     Raises UserError when the folder already holds a run and --resume was not given, when there is nothing to
     resume, or when an option differs from the run's own.
     """
+    return on_main(lambda: _open_run(config, name))
+
+
+def _open_run(config: C, name: str) -> C:
+    processes = world_size()
     if config.output is None:
         if config.resume:
             raise UserError("--resume needs --output DIR, the folder of the run to go on with")
@@ -66,12 +73,17 @@ def open_run(config: C, name: str) -> C:
             raise UserError(f"{folder}: --resume with other options ({words}); leave them as they were")
         for half_written in folder.glob(".*.tmp*"):  # what a kill left of files it was writing
             half_written.unlink(missing_ok=True)
-        return config
+        images = (config.batch_size or 0) * (before.get("processes") or 1)
+        if images % processes:
+            raise UserError(f"{folder}: its steps take {images} images, which {processes} processes cannot share")
+        share = None if config.batch_size is None else images // processes
+        return replace(config, batch_size=share, processes=processes if processes > 1 else None)
     if config.resume:
         raise UserError(f"{folder} holds no run to resume (no config.yaml)")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    config = replace(config, processes=processes if processes > 1 else None)
     write_text(saved, yaml.safe_dump(plain(config), sort_keys=False))
     return config
 

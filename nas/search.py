@@ -9,6 +9,7 @@ import torch
 from nas.checkpoint import save_weights
 from nas.config import SearchConfig, parse_key_values, with_defaults
 from nas.costs import SpaceCosts, space_costs
+from nas.distributed import is_main, joined, quiet_unless_main
 from nas.evaluate import print_table, top_k
 from nas.kcr import FLOPS_WEIGHT, Bernoulli, TopK, check_selection_options
 from nas.kernel_term import check_kernel_options, has_kernel_term, kernel_term
@@ -78,9 +79,17 @@ def budget_fraction(config: SearchConfig, full_flops: int) -> float | None:
 
 
 def run_search(config: SearchConfig, on_epoch: OnEpoch | None = None) -> Path:
-    """Run stage 1 to its end and return the run's folder. on_epoch: as in `fit`."""
+    """Run stage 1 to its end and return the run's folder. on_epoch: as in `fit`.
+
+    Under torchrun, every process calls it.
+    """
     config, space = resolve(config)
     device = pick_device(config)
+    with joined(device), quiet_unless_main():
+        return _search(config, space, device, on_epoch)
+
+
+def _search(config: SearchConfig, space: Space, device: torch.device, on_epoch: OnEpoch | None) -> Path:
     model, model_kwargs = model_of(config, space)
     splits = open_data(config, space)
     meta = meta_supernet(model, model_kwargs, splits.num_classes, space)
@@ -214,7 +223,8 @@ def write_architecture(
         permutation=orders,
         search=settings,
     )
-    save_architecture(arch, folder / "arch.json")
+    if is_main():
+        save_architecture(arch, folder / "arch.json")
     return arch, subnet
 
 
@@ -250,7 +260,8 @@ def conclude(
             f"no architecture between {budget - 0.02:.4f} and {budget:.4f} of the FLOPs: "  # type: ignore[operator]
             f"{budget - arch.flops / arch.backbone_flops:.4f} of the budget is unused"  # type: ignore[operator]
         )
-    save_weights(supernet.backbone.state_dict(), folder / "supernet.safetensors")
+    if is_main():
+        save_weights(supernet.backbone.state_dict(), folder / "supernet.safetensors")
     supernet.eval()
     full = network_slice(supernet.shapes, choices.block_slices(picks, kept), full_stage_width=True)
     networks = {
@@ -273,6 +284,8 @@ def conclude(
     facts: dict[str, Any] = {"stage": "search", "space": space.name, "dataset": config.dataset, "seed": config.seed}
     facts |= {"budget": budget, "split": "val", "precision": str(training.amp_dtype or torch.float32)}
     facts |= {"unreadable_images": report_unreadable(loaders)}
+    if not is_main():
+        return
     write_json(folder / "summary.json", facts | table | {"narrowing": narrowing})
     print_table(table, f"{space.name} on {config.dataset}, validation split")
     if subnet != full and scores:

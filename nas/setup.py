@@ -16,6 +16,7 @@ from nas.checkpoint import write_text
 from nas.config import Common, parse_key_values
 from nas.data import LoaderSpec, eval_loader, mixup_fn, train_loader
 from nas.datasets import DataSpec, Splits, open_splits
+from nas.distributed import gather, is_main, local_device, mean_gradients, on_main, rank, world_size
 from nas.folders import few
 from nas.loop import seed_everything
 from nas.losses import cross_entropy
@@ -78,7 +79,7 @@ def pick_device(config: Common) -> torch.device:
         raise UserError(f"--device {name}; expected cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch {torch.__version__} sees no CUDA device here; use --device cpu")
-    return device
+    return local_device(device)
 
 
 def model_of(config: Common, space: Space) -> tuple[str, dict[str, Any]]:
@@ -191,8 +192,8 @@ def make_loaders(
         recount=config.recount,
         aug_repeats=config.aug_repeats,
     )
-    make_train = partial(train_loader, spec=spec, seed=config.seed, device=device)
-    make_eval = partial(eval_loader, spec=spec, device=device)
+    make_train = partial(train_loader, spec=spec, seed=config.seed, device=device, rank=rank(), world_size=world_size())
+    make_eval = partial(eval_loader, spec=spec, device=device, rank=rank(), world_size=world_size())
     mixup = mixup_fn(
         splits.num_classes,
         config.mixup or 0.0,
@@ -240,7 +241,7 @@ def make_supernet(
 
 def report_unreadable(loaders: Loaders) -> int:
     """Say how many images could not be read, and name a few."""
-    files = loaders.unreadable()
+    files = {name: error for found in gather(loaders.unreadable()) for name, error in found.items()}
     if files:
         print(f"{len(files)} images could not be read and were left out: {few(list(files))} (each is in the log)")
     return len(files)
@@ -275,9 +276,10 @@ def order_by_importance(
             seed_everything(config.seed, -1)
             loader.set_epoch(0)
             batches = [(x.to(device), y.to(device)) for x, y in itertools.islice(loader, TAYLOR_BATCHES)]
-            scores = taylor_pass(supernet, batches, cross_entropy)
-        orders = orders_of(scores)
-        write_text(path, json.dumps(orders))
+            scores = taylor_pass(supernet, batches, cross_entropy, mean_gradients)
+        orders = on_main(lambda: orders_of(scores))
+        if is_main():
+            write_text(path, json.dumps(orders))
     permute(supernet, orders)
     print(f"heads, neurons and channels sorted by importance ({kind})")
     return orders

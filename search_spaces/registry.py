@@ -125,8 +125,9 @@ def _nano(family: str, method: Method) -> Space:
         nano=True,
         training=NANO_TRAINING | (NANO_KERNEL if method.name in ("kcr", "joint") else {}),
         # KCR's quarter of the channels leaves attention whole: 0.55 to 0.68 of the FLOPs is the least it reaches
-        search=dict(epochs=15, arch_lr=2e-2, budget=0.75 if method.name == "kcr" else 0.5),
-        retrain=dict(epochs=30),
+        # The rate stays up during the search: nothing has to settle before the retrain, which starts from there.
+        search=dict(epochs=15, sched="none", lr=1e-3, arch_lr=2e-2, budget=0.75 if method.name == "kcr" else 0.5),
+        retrain=dict(epochs=30, warmup_epochs=1),
     )
 
 

@@ -8,7 +8,7 @@ Orders are named "stream.<stage>", "<block>.heads" and "<block>.hidden"; order[i
 stands at i.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -97,15 +97,23 @@ def permute(supernet: Supernet, orders: Orders) -> None:
 
 
 def taylor_pass(
-    supernet: Supernet, batches: list[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]
+    supernet: Supernet,
+    batches: list[tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    reduce_gradients: Callable[[Iterable[nn.Parameter]], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Taylor scores of the large network, summed over batches of (images, target). Leaves no gradients behind."""
+    """Taylor scores of the large network, summed over batches of (images, target). Leaves no gradients behind.
+
+    reduce_gradients: makes a batch's gradients those of all processes' batches, where there are several.
+    """
     was_training = supernet.training
     supernet.eval()
     totals: dict[str, Tensor] = {}
     for images, target in batches:
         supernet.zero_grad(set_to_none=True)
         loss(supernet.large(images), target).backward()
+        if reduce_gradients is not None:
+            reduce_gradients(supernet.parameters())
         for name, score in taylor_scores(supernet).items():
             totals[name] = totals.get(name, 0) + score
     supernet.zero_grad(set_to_none=True)

@@ -1,10 +1,14 @@
 """Invariant 7 with kill -9: whenever a search is killed, its files are whole and it resumes to the same run."""
 
+import multiprocessing
+import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,44 +16,61 @@ import pytest
 from tests.nas.runs import assert_same_run, assert_whole, draw_pictures, visible
 
 ROOT = Path(__file__).parents[2]
-# Runs search.py, and sends SIGKILL to itself in the n-th call of a function: before its work, or, in the middle
-# of a write, when half of the file (the second argument) is there.
-DRIVER = """
-import importlib, os, runpy, signal, sys
-module, name, call, half = sys.argv[1:5]
-del sys.argv[:5]
-sys.argv.insert(0, "search.py")
-import nas.search
-module, calls = importlib.import_module(module), 0
-function = getattr(module, name)
-def dying(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == int(call):
-        if half == "half":
-            function(*args, **kwargs)
-            os.truncate(args[1], os.path.getsize(args[1]) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return function(*args, **kwargs)
-setattr(module, name, dying)
-runpy.run_path("search.py", run_name="__main__")
-"""
-KILLS = [  # one after the other, each in the run that the one before left
-    ("os", "replace", "1", ""),  # the very first file
-    ("nas.loop", "update_weights", "3", ""),
-    None,  # at a random moment after the next epoch was saved
-    ("torch", "save", "1", "half"),  # half a checkpoint
+FORK = multiprocessing.get_context("forkserver")  # torch is imported once, not at each of the starts
+FORK.set_forkserver_preload(["nas.search", "nas.plot", "timm"])
+# Where SIGKILL strikes: in the n-th call of a function, before its work or, with "half", in the middle of a write,
+# when half of the file (its second argument) is there. None: at a random moment after the next epoch was saved.
+Kill = tuple[str, str, int, str] | None
+KILLS: list[Kill] = [  # one after the other, each in the run that the one before left
+    ("os", "replace", 1, ""),  # the very first file
+    ("nas.loop", "update_weights", 3, ""),  # in the first epoch
     None,
-    ("nas.loop", "write_tables", "2", ""),  # the first is the resume's own, if there is a checkpoint by now
-    ("nas.search", "top_k", "1", ""),  # in validation
+    ("torch", "save", 1, "half"),  # half a checkpoint
     None,
-    ("nas.checkpoint", "save_file", "1", "half"),  # all epochs done, half of the weights written
+    ("nas.loop", "write_tables", 2, ""),  # the first is the resume's own, if there is a checkpoint by now
+    ("nas.training", "top_k", 1, ""),  # in validation
+    None,
+    ("torch", "save", 2, "half"),
+    None,
+    ("nas.loop", "update_weights", 1, ""),  # in the first step after a resume
+    None,
+    ("nas.training", "top_k", 2, ""),
+    None,
+    ("os", "replace", 5, ""),
+    None,
+    ("nas.loop", "update_weights", 9, ""),
+    ("nas.search", "top_k", 1, ""),  # all epochs done
+    ("nas.checkpoint", "save_file", 1, "half"),  # half of the weights written
+    ("nas.plot", "save", 2, ""),  # among the pictures
 ]
-
-
 OPTIONS = """--space vit-dan-nano --alphas 1 2 4 --budget 0.6 --arch-lr 0.3 --drop-path 0.2 --mixup 0.5
- --model-kwargs patch_size=8 embed_dim=24 depth=2 num_heads=4 --val-fraction 0.2 --epochs 12 --batch-size 16
+ --model-kwargs patch_size=8 embed_dim=24 depth=2 num_heads=4 --val-fraction 0.2 --epochs 16 --batch-size 16
  --workers 0 --threads 1 --device cpu"""
+
+
+def search(options: list[str], kill: Kill, log: Path) -> None:
+    """In a process of its own: search.py, and its death if it is to die of its own hand."""
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(ROOT)
+    if kill is not None:
+        module, name, call, half = kill
+        function, calls = getattr(import_module(module), name), 0
+
+        def dying(*args: object, **kwargs: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                if half:
+                    function(*args, **kwargs)
+                    os.truncate(args[1], os.path.getsize(args[1]) // 2)  # type: ignore[call-overload]
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        setattr(import_module(module), name, dying)
+    sys.argv = ["search.py", *options]
+    runpy.run_path("search.py", run_name="__main__")
 
 
 def saved_at(folder: Path) -> int:
@@ -59,25 +80,25 @@ def saved_at(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_7_a_killed_search_resumes_to_the_run_that_was_not(tmp_path: Path) -> None:
+def test_7_a_search_killed_twenty_times_resumes_to_the_run_that_was_not(tmp_path: Path) -> None:
     options = ["--dataset", "folder", "--data-dir", str(draw_pictures(tmp_path / "pictures")), *OPTIONS.split()]
     python = [sys.executable, "search.py", *options]
     folder, undisturbed, moments = tmp_path / "killed", tmp_path / "undisturbed", random.Random(7)
+    log = tmp_path / "log.txt"
     subprocess.run([*python, "--output", undisturbed], check=True, cwd=ROOT, capture_output=True)
+    assert len(KILLS) == 20
     for kill in KILLS:
         place = ["--output", str(folder)] + ["--resume"] * (folder / "config.yaml").exists()
-        command = python if kill is None else [sys.executable, "-c", DRIVER, *kill, *options]
         before = saved_at(folder)
-        with subprocess.Popen(
-            [*command, *place], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        ) as process:
-            if kill is None:
-                while saved_at(folder) == before and process.poll() is None:
-                    time.sleep(0.002)
-                time.sleep(moments.uniform(0.0, 0.3))
-                process.kill()
-            output = process.communicate(timeout=300)[0]
-        assert process.returncode == -signal.SIGKILL, output.decode()
+        process = FORK.Process(target=search, args=([*options, *place], kill, log))
+        process.start()
+        if kill is None:
+            while saved_at(folder) == before and process.is_alive():
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0.0, 0.15))
+            process.kill()
+        process.join(300)
+        assert process.exitcode == -signal.SIGKILL, (kill, log.read_text())
         if folder.exists():
             assert_whole(folder)
     subprocess.run([*python, "--output", folder, "--resume"], check=True, cwd=ROOT, capture_output=True)

@@ -1,0 +1,61 @@
+"""python -m nas.describe: its rows are the network's FLOPs, its picture is drawn, mistakes are one line."""
+
+from pathlib import Path
+
+import pytest
+
+from nas import describe
+from nas.compact_file import describe as architecture_of
+from nas.setup import meta_supernet, search_space
+from search_spaces.architecture import Architecture, save_architecture
+from search_spaces.kcr import KEPT
+from search_spaces.registry import SPACES
+
+NANO = sorted(n for n, s in SPACES.items() if s.nano and s.method.name in ("dan", "kcr", "joint"))
+
+
+def some_architecture(name: str, width: str) -> Architecture:
+    """Blocks take their largest and their smallest candidates in turn; an MLP keeps the last of its channels."""
+    space = SPACES[name]
+    supernet = meta_supernet(space.model, dict(space.model_kwargs), 10, space)
+    choices = search_space(space, supernet, width, None)
+    picks = [
+        {choice: options[-(i % 2)] for choice, options in block.items()} for i, block in enumerate(choices.candidates)
+    ]
+    kept = []
+    for block in choices.block_slices(picks):
+        n = block.num_mlp_stream()
+        kept.append({KEPT: list(range(block.stream - n, block.stream))} if space.method.kept_names else {})
+    return architecture_of(supernet, name, space.model, space.model_kwargs, picks, width, kept)
+
+
+@pytest.mark.parametrize("width", ["stream", "inner"])
+@pytest.mark.parametrize("name", NANO)
+def test_rows_add_up_to_the_network(name: str, width: str) -> None:
+    arch = some_architecture(name, width)
+    rows = describe.rows_of(arch)
+    assert sum(row.flops[0] for row in rows) == arch.flops < arch.backbone_flops
+    assert sum(row.flops[1] for row in rows) == arch.backbone_flops
+    assert sum(row.block is not None for row in rows) == len(arch.blocks)
+    assert all(kept <= of for row in rows for kept, of in (row.stream, row.heads, row.mlp_channels, row.neurons))
+
+
+def test_the_command_prints_both_choices_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arch = some_architecture("swin-joint-nano", "stream")
+    save_architecture(arch, tmp_path / "arch.json")
+    assert describe.main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if "block 1" in line)
+    stream = SPACES["swin-joint-nano"].model_kwargs["embed_dim"] // arch.blocks[1]["alpha"]
+    assert f"{stream}/48" in row and f"{len(arch.blocks[1][KEPT])}/48" in row
+    assert f"{100 * arch.flops / arch.backbone_flops:.1f} %" in out
+    assert (tmp_path / "architecture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert describe.main([str(tmp_path / "absent.json")]) == 2
+    save_architecture(some_architecture("vit-dan-nano", "inner"), tmp_path / "arch.json")
+    assert describe.main([str(tmp_path), "--output", str(tmp_path / "picture.gif")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and "no such file" in errors[0] and "picture.gif" in errors[1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["arch.json"]
