@@ -47,8 +47,8 @@ KINDS = ("none", "magnitude", "taylor")
 WIDTHS = ("stream", "inner")
 
 
-def trained(config: RetrainConfig, folder: Path) -> tuple[Supernet, Loaders, torch.device]:
-    """The large network after its epochs, its loaders, the device."""
+def trained(config: RetrainConfig, epochs: int) -> tuple[Supernet, Loaders, torch.device]:
+    """The large network after its epochs (none: as it starts), its loaders, the device."""
     assert config.space is not None
     space, device = get_space(config.space), pick_device(config)
     splits = open_data(config, space)
@@ -56,7 +56,8 @@ def trained(config: RetrainConfig, folder: Path) -> tuple[Supernet, Loaders, tor
     supernet, lines, _ = make_supernet(model_of(config, space), splits, start, space, config.drop_path, device)
     print("\n".join(lines), end="\n" if lines else "")
     loaders = make_loaders(config, splits, supernet, device)
-    fit(make_training(config, Plain(supernet, config.smoothing or 0.0), loaders, device), False, "large network")
+    if epochs:
+        fit(make_training(config, Plain(supernet, config.smoothing or 0.0), loaders, device), False, "large network")
     return supernet.eval(), loaders, device
 
 
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--dataset")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--checkpoint", type=Path, help="start from these weights instead of from scratch")
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=15, help="0: measure --checkpoint as it is")
     parser.add_argument("--alphas", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--threads", type=int)
@@ -95,7 +96,7 @@ def main() -> None:
             data_dir=options.data_dir,
             checkpoint=options.checkpoint,
             pretrained=False,
-            epochs=options.epochs,
+            epochs=max(options.epochs, 1),
             seed=options.seed,
             threads=options.threads,
             output=Path(folder),
@@ -104,8 +105,8 @@ def main() -> None:
         parse_key_values(config.model_kwargs)
         config = with_defaults(config, get_space(options.space), "retrain")
         check_common(config)
-        print(f"{options.space} on {dataset_of(config)}, {config.epochs} epochs, seed {config.seed}")
-        supernet, loaders, device = trained(config, Path(folder))
+        print(f"{options.space} on {dataset_of(config)}, {options.epochs} epochs, seed {config.seed}")
+        supernet, loaders, device = trained(config, options.epochs)
     loaders.train.set_epoch(0)
     batches = list(itertools.islice(loaders.train, TAYLOR_BATCHES))
     columns = list(itertools.product(options.alphas, WIDTHS))

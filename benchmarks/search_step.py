@@ -6,7 +6,8 @@
 For each network and width: DAN's search step (large, mixture, both backward passes, both optimisers) over the plain
 step, beside the ratio of their multiply-accumulates and beside the same mixture done with full-width masks. Then
 KCR's step over the plain one (its counts add no pass: 2 by MACs), and joint's over DAN's (1 by MACs). Both with the
-truncated nuclear norm on the features, against a V that has been refreshed once.
+truncated nuclear norm on the features, against a V that has been refreshed once. Last, the second stage: a retrain
+step at the smallest factor over a plain step of the large network and one of the compact network, cut out, together.
 """
 
 import argparse
@@ -23,16 +24,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nas.costs import SpaceCosts, space_costs
 from nas.kcr import TopK
 from nas.kernel_term import KernelTerm
 from nas.losses import cross_entropy
-from nas.objective import Differentiable, Step
+from nas.objective import Adjoined, Differentiable, Step
 from nas.setup import search_space
 from search_spaces.registry import SPACES, get_space
+from search_spaces.slices import network_slice, prefix_slice
 from supernets.axes import BLOCK_AXES, block_parameters
+from supernets.compact import cut
 from supernets.elastic import layer_scale, mlp
 from supernets.elastic import norm as sliced_norm
 from supernets.supernet import Supernet
@@ -119,8 +122,8 @@ def mac_ratio(costs: SpaceCosts, gated: bool) -> float:
     return (2 * costs.full_flops - identity + blocks) / costs.full_flops
 
 
-def objectives(net: str, width: str, size: int) -> tuple[dict[str, Differentiable], SpaceCosts]:
-    """The search's objective and the masked one, over the same supernet."""
+def objectives(net: str, width: str, size: int) -> tuple[dict[str, Adjoined], SpaceCosts]:
+    """The searches' objectives, the masked one and the retrain's, over the same supernet."""
     name, model, model_kwargs, alphas = NETS[net]
     torch.manual_seed(0)
     extra = {} if net == "nano" else {"img_size": size, "num_classes": 100}
@@ -128,7 +131,11 @@ def objectives(net: str, width: str, size: int) -> tuple[dict[str, Differentiabl
     space = search_space(get_space(name), supernet, width, alphas)
     costs = space_costs(space, supernet.adapter.costs, supernet.flops())
     make: dict[str, Any] = dict(budget=0.5, gamma=0.0, seed=0, total_steps=100)
-    kinds = {"search": Differentiable(supernet, costs, **make), "masked": Masked(supernet, costs, **make)}
+    shapes = supernet.shapes
+    alpha = next(a for a in range(2, 9) if all(shape.num_heads % a == 0 for shape in shapes))
+    half = network_slice(shapes, [prefix_slice(shape, alpha, width) for shape in shapes])
+    kinds: dict[str, Adjoined] = {"retrain": Adjoined(supernet, half)}
+    kinds |= {"search": Differentiable(supernet, costs, **make), "masked": Masked(supernet, costs, **make)}
     for method in ("kcr", "joint"):
         space = search_space(get_space(name.replace("dan", method)), supernet, width, alphas)
         priced = space_costs(space, supernet.adapter.costs, supernet.flops())
@@ -137,29 +144,35 @@ def objectives(net: str, width: str, size: int) -> tuple[dict[str, Differentiabl
 
 
 def steps(
-    kinds: dict[str, Differentiable], images: Tensor, target: Tensor, autocast: Callable[[], Any]
+    kinds: dict[str, Adjoined], images: Tensor, target: Tensor, autocast: Callable[[], Any]
 ) -> dict[str, Callable[[], None]]:
     """One training step of each kind, weights and logits updated."""
-    backbone = kinds["search"].supernet.backbone
+    retrain = kinds["retrain"]
+    backbone = retrain.supernet.backbone
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=1e-5, fused=True)
     at = Step(t=0.5, number=50, total=100)
 
-    def plain() -> None:
-        with autocast():
-            loss = cross_entropy(backbone(images), target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def plain(network: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        def step() -> None:
+            with autocast():
+                loss = cross_entropy(network(images), target)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    def of(objective: Differentiable) -> Callable[[], None]:
-        arch = torch.optim.Adam(objective.architecture_parameters(), lr=1e-3)
+        return step
+
+    def of(objective: Adjoined) -> Callable[[], None]:
+        logits = objective.architecture_parameters()
+        arch = torch.optim.Adam(logits, lr=1e-3) if logits else None
 
         def step() -> None:
             with autocast():
                 terms = objective(images, target, at)
             torch.stack([v.float() for v in terms.values()]).sum().backward()
             optimizer.step()
-            arch.step()
+            if arch is not None:
+                arch.step()
             objective.after_step(at)
             objective.zero_grad()
 
@@ -170,7 +183,12 @@ def steps(
             with torch.no_grad(), autocast():
                 objective(images, target, Step(t=0.0, number=0, total=100))
             objective.after_epoch()  # from here on there is a V
-    return {"plain": plain} | {kind: of(objective) for kind, objective in kinds.items()}
+    compact = cut(backbone, retrain.current_subnet()).train()
+    alone = {
+        "plain": plain(backbone, optimizer),
+        "compact": plain(compact, torch.optim.AdamW(compact.parameters(), lr=1e-5, fused=True)),
+    }
+    return alone | {kind: of(objective) for kind, objective in kinds.items()}
 
 
 def measure(kinds: dict[str, Callable[[], None]], rounds: int, cuda: bool) -> dict[str, list[float]]:
@@ -207,7 +225,8 @@ def main() -> None:
         f" {'bf16 autocast' if args.amp else 'float32'}, batch {args.batch_size}, median of {args.rounds} rounds"
     )
     print(f"{'network':8} {'width':7} {'plain s':>8} {'search s':>9} {'search/plain':>13} {'MACs':>6}"
-          f" {'over MACs':>10} {'masked/plain':>13} {'kcr/plain':>10} {'joint/search':>13}")  # fmt: skip
+          f" {'over MACs':>10} {'masked/plain':>13} {'kcr/plain':>10} {'joint/search':>13}"
+          f" {'retrain/both':>13}")  # fmt: skip
     for net in args.nets:
         for width in args.widths:
             kinds, costs = objectives(net, width, args.img_size)
@@ -222,11 +241,13 @@ def main() -> None:
                 kind: statistics.median(a / b for a, b in zip(times[kind], times[base], strict=True))
                 for kind, base in (("search", "plain"), ("masked", "plain"), ("kcr", "plain"), ("joint", "search"))
             }
+            both = [a + b for a, b in zip(plain, times["compact"], strict=True)]
+            retrain = statistics.median(a / b for a, b in zip(times["retrain"], both, strict=True))
             macs = mac_ratio(costs, gated=width == "inner")
             print(
                 f"{net:8} {width:7} {statistics.median(plain):8.3f} {statistics.median(times['search']):9.3f}"
                 f" {ratio['search']:13.2f} {macs:6.2f} {ratio['search'] / macs:10.2f} {ratio['masked']:13.2f}"
-                f" {ratio['kcr']:10.2f} {ratio['joint']:13.2f}",
+                f" {ratio['kcr']:10.2f} {ratio['joint']:13.2f} {retrain:13.2f}",
                 flush=True,
             )
 

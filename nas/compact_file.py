@@ -1,5 +1,7 @@
 """A compact network on disk: compact.safetensors beside its arch.json, enough to rebuild it without the supernet."""
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nas.backbone import build
-from nas.checkpoint import load_weights, save_weights
-from search_spaces.architecture import Architecture, load_architecture
+from nas.backbone import build, classifier_names
+from nas.checkpoint import load_weights, save_weights, write_text
+from search_spaces.architecture import Architecture, load_architecture, save_architecture
 from search_spaces.errors import UserError
 from search_spaces.method import Picks, Settings, picks_of
 from search_spaces.registry import METHODS, get_space
@@ -20,6 +22,9 @@ from supernets.compact import shrink
 from supernets.supernet import Supernet
 
 WEIGHTS = "compact.safetensors"
+TIMM_CONFIG = "config.json"  # timm's own file; its architecture is the entry point of nas/timm_entry.py
+TIMM_NAME = "compact"
+PREPARATION = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of images, in timm's words
 
 
 def describe(
@@ -97,35 +102,72 @@ def _check_stage_widths(arch: Architecture, shapes: tuple[BlockShape, ...], stre
             raise UserError(f"arch.json: field 'stage_widths[{stage}]' is {width}; expected {low} to {high}")
 
 
-def save_compact(compact: nn.Module, folder: Path, num_classes: int) -> Path:
-    """Write the compact network's weights beside arch.json."""
+def save_compact(compact: nn.Module, folder: Path, arch: Architecture, data: Mapping[str, Any] | None = None) -> Path:
+    """Write compact.safetensors, arch.json and the config.json by which timm opens the folder.
+
+    data: how its images are prepared (mean, std, interpolation, crop_pct), where that is not the backbone's own way.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_architecture(arch, folder / "arch.json")
     path = folder / WEIGHTS
-    save_weights(compact.state_dict(), path, {"num_classes": str(num_classes)})
+    save_weights(compact.state_dict(), path, {"num_classes": str(arch.num_classes)})
+    net: Any = compact
+    own = {name: net.pretrained_cfg.get(name) for name in PREPARATION}
+    own |= {"input_size": arch.input_size, "fixed_input_size": True, "num_classes": arch.num_classes}
+    if max(arch.input_size[1:]) <= 64:
+        own["crop_pct"] = 1.0  # as in training: nas.setup
+    own |= {name: value for name, value in (data or {}).items() if value is not None}
+    config = {"architecture": TIMM_NAME, "num_classes": arch.num_classes, "num_features": net.num_features}
+    config["pretrained_cfg"] = {name: value for name, value in own.items() if value is not None}
+    write_text(folder / TIMM_CONFIG, json.dumps(config, indent=2) + "\n")
     return path
 
 
-def load_compact(folder: Path, device: torch.device | str = "cpu") -> nn.Module:
+def load_compact(
+    folder: Path,
+    device: torch.device | str = "cpu",
+    *,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    **model_kwargs: Any,
+) -> nn.Module:
     """The compact network of a folder that holds arch.json and compact.safetensors, in eval mode.
 
+    pretrained False: timm's initial weights. num_classes: another number than it was trained with takes a new
+    classifier, 0 takes none. model_kwargs: arguments of the timm model that replace the architecture's, such as
+    img_size (position embeddings and tables are resized as timm does) or drop_path_rate.
     Raises UserError when a file is missing, truncated or does not belong to the other.
     """
     arch = load_architecture(folder)
-    weights = load_weights(folder / WEIGHTS)
+    weights = load_weights(folder / WEIGHTS) if pretrained else {}
     classes = [t.shape[0] for name, t in weights.items() if name in ("head.weight", "head.fc.weight")]
-    if not classes:
+    if pretrained and not classes:
         raise UserError(f"{folder / WEIGHTS} holds no classifier (head.weight or head.fc.weight)")
-    compact: Any = build_compact(arch, classes[0])
-    try:
-        compact.load_state_dict(weights)
-    except RuntimeError as error:
-        lines = str(error).splitlines()
-        raise UserError(
-            f"{folder / WEIGHTS} does not belong to {folder / 'arch.json'}: {' '.join(lines[1:3])}"
-        ) from None
+    trained_with = classes[0] if classes else arch.num_classes
+    compact: Any = build_compact(arch, num_classes or trained_with, model_kwargs)
+    if pretrained:
+        if "img_size" in model_kwargs:
+            weights = sys.modules[type(compact).__module__].checkpoint_filter_fn(weights, compact)
+        fresh = num_classes is not None and num_classes != trained_with
+        new = [name for name in weights if fresh and name.startswith(tuple(classifier_names(compact)))]
+        own = compact.state_dict()
+        try:
+            compact.load_state_dict(weights | {name: own[name] for name in new})
+        except RuntimeError as error:
+            lines = str(error).splitlines()
+            raise UserError(
+                f"{folder / WEIGHTS} does not belong to {folder / 'arch.json'}: {' '.join(lines[1:3])}"
+            ) from None
+    if num_classes == 0:
+        compact.reset_classifier(0)
+    if (folder / TIMM_CONFIG).is_file():
+        saved = json.loads((folder / TIMM_CONFIG).read_text())["pretrained_cfg"]
+        lists = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        compact.pretrained_cfg = compact.default_cfg = dict(compact.pretrained_cfg) | lists
     return compact.to(device).eval()  # type: ignore[no-any-return]
 
 
-def build_compact(arch: Architecture, num_classes: int) -> nn.Module:
+def build_compact(arch: Architecture, num_classes: int, model_kwargs: Mapping[str, Any] | None = None) -> nn.Module:
     """The compact network's modules, with timm's initial weights cut to size."""
-    model = build(arch.model, arch.model_kwargs, num_classes=num_classes)
+    model = build(arch.model, dict(arch.model_kwargs) | dict(model_kwargs or {}), num_classes=num_classes)
     return shrink(model, slices_of(arch, adapter_for(model).shapes))

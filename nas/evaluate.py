@@ -1,7 +1,6 @@
-"""Accuracy and speed of a network, and the table that sets large, subnet and compact side by side."""
+"""Accuracy of networks, and the table that sets large, subnet and compact side by side."""
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,13 +8,12 @@ from torch import Tensor
 
 from nas.distributed import sum_
 from nas.losses import accuracy
-
-Network = Callable[[Tensor], Tensor]
+from nas.speed import Network
 
 
 @torch.no_grad()
 def top_k(
-    networks: dict[str, Network],
+    networks: Mapping[str, Network],
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
     autocast: Any,
@@ -33,41 +31,6 @@ def top_k(
     sum_(seen, *hits.values())
     share = {name: 100.0 * h.cpu().double() / max(int(seen), 1) for name, h in hits.items()}
     return {f"{name}_top{k}": float(s[i]) for name, s in share.items() for i, k in enumerate((1, 5))}
-
-
-@torch.no_grad()
-def images_per_second(
-    networks: dict[str, Network],
-    input_size: tuple[int, int, int],
-    batch_size: int,
-    device: torch.device,
-    autocast: Any,
-    rounds: int = 15,
-    seconds: float = 6.0,
-) -> dict[str, float]:
-    """Median throughput of each network, measured in turn (A B C A B C ...) so that drift hits all alike."""
-    images = torch.randn(batch_size, *input_size, device=device)
-
-    def run(network: Network) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        with autocast():
-            network(images)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    once = {name: min(run(network), run(network)) for name, network in networks.items()}
-    repeats = {name: max(1, int(0.02 / t)) for name, t in once.items()}  # at least 20 ms a sample
-    times: dict[str, list[float]] = {name: [] for name in networks}
-    deadline = time.perf_counter() + seconds
-    for done in range(rounds):
-        for name, network in networks.items():
-            times[name].append(sum(run(network) for _ in range(repeats[name])) / repeats[name])
-        if done >= 4 and time.perf_counter() > deadline:
-            break
-    return {name: batch_size / float(torch.tensor(ts).median()) for name, ts in times.items()}
 
 
 def print_table(rows: dict[str, dict[str, float]], title: str) -> None:

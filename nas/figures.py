@@ -178,6 +178,7 @@ def curves_figure(
         "loss": any(c == "loss" or c.startswith("loss_") for c in names),
         "accuracy": any(c.startswith(("large_top", "subnet_top")) for c in names),
         "cost": moving,
+        "complexity": "kc_normalised" in names,
         "schedules": any(c in names for columns in SCHEDULES.values() for c in columns),
     }
     shown = [name for name, there in panels.items() if there]
@@ -187,7 +188,7 @@ def curves_figure(
     figure = new_figure(5.4 * columns, 3.6 * rows + 0.4, title)
     grid = figure.add_gridspec(rows, columns)
     for i, name in enumerate(shown):
-        cell = grid[i // 2, :] if i == len(shown) - 1 and len(shown) == 3 else grid[i // 2, i % 2]
+        cell = grid[i // 2, :] if i == len(shown) - 1 and len(shown) % 2 and i else grid[i // 2, i % 2]
         if name == "schedules":
             _schedules(figure, cell, log)
             continue
@@ -196,6 +197,8 @@ def curves_figure(
             _losses(axes, log)
         elif name == "accuracy":
             _accuracies(axes, log)
+        elif name == "complexity":
+            _complexity(axes, log)
         else:
             _costs(axes, log, backbone_gflops, budget)
         _epochs(axes, log)
@@ -247,6 +250,18 @@ def _accuracies(axes: Axes, log: pd.DataFrame) -> None:
     tidy(axes, "epoch", "accuracy (%)")
     axes.set_title("Accuracy on the validation split", fontsize=10)
     axes.legend(fontsize=8, frameon=False, loc="lower right")
+
+
+def _complexity(axes: Axes, log: pd.DataFrame) -> None:
+    """KC of the small network's features on the trace-normalised spectrum, and the truncated share of the trace."""
+    _line(axes, log, "kc_normalised", "KC, trace-normalised spectrum", 0)
+    if {"tnn", "trace"} <= set(log.columns):
+        share = log.assign(truncated=log["tnn"] / log["trace"])
+        _line(axes, share, "truncated", "TNN as a share of the trace", 1)
+    tidy(axes, "epoch", "KC; share")
+    axes.set_ylim(bottom=0)
+    axes.set_title("Kernel complexity of the small network's features", fontsize=10)
+    axes.legend(fontsize=8, frameon=False)
 
 
 def _costs(axes: Axes, log: pd.DataFrame, backbone_gflops: float | None, budget: float | None) -> None:

@@ -16,7 +16,7 @@ from nas.compact_file import describe, save_compact, slices_of
 from nas.config import RetrainConfig, with_defaults
 from nas.distill import Distilled, Plain, Teacher, check_distillation, make_teacher
 from nas.distributed import is_main, joined, quiet_unless_main
-from nas.evaluate import Network, images_per_second, print_table, top_k
+from nas.evaluate import print_table, top_k
 from nas.kernel_term import KernelAdjoined, check_kernel_options, has_kernel_term, kernel_term
 from nas.loop import OnEpoch, Training, fit, settle
 from nas.objective import Adjoined
@@ -37,6 +37,7 @@ from nas.setup import (
     search_space,
     start_of,
 )
+from nas.speed import Network, images_per_second
 from nas.training import make_training
 from search_spaces.architecture import Architecture, load_architecture, save_architecture
 from search_spaces.errors import UserError
@@ -121,9 +122,9 @@ def starting_point(config: RetrainConfig, arch: Architecture, num_classes: int) 
 
 
 def run_retrain(config: RetrainConfig, on_epoch: OnEpoch | None = None) -> Path:
-    """Run stage 2 to its end and return the run's folder. on_epoch: as in `fit`.
+    """Run stage 2 to its end and return the run's folder. Under torchrun, every process calls it.
 
-    Under torchrun, every process calls it.
+    on_epoch: as in `fit`.
     """
     config, space, arch = resolve(config)
     device = pick_device(config)
@@ -132,11 +133,7 @@ def run_retrain(config: RetrainConfig, on_epoch: OnEpoch | None = None) -> Path:
 
 
 def _retrain(
-    config: RetrainConfig,
-    space: Space,
-    arch: Architecture | None,
-    device: torch.device,
-    on_epoch: OnEpoch | None,
+    config: RetrainConfig, space: Space, arch: Architecture | None, device: torch.device, on_epoch: OnEpoch | None
 ) -> Path:
     splits = open_data(config, space)
     if arch is None:
@@ -254,8 +251,10 @@ def conclude(
         difference = relative_difference(networks["subnet"], compact, next(iter(loaders.test))[0].to(device))
         if difference > TOLERANCE:
             raise AssertionError(f"compact and subnet differ by {difference:.1e} of the largest logit")
+        mean, std = loaders.test.stats
+        chosen = {"mean": mean, "std": std, "interpolation": config.interpolation, "crop_pct": config.crop_pct}
         if is_main():
-            save_compact(compact, folder, arch.num_classes)
+            save_compact(compact, folder, arch, chosen)
         facts |= {"budget": arch.search.get("budget"), "compact_minus_subnet": difference}
         table["subnet"] = {"params": arch.params, "gflops": arch.flops / 1e9}
         table["compact"] = {"params": sum(p.numel() for p in compact.parameters()), "gflops": arch.flops / 1e9}

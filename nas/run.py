@@ -73,11 +73,12 @@ def _open_run(config: C, name: str) -> C:
             raise UserError(f"{folder}: --resume with other options ({words}); leave them as they were")
         for half_written in folder.glob(".*.tmp*"):  # what a kill left of files it was writing
             half_written.unlink(missing_ok=True)
-        images = (config.batch_size or 0) * (before.get("processes") or 1)
+        if config.batch_size is None:  # a sweep, whose trials have their own
+            return config
+        images = config.batch_size * (before.get("processes") or 1)
         if images % processes:
             raise UserError(f"{folder}: its steps take {images} images, which {processes} processes cannot share")
-        share = None if config.batch_size is None else images // processes
-        return replace(config, batch_size=share, processes=processes if processes > 1 else None)
+        return replace(config, batch_size=images // processes, processes=processes if processes > 1 else None)
     if config.resume:
         raise UserError(f"{folder} holds no run to resume (no config.yaml)")
     if folder.exists() and not folder.is_dir():

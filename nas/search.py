@@ -79,9 +79,9 @@ def budget_fraction(config: SearchConfig, full_flops: int) -> float | None:
 
 
 def run_search(config: SearchConfig, on_epoch: OnEpoch | None = None) -> Path:
-    """Run stage 1 to its end and return the run's folder. on_epoch: as in `fit`.
+    """Run stage 1 to its end and return the run's folder. Under torchrun, every process calls it.
 
-    Under torchrun, every process calls it.
+    on_epoch: as in `fit`.
     """
     config, space = resolve(config)
     device = pick_device(config)

@@ -2,7 +2,7 @@
 
 It is the backbone's own timm model with smaller layers under the same names, so timm's forward,
 forward_features and forward_intermediates work on it. Only a block whose slice is narrower than its stage, or
-not a prefix, gets a forward of its own.
+not a prefix, gets a forward of its own, and every block of a Swin (compact_swin.py).
 """
 
 import copy
@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice, count
+from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice
 from supernets.adapter import adapter_for
 from supernets.axes import block_parameters, num_heads, num_v, slice_block
+from supernets.compact_swin import CompactWindowAttention
 from supernets.elastic import split_heads
 
 
 class CompactBlock(nn.Module):
     """A block that reads and writes part of the stream. Children keep the backbone's names.
 
-    stream: leading channels it works on. mlp_index: those its MLP works on, None for all of them.
+    stream: leading channels it works on. mlp_index: those its MLP works on, None for the first mlp_stream.
     """
 
     norm1: Any
@@ -37,39 +38,38 @@ class CompactBlock(nn.Module):
         super().__init__()
         self.stream = kept.stream
         self.has_attn, self.has_mlp = kept.attn, kept.mlp
-        self.spatial = hasattr(block, "window_size")  # Swin's stream is (B, H, W, E), a ViT's (B, N, E)
         for name, child in block.named_children():
             half_kept = kept.mlp if name.startswith(("norm2", "mlp", "ls2", "drop_path2")) else kept.attn
             if half_kept:
                 setattr(self, name, child)
-        if self.spatial:
-            self.window_size, self.shift_size = block.window_size, block.shift_size
-            self.register_buffer("attn_mask", block.attn_mask if kept.attn else None, persistent=False)
-        index = None
-        if kept.mlp_stream is not None:
-            index = torch.arange(count(kept.mlp_stream))
-            if not isinstance(kept.mlp_stream, int):
-                index = torch.tensor(kept.mlp_stream)
+        self.mlp_stream = kept.num_mlp_stream()
+        index = None if isinstance(kept.mlp_stream, int | None) else torch.tensor(kept.mlp_stream)
         self.register_buffer("mlp_index", index, persistent=False)
 
-    def _attention(self, x: Tensor) -> Tensor:
-        if self.spatial:
-            from supernets.swin import windowed
+    def _mlp(self, z: Tensor) -> Tensor:
+        """z plus the MLP of its channels of mlp_index, or of its first mlp_stream."""
+        h, index = self.norm2(z), self.mlp_index
+        if index is None:
+            h = h[..., : self.mlp_stream]
+        elif torch.compiler.is_compiling():
+            h = h.index_select(-1, index)
+        else:  # on a CPU a tenth of index_select's time
+            h = h.gather(-1, index.expand(*h.shape[:-1], -1))
+        y = self.mlp(h)
+        y = self.drop_path2(self.ls2(y) if hasattr(self, "ls2") else y)
+        if index is not None:
+            return z.index_add(-1, index, y.to(z.dtype))
+        R = self.mlp_stream
+        return z + y if z.shape[-1] == R else torch.cat([z[..., :R] + y, z[..., R:]], dim=-1)
 
-            return windowed(self, x, self.attn)
-        return self.attn(x)  # type: ignore[no-any-return]
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, E), Swin's (B, H, W, E)
         s = self.stream
         z = x[..., :s]
         if self.has_attn:
-            y = self._attention(self.norm1(z))
+            y = self.attn(self.norm1(z))
             z = z + self.drop_path1(self.ls1(y) if hasattr(self, "ls1") else y)
         if self.has_mlp:
-            h = self.norm2(z)
-            y = self.mlp(h if self.mlp_index is None else h.index_select(-1, self.mlp_index))
-            y = self.drop_path2(self.ls2(y) if hasattr(self, "ls2") else y)
-            z = z + y if self.mlp_index is None else z.index_add(-1, self.mlp_index, y.to(z.dtype))
+            z = self._mlp(z)
         return z if s == x.shape[-1] else torch.cat([z, x[..., s:]], dim=-1)
 
 
@@ -136,9 +136,12 @@ def _shrink_block(model: nn.Module, name: str, shape: BlockShape, kept: BlockSli
         attn = block.attn
         attn.num_heads = num_heads(kept)
         attn.attn_dim, attn.dim = num_heads(kept) * num_v(kept, shape), kept.stream
-        if num_v(kept, shape) != shape.head_dim and not hasattr(attn, "window_size"):
+        if hasattr(attn, "window_size"):
+            block.attn = CompactWindowAttention(block)
+        elif num_v(kept, shape) != shape.head_dim:
             block.attn = UnevenAttention(attn)
-    whole = kept.attn and kept.mlp and kept.mlp_stream is None and not isinstance(block.attn, UnevenAttention)
+    whole = kept.attn and kept.mlp and kept.mlp_stream is None
+    whole = whole and not isinstance(block.attn, UnevenAttention | CompactWindowAttention)
     if kept.stream != stage_width or not whole:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, CompactBlock(block, kept))

@@ -123,6 +123,14 @@ def split_heads(qkv: Tensor, heads: int, head_dim: int) -> tuple[Tensor, Tensor,
     return q, k, v.reshape(B, N, heads, -1).transpose(1, 2)
 
 
+def join_heads(x: Tensor) -> Tensor:
+    """(B, H, N, V), as attention leaves it -> (B, N, H*V)."""
+    x = x.transpose(1, 2)
+    if torch.compiler.is_exporting():  # fused attention's output is contiguous here, that of its decomposition is not
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.flatten(2)
+
+
 def attention(attn: Any, params: Params, heads: int, x_BNS: Tensor, scale: float | None = None) -> Tensor:
     """timm's Attention on sliced parameters. Returns (B, N, S)."""
     B, N, _ = x_BNS.shape

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from search_spaces.slices import BlockShape, BlockSlice
 from supernets.adapter import Adapter, OuterAxis, Params, refuse
 from supernets.axes import num_heads
-from supernets.elastic import norm, split_heads
+from supernets.elastic import join_heads, norm, split_heads
 from supernets.flops import NetworkCosts, PerWidth
 from supernets.vit import block_costs, check_norm, num_params
 
@@ -50,7 +50,7 @@ def window_attention(attn: Any, params: Params, heads: int, x_BTS: Tensor, mask_
             scores = scores.view(-1, W, heads, T, T) + mask_WTT[None, :, None]
             scores = scores.view(-1, heads, T, T)
         x = attn.attn_drop(attn.softmax(scores)) @ v
-    x = x.transpose(1, 2).reshape(B, T, -1)
+    x = join_heads(x)
     x = F.linear(x, params["attn.proj.weight"], params.get("attn.proj.bias"))
     return attn.proj_drop(x)  # type: ignore[no-any-return]
 

@@ -60,8 +60,8 @@ def test_every_option_has_a_line_of_help() -> None:
 @pytest.mark.parametrize("kind", [Common, SearchConfig, SweepConfig, RetrainConfig])
 def test_every_option_is_in_the_docs(kind: type[Common]) -> None:
     page = (ROOT / "docs" / "options.md").read_text()
-    shown = [f.name for f in fields(kind) if tyro.conf.Suppress not in get_args(f.type)]
-    missing = [name for name in shown if f"`--{name.replace('_', '-')}`" not in page]
+    options = [f.name for f in fields(kind) if tyro.conf.Suppress not in get_args(f.type)]
+    missing = [name for name in options if f"`--{name.replace('_', '-')}`" not in page]
     assert not missing, f"run python docs/tables.py: {', '.join(missing)}"
 
 

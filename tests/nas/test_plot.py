@@ -268,6 +268,16 @@ def test_a_log_without_an_epoch_or_a_curve_is_not_drawn():
     assert curves_figure(log_rows().iloc[:0], "run") is None
 
 
+def test_kernel_complexity_has_a_panel_where_it_was_measured():
+    log = log_rows()
+    assert "complexity" not in [axes.get_label() for axes in curves_figure(log, "run").axes]
+    kc = np.linspace(0.5, 0.3, len(log))
+    measured = log.assign(kc=3 * kc, kc_normalised=kc, tnn=kc / 10, trace=2.0)
+    axes = panel(curves_figure(measured, "run"), "complexity")
+    np.testing.assert_array_equal(lines(axes)["KC, trace-normalised spectrum"].get_ydata(), kc)
+    np.testing.assert_allclose(lines(axes)["TNN as a share of the trace"].get_ydata(), kc / 20)
+
+
 def test_a_retraining_has_no_cost_panel():
     log = log_rows().drop(columns="expected_gflops").assign(selected_gflops=0.005)
     labels = [axes.get_label() for axes in curves_figure(log, "run", BACKBONE, 0.5).axes]

@@ -1,0 +1,134 @@
+"""Is the compact network as fast as its FLOPs promise? (images/s gain) / (FLOPs gain) of compact against large.
+
+    python benchmarks/compact_speed.py --nets vit-s swin-b --batches 32 --threads 1
+    python benchmarks/compact_speed.py --nets vit-s --kinds kcr-half joint     # channel selection, random channels
+
+Large and compact run in turn in one process, fused attention on for both; each number is the median over rounds of
+the ratio within a round. `part` is the ratio 1.00 would be had the time gone down with the multiply-accumulates.
+Random weights: speed does not depend on them.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import timm
+import torch
+from torch import nn
+
+from nas.speed import sample_times
+from search_spaces.kcr import channel_count
+from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice, network_slice, prefix_slice
+from supernets.compact import cut
+from supernets.supernet import Supernet
+
+NETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit-s": ("vit_small_patch16_224", {}),
+    "vit-s-4": ("vit_small_patch16_224", dict(depth=4)),
+    "vit-b": ("vit_base_patch16_224", {}),
+    "vit-b-4": ("vit_base_patch16_224", dict(depth=4)),
+    "swin-t": ("swin_tiny_patch4_window7_224", {}),
+    "swin-t-4": ("swin_tiny_patch4_window7_224", dict(depths=(2, 2, 2, 2))),
+    "swin-b": ("swin_base_patch4_window7_224", {}),
+    "swin-b-4": ("swin_base_patch4_window7_224", dict(depths=(2, 2, 2, 2))),
+}
+
+
+def channels(shape: BlockShape, kept: BlockSlice, fraction: float, random: torch.Generator) -> BlockSlice:
+    """The slice with a random choice of the channels that its MLP reads and writes, as scores leave it."""
+    count = channel_count(kept.stream, fraction)
+    index = torch.randperm(kept.stream, generator=random)[:count].sort().values.tolist()
+    return BlockSlice(kept.stream, kept.heads, kept.hidden, mlp_stream=tuple(index) if fraction < 1 else None)
+
+
+def subnets(shapes: tuple[BlockShape, ...], kinds: list[str], alphas: list[int]) -> Iterator[tuple[str, NetworkSlice]]:
+    """Every network to measure, by name. kinds: an, inner and stream width; searched ones mix their candidates."""
+    for kind in kinds:
+        random = torch.Generator().manual_seed(0)
+        if kind in ("stream", "inner"):
+            for alpha in alphas:
+                if all(shape.num_heads % alpha == 0 for shape in shapes):
+                    yield f"{kind} {alpha}", network_slice(shapes, [prefix_slice(s, alpha, kind) for s in shapes])
+            continue
+        allowed = [[a for a in alphas if shape.num_heads % a == 0] or [1] for shape in shapes]
+        drawn = [a[int(torch.randint(len(a), (), generator=random))] for a in allowed]
+        fractions = [(1.0, 0.75, 0.5, 0.25)[int(torch.randint(4, (), generator=random))] for _ in shapes]
+        if kind.startswith("dan"):
+            yield (
+                kind,
+                network_slice(shapes, [prefix_slice(s, a, kind[4:]) for s, a in zip(shapes, drawn, strict=True)]),
+            )
+            continue
+        if kind != "joint":
+            drawn = [1] * len(shapes)
+        if kind == "kcr-half":
+            fractions = [0.5] * len(shapes)
+        if kind == "kcr-quarter":
+            fractions = [0.25] * len(shapes)
+        slices = [
+            channels(shape, prefix_slice(shape, alpha, "stream"), fraction, random)
+            for shape, alpha, fraction in zip(shapes, drawn, fractions, strict=True)
+        ]
+        yield kind, network_slice(shapes, slices)
+
+
+def main() -> None:
+    kinds = ["stream", "inner", "dan-stream", "dan-inner", "kcr", "kcr-half", "kcr-quarter", "joint"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nets", nargs="+", choices=list(NETS), default=["vit-s", "swin-t"])
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=["stream", "inner"])
+    parser.add_argument("--alphas", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=20.0, help="per line, after five rounds")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--profile", action="store_true", help="also where the time goes, operator by operator")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+
+    def autocast() -> Any:
+        return torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext()
+
+    print(
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads,"
+        f" {'bf16 autocast' if args.amp else 'float32'}"
+    )
+    print(
+        f"{'network':9} {'subnet':12} {'batch':>5} {'large/s':>8} {'compact/s':>9} {'gain':>6} {'FLOPs':>6} {'part':>5}"
+    )
+    for net in args.nets:
+        torch.manual_seed(0)
+        supernet = Supernet(timm.create_model(NETS[net][0], **NETS[net][1])).to(device).eval()
+        for name, subnet in subnets(supernet.shapes, args.kinds, args.alphas):
+            pair: dict[str, nn.Module] = {"large": supernet.backbone, "compact": cut(supernet.backbone, subnet).eval()}
+            flops = supernet.flops() / supernet.flops(subnet)
+            for batch in args.batches:
+                images = torch.randn(batch, *supernet.adapter.input_size, device=device)
+                times = sample_times(pair, images, autocast, args.rounds, args.seconds)
+                gain = statistics.median(a / b for a, b in zip(times["large"], times["compact"], strict=True))
+                speeds = {which: batch / statistics.median(t) for which, t in times.items()}
+                print(
+                    f"{net:9} {name:12} {batch:5} {speeds['large']:8.1f} {speeds['compact']:9.1f} {gain:6.2f}"
+                    f" {flops:6.2f} {gain / flops:5.2f}",
+                    flush=True,
+                )
+                if args.profile:
+                    for which, network in pair.items():
+                        with torch.no_grad(), torch.profiler.profile() as profile, autocast():
+                            network(images)
+                        print(which, profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=16,
+                              max_name_column_width=40))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

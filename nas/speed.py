@@ -1,0 +1,64 @@
+"""How long networks take, measured in turn in one process so that drift hits all alike."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Network = Callable[[Tensor], Any]
+
+
+@torch.no_grad()
+def sample_times(
+    networks: Mapping[str, Network],
+    images: Tensor,
+    autocast: Any,
+    rounds: int = 15,
+    seconds: float = 6.0,
+    shortest: float = 0.02,
+) -> dict[str, list[float]]:
+    """Seconds per call of each network, in turn (A B C A B C ...): at least 5 rounds, then until `seconds` are over.
+
+    images (B, C, H, W) are passed as they are. A sample lasts at least `shortest` seconds; 0: one call each, as
+    latency percentiles need.
+    """
+    cuda = images.is_cuda
+
+    def run(network: Network, repeats: int = 1) -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            with autocast():
+                network(images)
+        if cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / repeats
+
+    once = {name: min(run(network), run(network)) for name, network in networks.items()}  # also the warm-up
+    repeats = {name: max(1, int(shortest / t)) for name, t in once.items()}
+    times: dict[str, list[float]] = {name: [] for name in networks}
+    deadline = time.perf_counter() + seconds
+    for done in range(rounds):
+        for name, network in networks.items():
+            times[name].append(run(network, repeats[name]))
+        if done >= 4 and time.perf_counter() > deadline:
+            break
+    return times
+
+
+def images_per_second(
+    networks: Mapping[str, Network],
+    input_size: tuple[int, int, int],
+    batch_size: int,
+    device: torch.device,
+    autocast: Any,
+    rounds: int = 15,
+    seconds: float = 6.0,
+) -> dict[str, float]:
+    """Median throughput of each network on noise of input_size (C, H, W)."""
+    images = torch.randn(batch_size, *input_size, device=device)
+    times = sample_times(networks, images, autocast, rounds, seconds)
+    return {name: batch_size / float(torch.tensor(ts).median()) for name, ts in times.items()}

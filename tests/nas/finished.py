@@ -1,0 +1,33 @@
+"""A folder as a retrain leaves it, without the training: a tiny Swin with padded and shifted windows, ten classes."""
+
+from pathlib import Path
+
+import timm
+import torch
+
+from nas.checkpoint import save_weights
+from nas.compact_file import describe, save_compact, slices_of
+from search_spaces.architecture import Architecture
+from supernets.compact import cut
+from supernets.supernet import Supernet
+from tests.oracle import randomise
+
+SWIN = (
+    "swin_tiny_patch4_window7_224",
+    dict(img_size=36, embed_dim=16, depths=(2, 1), num_heads=(4, 8), window_size=4, mlp_ratio=2),
+)
+
+
+def finished_run(folder: Path, num_classes: int = 10) -> tuple[Architecture, Supernet]:
+    """Write arch.json, compact.safetensors, config.json and large.safetensors; alpha is 2 and 1 in turn."""
+    model, options = SWIN
+    supernet = Supernet(randomise(timm.create_model(model, num_classes=num_classes, **options), 0)).eval()
+    picks = [{"alpha": 2 - i % 2} for i in range(len(supernet.shapes))]
+    arch = describe(supernet, "swin-dan-nano", model, options, picks)
+    save_compact(cut(supernet.backbone, slices_of(arch, supernet.shapes)), folder, arch)
+    save_weights(supernet.backbone.state_dict(), folder / "large.safetensors")
+    return arch, supernet
+
+
+def pictures(batch: int = 2, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, 3, 36, 36, generator=torch.Generator().manual_seed(seed))

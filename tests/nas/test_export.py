@@ -1,0 +1,144 @@
+"""The compact network as ONNX and as a torch.export program, its card, and its upload up to the network."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import nas.export
+from nas.card import push_to_hub
+from nas.compact_file import load_compact
+from nas.export import compiled, differences, onnx_network, parser, run_export
+from nas.run import write_json
+from search_spaces.errors import UserError
+from tests.nas.finished import finished_run, pictures
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "run"
+    finished_run(folder)
+    return folder
+
+
+def test_both_files_give_the_networks_logits_at_any_batch(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in nas.export.PACKAGES:
+        pytest.importorskip(name)
+    write_json(run / "summary.json", {"dataset": "digits", "split": "test", "compact": {"top1": 91.5}})
+    options = [str(run), "--no-compile", "--rounds", "6", "--seconds", "0", "--batches", "1", "3"]
+    result = run_export(parser().parse_args(options))
+    network = load_compact(run)
+    program = torch.export.load(run / "compact.pt2").module()
+    for batch in (1, 2, 5):
+        x = pictures(batch, seed=batch)
+        expected = network(x)
+        for other in (program, onnx_network(run / "compact.onnx", 1)):
+            assert other(x).shape == (batch, 10)
+            assert (other(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert result == json.loads((run / "export.json").read_text())
+    assert {max(d.values()) <= 1e-4 for d in result["differences"].values()} == {True} and result["real_images"] == 8
+    seen = {(r["batch"], r["network"], r["backend"]) for r in result["speed"]}
+    assert seen == {(b, n, e) for b in (1, 3) for n in ("large", "compact") for e in ("PyTorch", "ONNX")}
+    assert all(0 < r["p50_ms"] <= r["p95_ms"] and r["calls"] >= 5 for r in result["speed"])
+    assert "/ FLOPs" in capsys.readouterr().out
+    card = (run / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "timm" and front["datasets"] == ["digits"]
+    for text in ("swin_tiny_patch4_window7_224", "1 in 1, 2 in 2", "| top-1 % | – | 91.5 |", "| 3 | compact | ONNX |"):
+        assert text in card
+
+
+def test_a_file_that_computes_something_else_is_caught(run: Path) -> None:
+    network = load_compact(run)
+    batches = {"one": pictures(1)}
+    same = differences(network, {"same": load_compact(run)}, batches)
+    other = differences(network, {"other": lambda x: network(x) * 1.01}, batches)
+    assert same["same"]["one"] == 0 and other["other"]["one"] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_machine_that_cannot_compile_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_compiler(x: Any) -> Any:
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nin a long trace")
+
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic: no_compiler)
+    assert compiled(torch.nn.Identity(), torch.zeros(1)) is None
+    assert capsys.readouterr().out == (
+        "torch.compile does not work here: InvalidCxxCompiler: No working C++ compiler found\n"
+    )
+
+
+def test_missing_packages_and_files_are_named(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="no folder"):
+        run_export(parser().parse_args([str(tmp_path / "nowhere")]))
+    empty = tmp_path / "search"
+    finished_run(empty)
+    (empty / "compact.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no compact\.safetensors"):
+        run_export(parser().parse_args([str(empty), "--no-onnx"]))
+    monkeypatch.setattr(nas.export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"onnx, onnxscript, onnxruntime: pip install 'vit-nas\[export\]'"):
+        run_export(parser().parse_args([str(run)]))
+
+
+def test_bad_commands_end_in_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "nas.export", str(tmp_path), "--push-only"],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "nas.export: error: --push-only goes with --push-to-hub USER/NAME\n"
+
+
+def test_the_upload_up_to_the_network(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    class Address(str):
+        repo_id = "someone/small"
+
+    class Api:
+        def __init__(self, **_: Any) -> None: ...
+
+        def create_repo(self, repo: str, **options: Any) -> Address:
+            calls.append((repo, options))
+            return Address("https://huggingface.co/someone/small")
+
+        def upload_folder(self, **options: Any) -> None:
+            present = {p.name for p in Path(options["folder_path"]).iterdir()} & set(options["allow_patterns"])
+            calls.append(("upload", options | {"present": present}))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert push_to_hub(run, "small", private=True) == "https://huggingface.co/someone/small"
+    assert calls[0] == ("small", {"private": True, "exist_ok": True})
+    assert calls[1][1]["repo_id"] == "someone/small"
+    assert {"arch.json", "compact.safetensors", "config.json", "README.md"} <= calls[1][1]["present"]
+    assert "large.safetensors" not in calls[1][1]["allow_patterns"]
+    assert "hf-hub:someone/small" in (run / "README.md").read_text()
+
+    def refuse(self: Any, repo: str, **_: Any) -> None:
+        response = SimpleNamespace(headers={}, request=None, status_code=401, text="")
+        raise huggingface_hub.errors.HfHubHTTPError("401 Unauthorized", response=response)
+
+    monkeypatch.setattr(Api, "create_repo", refuse)
+    with pytest.raises(UserError, match=r"someone/small: 401 Unauthorized; .*hf auth login"):
+        push_to_hub(run, "someone/small")
+
+
+def test_nothing_to_upload(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no arch\.json, compact\.safetensors, config\.json"):
+        push_to_hub(tmp_path, "someone/small")
