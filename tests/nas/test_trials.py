@@ -90,7 +90,7 @@ def test_the_second_stage_takes_data_and_seed_from_the_first_and_its_own_options
 MISTAKES = {
     "no values": (["budget"], "expected OPTION=VALUE,VALUE"),
     "an option misspelt": (["budgt=0.2"], "'budgt' is no option of search.py; expected budget"),
-    "an option of the second stage": (["teacher=x"], "'teacher' is no option of search.py"),
+    "an option of the second stage": (["init=base"], "'init' is no option of search.py"),
     "the second stage without it": (["retrain.lr=1e-3"], "--retrain-trials"),
     "what is not a trial's": (["output=a,b"], "--output cannot be swept"),
     "what is the sweep's": (["trials=1,2"], "is no option of search.py"),
