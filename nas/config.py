@@ -252,6 +252,8 @@ class SweepConfig(SearchConfig):
     """processor cores of a trial; --threads follows unless given"""
     gpus_per_trial: float | None = None
     """GPUs of a trial, or the share of one; by default 1 where the cluster has any"""
+    procs_per_trial: int = 1
+    """processes of a trial, all on one node, each with --cpus-per-trial and --gpus-per-trial (docs/distributed.md)"""
     max_concurrent: int | None = None
     """trials at a time; as many as fit by default"""
     storage: str | None = None

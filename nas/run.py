@@ -16,7 +16,7 @@ from nas.distributed import on_main, world_size
 from search_spaces.errors import UserError
 
 C = TypeVar("C", bound=Common)
-SWEEP_PLACE = ("ray_address", "cpus_per_trial", "gpus_per_trial", "max_concurrent")
+SWEEP_PLACE = ("ray_address", "cpus_per_trial", "gpus_per_trial", "procs_per_trial", "max_concurrent")
 # may differ between a run and its resumption
 PLACE = ("output", "resume", "device", "workers", "threads", "processes", *SWEEP_PLACE)
 

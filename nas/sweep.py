@@ -96,13 +96,14 @@ def run_trials(
     check_fits(config, gpus)
     # a scheduler that compares is told again what finished trials reached
     replayed = [t for t in trials if t not in left] if config.scheduler == "asha" else []
-    jobs = [as_plain(t, sweep, storage, config.scheduler == "asha") for t in [*replayed, *left]]
+    again, processes = config.scheduler == "asha", config.procs_per_trial
+    jobs = [as_plain(t, sweep, storage, again, processes) for t in [*replayed, *left]]
     for stage in (job[name] for job in jobs for name in STAGES if gpus == 0 and job[name] is not None):
         stage["device"] = stage["device"] or "cpu"  # what Ray has not handed out is not taken
     name = f".tune-{time.strftime('%Y%m%d-%H%M%S')}"
     place = str(sweep) if storage is None else storage.uri
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": config.cpus_per_trial, "gpu": gpus}),
+        tune.with_resources(trainable, {"cpu": config.cpus_per_trial * processes, "gpu": gpus * processes}),
         param_space=tune.grid_search(jobs),
         tune_config=tune.TuneConfig(
             scheduler=make_scheduler(config, trials),
@@ -165,12 +166,13 @@ def check_fits(config: SweepConfig, gpus: float) -> None:
     """A trial that fits no node would wait for ever."""
     import ray
 
+    cpus, gpus = config.cpus_per_trial * config.procs_per_trial, gpus * config.procs_per_trial
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    if not any(n.get("CPU", 0) >= config.cpus_per_trial and n.get("GPU", 0) >= gpus for n in nodes):
+    if not any(n.get("CPU", 0) >= cpus and n.get("GPU", 0) >= gpus for n in nodes):
         has = "; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes)
         raise UserError(
-            f"no node has the {config.cpus_per_trial:g} CPUs and {gpus:g} GPUs of a trial (nodes: {has});"
-            " lower --cpus-per-trial or --gpus-per-trial"
+            f"no node has the {cpus:g} CPUs and {gpus:g} GPUs of a trial (nodes: {has});"
+            " lower --cpus-per-trial, --gpus-per-trial or --procs-per-trial"
         )
 
 

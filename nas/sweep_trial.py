@@ -34,7 +34,7 @@ STAGES = ("search", "retrain")
 Report = Callable[[Mapping[str, Any]], None]
 
 
-def as_plain(trial: Trial, sweep: Path, storage: Storage | None, replay: bool) -> dict[str, Any]:
+def as_plain(trial: Trial, sweep: Path, storage: Storage | None, replay: bool, processes: int = 1) -> dict[str, Any]:
     """A trial as Ray carries it to a worker. replay: report again the epochs that are done, for a scheduler."""
     return {
         "trial": trial.name,
@@ -43,6 +43,7 @@ def as_plain(trial: Trial, sweep: Path, storage: Storage | None, replay: bool) -
         "search": plain(trial.search),
         "retrain": None if trial.retrain is None else plain(trial.retrain),
         "replay": replay,
+        "processes": processes,
     }
 
 
@@ -94,16 +95,12 @@ def attempt(job: Mapping[str, Any], folder: Path, storage: Storage | None, repor
     report({"stage": "start", "node": os.uname().nodename, "pid": os.getpid(), "folder": str(folder)})
     try:
         if not (folder / "retrain" / "config.yaml").is_file():  # not done, or not known to be
-            from nas.search import run_search
-
             search = SearchConfig(**typed(SearchConfig, job["search"], folder))
-            run_search(here(search, folder / "search"), on_epoch("search"))
+            run("search", here(search, folder / "search"), job["processes"], on_epoch("search"))
         if job["retrain"] is not None:
-            from nas.retrain import run_retrain
-
             retrain = RetrainConfig(**typed(RetrainConfig, job["retrain"], folder))
             retrain = replace(retrain, arch=folder / "search" / "arch.json")
-            run_retrain(here(retrain, folder / "retrain"), on_epoch("retrain"))
+            run("retrain", here(retrain, folder / "retrain"), job["processes"], on_epoch("retrain"))
     except UserError as error:
         print(f"error: {error}")
         return {"status": "failed", "error": str(error)}
@@ -111,6 +108,22 @@ def attempt(job: Mapping[str, Any], folder: Path, storage: Storage | None, repor
         traceback.print_exc(file=sys.stdout)
         return {"status": "failed", "error": f"{type(error).__name__}: {error} ({folder.name}/{OUTPUT})"}
     return {"status": "done"}
+
+
+def run(stage: str, config: Any, processes: int, on_epoch: OnEpoch) -> None:
+    """One stage, in this process or by several."""
+    if processes > 1:
+        from nas.together import run_together
+
+        run_together(stage, config, processes, on_epoch)
+    elif stage == "search":
+        from nas.search import run_search
+
+        run_search(config, on_epoch)
+    else:
+        from nas.retrain import run_retrain
+
+        run_retrain(config, on_epoch)
 
 
 def here(config: Any, folder: Path) -> Any:

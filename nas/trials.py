@@ -116,6 +116,8 @@ def check_resources(config: SweepConfig) -> None:
         raise UserError("--sweep under torchrun: Ray hands out the trials, one process each; start python search.py")
     if config.cpus_per_trial <= 0:
         raise UserError(f"--cpus-per-trial {config.cpus_per_trial:g}; expected more than 0")
+    if config.procs_per_trial < 1:
+        raise UserError(f"--procs-per-trial {config.procs_per_trial}; expected at least 1")
     if config.gpus_per_trial is not None and config.gpus_per_trial < 0:
         raise UserError(f"--gpus-per-trial {config.gpus_per_trial:g}; expected 0 or more")
     if config.max_concurrent is not None and config.max_concurrent < 1:

@@ -216,3 +216,32 @@ def test_two_nodes_run_both_stages(tmp_path: Path) -> None:
         assert [node.returncode for node in nodes] == [0, 0], outputs
         assert "epoch 2/2" in outputs[0] + outputs[1] and not ("epoch" in outputs[0] and "epoch" in outputs[1])
     assert (tmp_path / "retrain" / "compact.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_trial_of_a_sweep_by_two_processes(tmp_path: Path) -> None:
+    from nas.sweep_trial import as_plain, outcome_of, run_trial
+    from nas.trials import Trial
+
+    pictures = draw_pictures(tmp_path / "pictures")
+    search = replace(SEARCHES["dan"], data_dir=pictures)
+    options = {k: v for k, v in TINY.items() if k not in ("model_kwargs", "importance", "batch_size")}
+    retrain = RetrainConfig(data_dir=pictures, batch_size=8, **options)
+    reported: list[Any] = []
+    trial = Trial("000", {}, replace(search, batch_size=8), retrain)
+    run_trial(as_plain(trial, tmp_path, None, False, processes=2), "node", reported.append)
+    log = (tmp_path / "000" / "output.log").read_text()
+    assert outcome_of(tmp_path / "000")["status"] == "done", log
+    assert [(row["stage"], row["epoch"]) for row in reported[1:]] == [
+        ("search", 1), ("search", 2), ("retrain", 1), ("retrain", 2),
+    ]  # fmt: skip
+    assert log.count("epoch 2/2") == 2
+    alone = run_search(replace(search, output=tmp_path / "alone"))
+    together = tmp_path / "000" / "search"
+    assert load_architecture(alone).blocks == load_architecture(together).blocks
+    for a, b in zip(rows(alone / "log.csv"), rows(together / "log.csv"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    refused = Trial("001", {}, replace(search, data_dir=tmp_path / "nowhere"), None)
+    run_trial(as_plain(refused, tmp_path, None, False, processes=2), "node", reported.append)
+    outcome = outcome_of(tmp_path / "001")
+    assert outcome["status"] == "failed" and "nowhere" in outcome["error"]
