@@ -204,7 +204,12 @@ def run_export(options: argparse.Namespace) -> dict[str, Any]:
             worst = max(seen.values())
             print(f"{file}: within {worst:.1e} of PyTorch's largest logit, on {len(real)} real images too")
             if not worst <= TOLERANCE:
-                raise AssertionError(f"{file} differs from PyTorch: {seen}, allowed {TOLERANCE}")
+                (options.run / file).unlink()
+                batch = max(seen, key=lambda name: seen[name])
+                raise UserError(
+                    f"{file} differs from PyTorch by {worst:.1e} of the largest logit on {batch} images, allowed"
+                    f" {TOLERANCE:g}; the file was not kept" + ("; leave ONNX out by --no-onnx" if file == ONNX else "")
+                )
         rows = []
         for batch in options.batches:
             if options.compile:
