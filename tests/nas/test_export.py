@@ -142,3 +142,25 @@ def test_the_upload_up_to_the_network(run: Path, monkeypatch: pytest.MonkeyPatch
 def test_nothing_to_upload(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no arch\.json, compact\.safetensors, config\.json"):
         push_to_hub(tmp_path, "someone/small")
+
+
+def test_a_wrong_file_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished_run(tmp_path / "run")
+    monkeypatch.setattr(nas.export, "differences", lambda *_: {"compact.pt2": {"random": 0.0, "real": 0.1}})
+    with pytest.raises(UserError, match=r"compact\.pt2 differs from PyTorch by 1\.0e-01 .* on real images"):
+        run_export(parser().parse_args([str(tmp_path / "run"), "--no-onnx", "--no-compile"]))
+    assert not (tmp_path / "run" / "compact.pt2").exists()
+
+
+def test_onnx_keeps_a_small_constant(tmp_path: Path) -> None:
+    """x / (y + 1e-8): torch's ONNX optimiser takes 1e-8 for zero."""
+    for name in nas.export.PACKAGES:
+        pytest.importorskip(name)
+
+    class Ratio(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / (x + 1e-8)
+
+    x = torch.full((2, 3), 1e-8)
+    nas.export.export_onnx(nas.export.export_program(Ratio(), x), tmp_path / "ratio.onnx")
+    assert torch.allclose(onnx_network(tmp_path / "ratio.onnx", 1)(x), torch.full((2, 3), 0.5))
