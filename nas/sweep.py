@@ -19,7 +19,7 @@ from nas.run import open_run
 from nas.setup import dataset_of, results_path
 from nas.storage import Storage, storage_of
 from nas.sweep_table import Board
-from nas.sweep_trial import as_plain, fetch, finished, outcome_of, trainable
+from nas.sweep_trial import STAGES, as_plain, fetch, finished, outcome_of, trainable
 from nas.trials import Trial
 from search_spaces.errors import UserError
 
@@ -97,8 +97,8 @@ def run_trials(
     # a scheduler that compares is told again what finished trials reached
     replayed = [t for t in trials if t not in left] if config.scheduler == "asha" else []
     jobs = [as_plain(t, sweep, storage, config.scheduler == "asha") for t in [*replayed, *left]]
-    if gpus == 0:
-        jobs = [job | {"search": job["search"] | {"device": job["search"]["device"] or "cpu"}} for job in jobs]
+    for stage in (job[name] for job in jobs for name in STAGES if gpus == 0 and job[name] is not None):
+        stage["device"] = stage["device"] or "cpu"  # what Ray has not handed out is not taken
     name = f".tune-{time.strftime('%Y%m%d-%H%M%S')}"
     place = str(sweep) if storage is None else storage.uri
     tuner = tune.Tuner(

@@ -1,6 +1,7 @@
 """What a sweep runs: every point of its grids, every draw of its ranges, as the options of single runs. No torch."""
 
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
@@ -16,7 +17,7 @@ from search_spaces.errors import UserError
 
 RETRAIN = "retrain."
 OWN = {f.name for f in fields(SweepConfig)} - {f.name for f in fields(SearchConfig)}
-FIXED = ("output", "resume", "list_spaces", *OWN)  # not a matter of one trial
+FIXED = ("output", "resume", "list_spaces", "processes", *OWN)  # not a matter of one trial
 FIXED_IN_RETRAIN = ("arch", "space", "alpha", "width", "model", "model_kwargs", *FIXED)  # the search decides them
 # What stage 2 takes from stage 1's options: the data, the place, the seed. Training is the space's own, or retrain.X.
 SHARED = (
@@ -111,6 +112,8 @@ def placed(search: SearchConfig, config: SweepConfig) -> SearchConfig:
 
 def check_resources(config: SweepConfig) -> None:
     """Refuse shares of a machine that no trial can have."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--sweep under torchrun: Ray hands out the trials, one process each; start python search.py")
     if config.cpus_per_trial <= 0:
         raise UserError(f"--cpus-per-trial {config.cpus_per_trial:g}; expected more than 0")
     if config.gpus_per_trial is not None and config.gpus_per_trial < 0:

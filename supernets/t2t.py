@@ -11,7 +11,7 @@ from search_spaces.slices import BlockShape
 from supernets.adapter import Adapter, Params, refuse
 from supernets.elastic import attention, norm
 from supernets.flops import NetworkCosts, PerWidth
-from supernets.t2t_vit import TokenPerformer, token_macs
+from supernets.t2t_tokens import TokenPerformer, token_macs
 from supernets.vit import block_costs, num_params
 
 PROJECT = "tokens_to_token.project"

@@ -134,6 +134,12 @@ def test_shares_of_a_machine_that_no_trial_can_have(arguments: list[str], says: 
         trials("--sweep", "seed=0,1", *arguments)
 
 
+def test_not_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="under torchrun"):
+        trials("--sweep", "seed=0,1")
+
+
 def test_options_of_a_sweep_without_one_are_refused_and_a_search_does_not_know_them() -> None:
     with pytest.raises(UserError, match="--retrain-trials goes with --sweep"):
         single_search(parse(SweepConfig, ["--retrain-trials"], "search.py"))

@@ -14,18 +14,15 @@ from timm.optim import param_groups_layer_decay
 from torch.utils.flop_counter import FlopCounterMode
 
 from search_spaces.errors import UserError
-from supernets.t2t_vit import (
-    VARIANTS,
+from supernets.t2t_tokens import (
     ScaledAttention,
     T2TModule,
-    T2TViT,
     TokenPerformer,
     TokenTransformer,
-    checkpoint_filter_fn,
-    sinusoid_table,
     token_grids,
     token_macs,
 )
+from supernets.t2t_vit import VARIANTS, T2TViT, checkpoint_filter_fn, sinusoid_table
 
 TYPES = ("performer", "transformer")
 NANO = {"embed_dim": 48, "depth": 3, "num_heads": 4, "token_dim": 16, "num_classes": 10}
