@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 BY_BLOCK = {
     "heads": "heads removed, s / H",
-    "channels": "channels of V removed per head, mean r / d",
+    "channels": "V channels removed, mean r / d",
     "neurons": "neurons removed, s / M",
     "keep_attention": "P(attention is kept)",
     "keep_mlp": "P(MLP is kept)",
