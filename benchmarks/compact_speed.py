@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,18 @@ def channels(shape: BlockShape, kept: BlockSlice, fraction: float, random: torch
     return BlockSlice(kept.stream, kept.heads, kept.hidden, mlp_stream=tuple(index) if fraction < 1 else None)
 
 
+def pruned(shape: BlockShape, part: str, random: torch.Generator) -> BlockSlice:
+    """UVC's slice of a block: half of the heads or neurons, V of uneven heads, or all of these at three quarters."""
+    H, d, M = shape.num_heads, shape.head_dim, shape.hidden
+    heads = {"uvc-heads": H // 2, "uvc": 3 * H // 4}.get(part, H)
+    hidden = {"uvc-neurons": M // 2, "uvc": 3 * M // 4}.get(part, M)
+    uneven = None
+    if part in ("uvc-uneven", "uvc"):
+        widths = torch.randint(d // 2, d + 1, (heads,), generator=random).tolist()
+        uneven = tuple(tuple(range(w)) for w in widths)
+    return BlockSlice(shape.embed_dim, tuple(range(heads)), tuple(range(hidden)), v_channels=uneven)
+
+
 def subnets(shapes: tuple[BlockShape, ...], kinds: list[str], alphas: list[int]) -> Iterator[tuple[str, NetworkSlice]]:
     """Every network to measure, by name. kinds: an, inner and stream width; searched ones mix their candidates."""
     for kind in kinds:
@@ -55,6 +68,12 @@ def subnets(shapes: tuple[BlockShape, ...], kinds: list[str], alphas: list[int])
             for alpha in alphas:
                 if all(shape.num_heads % alpha == 0 for shape in shapes):
                     yield f"{kind} {alpha}", network_slice(shapes, [prefix_slice(s, alpha, kind) for s in shapes])
+            continue
+        if kind.startswith("uvc"):
+            blocks = [pruned(shape, kind, random) for shape in shapes]
+            if kind in ("uvc-skip", "uvc"):  # the last block of every four
+                blocks = [replace(b, attn=i % 4 != 3, mlp=i % 4 != 3) for i, b in enumerate(blocks)]
+            yield kind, network_slice(shapes, blocks)
             continue
         allowed = [[a for a in alphas if shape.num_heads % a == 0] or [1] for shape in shapes]
         drawn = [a[int(torch.randint(len(a), (), generator=random))] for a in allowed]
@@ -80,6 +99,7 @@ def subnets(shapes: tuple[BlockShape, ...], kinds: list[str], alphas: list[int])
 
 def main() -> None:
     kinds = ["stream", "inner", "dan-stream", "dan-inner", "kcr", "kcr-half", "kcr-quarter", "joint"]
+    kinds += ["uvc", "uvc-skip", "uvc-heads", "uvc-uneven", "uvc-neurons"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nets", nargs="+", choices=list(NETS), default=["vit-s", "swin-t"])
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=["stream", "inner"])
