@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas.backbone import Start, starting_backbone
@@ -190,7 +191,8 @@ def _macs(name: str, network: nn.Module, supernet: Supernet, device: torch.devic
     """MACs of the teacher on one of the student's images, by torch's counter (2 per MAC)."""
     size = supernet.adapter.input_size
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # The counter of torch 2.11 does not know the CPU's fused attention.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             network(torch.zeros(1, *size, device=device))
     except (AssertionError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
