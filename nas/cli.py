@@ -20,6 +20,10 @@ def main(kind: type[C], run: Callable[[C], Any], program: str) -> None:
     """Parse, run, and turn what the user can cause into one line and exit code 2."""
     try:
         run(parse(kind, sys.argv[1:], program))
+        if several_processes():
+            from nas.distributed import leave
+
+            leave()
     except UserError as error:
         fail(program, str(error))
     except KeyboardInterrupt:

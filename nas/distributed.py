@@ -5,6 +5,7 @@ Every process holds the whole supernet and its share of each batch (data paralle
 process takes the same step. Process 0 alone writes and prints. Without torchrun every function here does nothing.
 """
 
+import logging
 import os
 import sys
 import time
@@ -169,6 +170,18 @@ def quiet_unless_main() -> Iterator[None]:
             yield
         finally:
             sys.stdout = kept
+
+
+def leave() -> None:
+    """End a process that torchrun started, its work done and written.
+
+    Without the interpreter's own end: threads of the process group may outlive it there and abort the process, which
+    torchrun would take for a failure of the job.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def report(program: str, message: str) -> None:

@@ -123,6 +123,7 @@ def fit(training: Training, resume: bool, words: str, on_epoch: OnEpoch | None =
             progress.console.print(summary_line(row, training.epochs), highlight=False, soft_wrap=True)
             if on_epoch is not None:
                 on_epoch(row)
+    training.parallel = None  # before its process group ends
 
 
 def train_epoch(training: Training, epoch: int, grad_scaler: Any, advance: Callable[[], None]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import yaml
 
 from nas.checkpoint import write_text
 from nas.config import Common, RetrainConfig, SearchConfig
+from nas.distributed import leave
 from nas.loop import OnEpoch
 from nas.run import plain, typed
 from search_spaces.errors import UserError
@@ -95,6 +96,7 @@ def main(stage: str, options: Path, refused: Path) -> None:
             from nas.retrain import run_retrain
 
             run_retrain(config)
+        leave()
     except UserError as error:
         write_text(refused, json.dumps(str(error)))
         sys.exit(2)
