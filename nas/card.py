@@ -10,7 +10,7 @@ import yaml
 from nas.checkpoint import write_text
 from nas.compact_file import TIMM_CONFIG, WEIGHTS
 from search_spaces.architecture import Architecture, load_architecture
-from search_spaces.errors import UserError
+from search_spaces.errors import UserError, reason
 
 CARD = "README.md"
 UPLOADED = ("arch.json", WEIGHTS, TIMM_CONFIG, CARD, "compact.onnx", "compact.pt2", "summary.json", "export.json")
@@ -146,8 +146,7 @@ def push_to_hub(folder: Path, repo: str, private: bool = False) -> str:
             commit_message="Add compact network",
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--push-to-hub {repo}: {reason}; is the name right, and did you run `hf auth login`?"
+            f"--push-to-hub {repo}: {reason(error)}; is the name right, and did you run `hf auth login`?"
         ) from None
     return str(made)

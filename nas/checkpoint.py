@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from search_spaces.errors import UserError
+from search_spaces.errors import UserError, reason
 
 FORMAT = 1
 # what torch.load raises on a file that is not its own: bytes that happen to be opcodes fail anywhere
@@ -83,7 +83,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except UNREADABLE as error:
-        raise UserError(f"{path} is not a readable checkpoint: truncated or foreign ({_reason(error)})") from None
+        raise UserError(f"{path} is not a readable checkpoint: truncated or foreign ({reason(error)})") from None
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path} is not a checkpoint of this toolkit (no format field)")
     if state["format"] > FORMAT:
@@ -109,7 +109,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm and DeiT save their options so
             state = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        raise UserError(f"{path} is not a readable torch file of weights: {_reason(error)}") from None
+        raise UserError(f"{path} is not a readable torch file of weights: {reason(error)}") from None
     if isinstance(state, dict) and "format" in state and isinstance(state.get("objective"), dict):
         own = {n.removeprefix(BACKBONE): t for n, t in state["objective"].items() if n.startswith(BACKBONE)}
         state = state.get("ema") or own
@@ -119,7 +119,3 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} holds no state dict; expected tensors by parameter name")
     return {name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in state.items()}
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,6 +1,5 @@
 """Both command lines: options from the dataclass, --config YAML, one-line errors, exit codes."""
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,8 @@ import tyro
 import yaml
 
 from nas.config import Common
-from search_spaces.errors import UserError
+from nas.launch import launched
+from search_spaces.errors import UserError, reason
 
 C = TypeVar("C", bound=Common)
 SPACES_FLAGS = ("pretrained", "amp", "model-ema")  # booleans whose default is the space's
@@ -20,7 +20,7 @@ def main(kind: type[C], run: Callable[[C], Any], program: str) -> None:
     """Parse, run, and turn what the user can cause into one line and exit code 2."""
     try:
         run(parse(kind, sys.argv[1:], program))
-        if several_processes():
+        if launched():
             from nas.distributed import leave
 
             leave()
@@ -30,25 +30,19 @@ def main(kind: type[C], run: Callable[[C], Any], program: str) -> None:
         print(f"\n{program}: interrupted; go on with --output DIR --resume", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if not several_processes():
+        if not launched():
             raise
         from nas.distributed import lost_contact, report
 
         if not lost_contact(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        report(program, f"lost contact with another process ({reason}); go on with --output DIR --resume")
+        report(program, f"lost contact with another process ({reason(error)}); go on with --output DIR --resume")
         sys.exit(1)
-
-
-def several_processes() -> bool:
-    """Whether torchrun started this one; torch is not imported to find out."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def fail(program: str, message: str) -> None:
     """One line on stderr, exit code 2."""
-    if several_processes():
+    if launched():
         from nas.distributed import report
 
         report(program, message)

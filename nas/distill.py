@@ -19,7 +19,7 @@ from nas.config import Common, parse_key_values
 from nas.datasets import Splits
 from nas.losses import cross_entropy
 from nas.objective import Adjoined, Step
-from search_spaces.errors import UserError
+from search_spaces.errors import UserError, reason
 from search_spaces.slices import NetworkSlice
 from supernets.supernet import Supernet
 
@@ -195,9 +195,8 @@ def _macs(name: str, network: nn.Module, supernet: Supernet, device: torch.devic
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             network(torch.zeros(1, *size, device=device))
     except (AssertionError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"teacher {name} cannot read images of {size[1]} x {size[2]} px ({reason});"
+            f"teacher {name} cannot read images of {size[1]} x {size[2]} px ({reason(error)});"
             f" give --teacher-kwargs img_size={size[1]}, or another --teacher"
         ) from None
     return int(counter.get_total_flops()) // 2

@@ -19,15 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nas.launch import launched
 from search_spaces.errors import UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # for a process that is alive but slow; torchrun itself notices one that died
-
-
-def launched() -> bool:
-    """Whether torchrun (or anything that sets its variables) started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def rank() -> int:
@@ -87,12 +83,12 @@ def mean_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
                 p.grad /= dist.get_world_size()
 
 
-def share_of_batch(n: int, device: torch.device) -> Tensor | float:
+def share_of_batch(n: int, device: torch.device) -> Tensor | None:
     """n * processes / images of all processes: the weight with which a mean over processes of means over their n
-    images becomes the mean over all images. One where every process has as many.
+    images becomes the mean over all images: one where every process has as many. None when alone.
     """
     if not _joined():
-        return 1.0
+        return None
     total = torch.tensor(float(n), device=device)
     dist.all_reduce(total)
     return n * dist.get_world_size() / total

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from search_spaces.errors import UserError
+from search_spaces.errors import UserError, reason
 
 TOLERANCE = 1e-4  # of the largest logit
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -97,9 +97,7 @@ def compiled(network: Any, images: Any) -> Any:
         with torch.no_grad():
             run(images)
     except Exception as error:  # no C++ compiler, no headers, ...: whatever inductor raises
-        print(
-            f"torch.compile does not work here: {(str(error).strip().splitlines() or [type(error).__name__])[0][:200]}"
-        )
+        print(f"torch.compile does not work here: {reason(error)[:200]}")
         return None
     return run
 

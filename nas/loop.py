@@ -237,7 +237,7 @@ def synchronised(objective: torch.nn.Module, last: bool) -> AbstractContextManag
 def weighted(terms: Mapping[str, Tensor], n: int, device: torch.device) -> dict[str, Tensor]:
     """The terms of n images such that their mean over the processes is the mean over the images of all."""
     share = distributed.share_of_batch(n, device)
-    return {name: value * share for name, value in terms.items()}
+    return dict(terms) if share is None else {name: value * share for name, value in terms.items()}
 
 
 def update_choices(training: Training, images: Tensor, target: Tensor, step: Step) -> None:

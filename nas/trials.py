@@ -1,7 +1,6 @@
 """What a sweep runs: every point of its grids, every draw of its ranges, as the options of single runs. No torch."""
 
 import itertools
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
@@ -13,6 +12,7 @@ from typing import Any
 import tyro
 
 from nas.config import Common, RetrainConfig, SearchConfig, SweepConfig
+from nas.launch import launched
 from search_spaces.errors import UserError
 
 RETRAIN = "retrain."
@@ -112,7 +112,7 @@ def placed(search: SearchConfig, config: SweepConfig) -> SearchConfig:
 
 def check_resources(config: SweepConfig) -> None:
     """Refuse shares of a machine that no trial can have."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched():
         raise UserError("--sweep under torchrun: Ray hands out the trials, one process each; start python search.py")
     if config.cpus_per_trial <= 0:
         raise UserError(f"--cpus-per-trial {config.cpus_per_trial:g}; expected more than 0")
