@@ -34,6 +34,7 @@ def one(args: argparse.Namespace, run: str, seed: int) -> None:
     options: dict[str, Any] = {k: yaml.safe_load(v) for k, v in (pair.split("=") for pair in own)}
     folder = args.output / f"{run.replace(':', '-')}-{seed}"
     common = {"seed": seed, "threads": args.threads, "checkpoint": args.checkpoint, "workers": args.workers}
+    common["amp"] = args.amp
     if args.data_dir is not None:
         common |= {"dataset": "folder", "data_dir": args.data_dir, "hflip": 0.5, "scale": (0.5, 1.0)}
     if args.batch_size is not None:
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--amp", action="store_true", help="bf16 autocast")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     if not args.report:

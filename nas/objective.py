@@ -12,6 +12,7 @@ from nas.choices import ChoiceLogits, alpha_mixture
 from nas.costs import SpaceCosts
 from nas.gumbel import adjoined_weight, step_generator, temperature
 from nas.losses import cross_entropy, kl_divergence
+from nas.primal_dual import ascend
 from nas.selection import Selection, select
 from search_spaces.method import Picks
 from search_spaces.slices import NetworkSlice, network_slice
@@ -19,6 +20,7 @@ from supernets.elastic import BlockMixture
 from supernets.supernet import Supernet
 
 Draw = list[dict[str, Tensor]]  # per block, choice name -> what one step drew for it
+DAMPING = 10.0  # large enough beside the multiplier's rate that E[F] settles at the budget within a run of 300 steps
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,19 @@ class Adjoined(nn.Module):
         return []
 
 
+def price(z: Tensor, violation: Tensor) -> Tensor:
+    """What a search pays for F/F_full: max(0, z + DAMPING * violation), as in an augmented Lagrangian.
+
+    z alone, an integral of the violation, swings about the budget for longer than a short run lasts.
+    """
+    return (z + DAMPING * violation).clamp_min(0.0)
+
+
 class Search(Adjoined, ABC):
     """What every search shares: the price of FLOPs, and the architecture that its parameters stand for.
 
-    penalty: gamma * n_f, or with a budget z * E[F]/F_full, z the multiplier of E[F]/F_full <= B (section 2.6).
-    multiplier_rate is per step; the default lets a violation of 0.1 raise z by 1 in a tenth of the run.
+    penalty: gamma * n_f, or with a budget `price()` * E[F]/F_full, from the multiplier z of E[F]/F_full <= B
+    (section 2.6). multiplier_rate is per step: a violation of 0.1 raises z by 0.6 in a tenth of the run.
     """
 
     def __init__(
@@ -114,7 +124,7 @@ class Search(Adjoined, ABC):
         super().__init__(supernet, supernet.identity(), smoothing, detach_teacher)
         self.costs = costs
         self.budget, self.gamma, self.seed = budget, gamma, seed
-        self.multiplier_rate = 100.0 / max(total_steps, 1)
+        self.multiplier_rate = 60.0 / max(total_steps, 1)
         self.multiplier: Tensor
         self.register_buffer("multiplier", torch.zeros((), dtype=torch.float64))
 
@@ -147,17 +157,18 @@ class Search(Adjoined, ABC):
         return {}
 
     def penalty(self, draw: Draw) -> Tensor:
-        """gamma * n_f of the draw, or z * E[F]/F_full under a budget."""
+        """gamma * n_f of the draw, or under a budget the price of FLOPs * E[F]/F_full."""
         if self.budget is None:
             return self.gamma * self.drawn_flops(draw)
-        return self.multiplier * self.expected_fraction()
+        fraction = self.expected_fraction()
+        return price(self.multiplier, fraction.detach() - self.budget) * fraction
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
         """z <- max(0, z + rate * (E[F]/F_full - B))."""
         if self.budget is not None:
             violation = self.expected_fraction() - self.budget
-            self.multiplier.add_(self.multiplier_rate * violation).clamp_(min=0.0)
+            self.multiplier.copy_(ascend(self.multiplier, violation, self.multiplier_rate))
 
     def current_subnet(self) -> NetworkSlice:
         space = self.costs.space
