@@ -3,8 +3,8 @@
     python benchmarks/compact_speed.py --nets vit-s swin-b --batches 32 --threads 1
     python benchmarks/compact_speed.py --nets vit-s --kinds kcr-half joint     # channel selection, random channels
 
-Large and compact run in turn in one process, fused attention on for both; each number is the median over rounds of
-the ratio within a round. `part` is the ratio 1.00 would be had the time gone down with the multiply-accumulates.
+Large and all compact networks run in turn in one process, fused attention on for all; each number is the median over
+rounds of the ratio within a round. `part` would be 1.00 had the time gone down with the multiply-accumulates.
 Random weights: speed does not depend on them.
 """
 
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--alphas", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=20.0, help="per line, after five rounds")
+    parser.add_argument("--seconds", type=float, default=20.0, help="per network, after five rounds")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
@@ -129,25 +129,26 @@ def main() -> None:
     for net in args.nets:
         torch.manual_seed(0)
         supernet = Supernet(timm.create_model(NETS[net][0], **NETS[net][1])).to(device).eval()
-        for name, subnet in subnets(supernet.shapes, args.kinds, args.alphas):
-            pair: dict[str, nn.Module] = {"large": supernet.backbone, "compact": cut(supernet.backbone, subnet).eval()}
-            flops = supernet.flops() / supernet.flops(subnet)
-            for batch in args.batches:
-                images = torch.randn(batch, *supernet.adapter.input_size, device=device)
-                times = sample_times(pair, images, autocast, args.rounds, args.seconds)
-                gain = statistics.median(a / b for a, b in zip(times["large"], times["compact"], strict=True))
-                speeds = {which: batch / statistics.median(t) for which, t in times.items()}
+        chosen = dict(subnets(supernet.shapes, args.kinds, args.alphas))
+        networks: dict[str, nn.Module] = {"large": supernet.backbone}
+        networks |= {name: cut(supernet.backbone, subnet).eval() for name, subnet in chosen.items()}
+        for batch in args.batches:
+            images = torch.randn(batch, *supernet.adapter.input_size, device=device)
+            times = sample_times(networks, images, autocast, args.rounds, args.seconds * len(chosen))
+            speeds = {which: batch / statistics.median(t) for which, t in times.items()}
+            for name, subnet in chosen.items():
+                flops = supernet.flops() / supernet.flops(subnet)
+                gain = statistics.median(a / b for a, b in zip(times["large"], times[name], strict=True))
                 print(
-                    f"{net:9} {name:12} {batch:5} {speeds['large']:8.1f} {speeds['compact']:9.1f} {gain:6.2f}"
+                    f"{net:9} {name:12} {batch:5} {speeds['large']:8.1f} {speeds[name]:9.1f} {gain:6.2f}"
                     f" {flops:6.2f} {gain / flops:5.2f}",
                     flush=True,
                 )
-                if args.profile:
-                    for which, network in pair.items():
-                        with torch.no_grad(), torch.profiler.profile() as profile, autocast():
-                            network(images)
-                        print(which, profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=16,
-                              max_name_column_width=40))  # fmt: skip
+            for which, network in networks.items() if args.profile else ():
+                with torch.no_grad(), torch.profiler.profile() as profile, autocast():
+                    network(images)
+                print(which, profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=16,
+                      max_name_column_width=40))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -191,9 +191,9 @@ def steps(
     return alone | {kind: of(objective) for kind, objective in kinds.items()}
 
 
-def measure(kinds: dict[str, Callable[[], None]], rounds: int, cuda: bool) -> dict[str, list[float]]:
+def measure(kinds: dict[Any, Callable[[], None]], rounds: int, cuda: bool) -> dict[Any, list[float]]:
     """Seconds of every kind, in turn, after one round of warm-up."""
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    times: dict[Any, list[float]] = {kind: [] for kind in kinds}
     for turn in range(rounds + 1):
         for kind, step in kinds.items():
             start = time.perf_counter()
@@ -205,6 +205,28 @@ def measure(kinds: dict[str, Callable[[], None]], rounds: int, cuda: bool) -> di
     return times
 
 
+SHARES = {  # of a step's time, by the beginning of the operator's name
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot", "aten::mkldnn_conv", "aten::convol"),
+    "activations": ("aten::gelu", "aten::_softmax", "aten::native_layer_norm"),
+    "optimiser": ("aten::_fused_adamw_", "Optimizer"),
+    "copies": ("aten::copy_", "aten::cat", "aten::index", "aten::_index", "aten::slice", "aten::fill_", "aten::roll"),
+}
+
+
+def shares(step: Callable[[], None]) -> dict[str, float]:
+    """What part of one step's time each kind of operator takes, by torch's profiler; what is left over is `rest`."""
+    with torch.profiler.profile() as profile:
+        step()
+    events = {
+        event.key: max(event.self_cpu_time_total, event.self_device_time_total) for event in profile.key_averages()
+    }
+    total = sum(events.values())
+    parts = {
+        name: sum(t for key, t in events.items() if key.startswith(starts)) / total for name, starts in SHARES.items()
+    }
+    return parts | {"rest": 1 - sum(parts.values())}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nets", nargs="+", choices=list(NETS), default=["swin", "vit"])
@@ -214,6 +236,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--profile", action="store_true", help="also where the time of a step goes")
     args = parser.parse_args()
     device = torch.device(args.device)
 
@@ -235,7 +258,8 @@ def main() -> None:
             size = objective.supernet.adapter.input_size
             images = torch.randn(args.batch_size, *size, device=device)
             target = torch.randint(0, 10, (args.batch_size,), device=device)
-            times = measure(steps(kinds, images, target, autocast), args.rounds, device.type == "cuda")
+            run = steps(kinds, images, target, autocast)
+            times = measure(run, args.rounds, device.type == "cuda")
             plain = times["plain"]
             ratio = {
                 kind: statistics.median(a / b for a, b in zip(times[kind], times[base], strict=True))
@@ -250,6 +274,8 @@ def main() -> None:
                 f" {ratio['kcr']:10.2f} {ratio['joint']:13.2f} {retrain:13.2f}",
                 flush=True,
             )
+            for kind in ("plain", "search") if args.profile else ():
+                print(f"  {kind}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares(run[kind]).items()))
 
 
 if __name__ == "__main__":
