@@ -25,6 +25,7 @@ from torch import nn
 
 from nas.speed import sample_times
 from search_spaces.kcr import channel_count
+from search_spaces.registry import SPACES
 from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice, network_slice, prefix_slice
 from supernets.compact import cut
 from supernets.supernet import Supernet
@@ -38,6 +39,7 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "swin-t-4": ("swin_tiny_patch4_window7_224", dict(depths=(2, 2, 2, 2))),
     "swin-b": ("swin_base_patch4_window7_224", {}),
     "swin-b-4": ("swin_base_patch4_window7_224", dict(depths=(2, 2, 2, 2))),
+    "nano": (SPACES["swin-dan-nano"].model, dict(SPACES["swin-dan-nano"].model_kwargs)),
 }
 
 

@@ -13,11 +13,13 @@ import itertools
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch import Tensor
 
 from nas.config import RetrainConfig, parse_key_values, with_defaults
 from nas.distill import Plain
@@ -36,10 +38,11 @@ from nas.setup import (
     pick_device,
     start_of,
 )
+from nas.speed import Network
 from nas.training import make_training
 from search_spaces.errors import UserError
 from search_spaces.registry import get_space
-from search_spaces.slices import BlockShape, network_slice, prefix_slice
+from search_spaces.slices import BlockShape, NetworkSlice, network_slice, prefix_slice
 from supernets.importance import magnitude_scores, orders_of, permute, taylor_pass
 from supernets.supernet import Supernet
 
@@ -61,7 +64,7 @@ def trained(config: RetrainConfig, epochs: int) -> tuple[Supernet, Loaders, torc
     return supernet.eval(), loaders, device
 
 
-def ordered(supernet: Supernet, kind: str, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> Supernet:
+def ordered(supernet: Supernet, kind: str, batches: list[tuple[Tensor, Tensor]]) -> Supernet:
     """A copy of the supernet in the order of a kind."""
     other = Supernet(copy.deepcopy(supernet.backbone)).eval()
     if kind != "none":
@@ -119,11 +122,17 @@ def main() -> None:
         subnets = {
             f"{w} {a}": network_slice(net.shapes, [prefix_slice(s, a, w) for s in net.shapes]) for a, w in allowed
         }
-        networks = {name: (lambda x, net=net, cut=cut: net.small(x, cut)) for name, cut in subnets.items()}
-        scores = top_k({"large": net.large} | networks, loaders.test, device, torch.no_grad)
+        networks: dict[str, Network] = {"large": net.large}
+        networks |= {name: partial(small, net, cut) for name, cut in subnets.items()}
+        scores = top_k(networks, loaders.test, device, torch.no_grad)
         cells = " ".join(f"{scores[f'{name}_top1']:>10.2f}" for name in subnets)
         print(f"{kind:<10} {scores['large_top1']:>8.2f} {cells}")
     print(f"top-1 % on the test images, no training after the cut; {time.perf_counter() - started:.0f} s")
+
+
+def small(supernet: Supernet, subnet: NetworkSlice, images: Tensor) -> Tensor:
+    """Logits of a subnet."""
+    return supernet.small(images, subnet)
 
 
 def divides(alpha: int, width: str, shape: BlockShape) -> bool:

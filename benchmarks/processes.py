@@ -70,7 +70,7 @@ def run(processes: int, args: argparse.Namespace) -> dict[bool, float]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(work, (processes, port, args, results), nprocs=processes)  # type: ignore[no-untyped-call]
+    mp.spawn(work, (processes, port, args, results), nprocs=processes)  # type: ignore[attr-defined]
     found: dict[bool, float] = results.get()
     return found
 

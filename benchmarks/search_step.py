@@ -34,7 +34,7 @@ from nas.objective import Adjoined, Differentiable, Step
 from nas.setup import search_space
 from search_spaces.registry import SPACES, get_space
 from search_spaces.slices import network_slice, prefix_slice
-from supernets.axes import BLOCK_AXES, block_parameters
+from supernets.axes import BLOCK_AXES, block_parameters, v_widths
 from supernets.compact import cut
 from supernets.elastic import layer_scale, mlp
 from supernets.elastic import norm as sliced_norm
@@ -93,7 +93,11 @@ class Masked(Differentiable):
                     norm, name = (block.norm1, "norm1") if half == "attn" else (block.norm2, "norm2")
                     kept = {k: v[: s.stream] for k, v in p.items() if k.startswith(name)}
                     y = F.pad(sliced_norm(norm, kept, name, x[..., : s.stream]), (0, shape.embed_dim - s.stream))
-                    y = adapter.attend(block, p, identity[i], y) if half == "attn" else mlp(block.mlp, p, y)
+                    y = (
+                        adapter.attend(block, p, v_widths(identity[i], shape), y)
+                        if half == "attn"
+                        else mlp(block.mlp, p, y)
+                    )
                     total = total + weight * layer_scale(p, "ls1.gamma" if half == "attn" else "ls2.gamma", y)
                 x = x + total
         return adapter.classify(outer, adapter.pool(outer, x))

@@ -1,0 +1,49 @@
+"""Every benchmark that takes a small network runs to its end on one: what it prints there says nothing about speed."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run(name: str, arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What `python benchmarks/NAME.py ARGUMENTS` prints."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments.split()])
+    importlib.import_module(f"benchmarks.{name}").main()
+    return capsys.readouterr().out
+
+
+SMALL = {
+    "search_step": ("--nets nano --rounds 1 --batch-size 2 --profile", "nano"),
+    "stage_options": ("--nets nano --rounds 1 --batch-size 2 --options float32 bf16 channels-last", "nano"),
+    "compact_speed": (
+        "--nets nano --kinds stream inner dan-stream kcr joint uvc --alphas 1 2 4 --batches 2 --rounds 1 --seconds 0",
+        "nano",
+    ),
+    "importance": ("--space vit-an-nano --epochs 1 --threads 1", "taylor"),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_benchmark_measures_a_small_network(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, row = SMALL[name]
+    printed = run(name, arguments, monkeypatch, capsys)
+    rows = [line for line in printed.splitlines() if row in line]
+    assert rows and not any("nan" in line.replace("nano", "") for line in rows)
+
+
+@pytest.mark.slow
+def test_methods_are_compared_and_what_is_finished_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = f"--output {tmp_path} --runs dan:0.6 kcr:0.9:eta_kc=0 --seeds 0 --family vit --search-epochs 1"
+    arguments += " --retrain-epochs 1 --batch-size 256"
+    table = [line for line in run("methods", arguments, monkeypatch, capsys).splitlines() if "+-" in line]
+    assert [line.split()[:2] for line in table] == [["dan:0.6", "1"], ["kcr:0.9:eta_kc=0", "1"]]
+    weights = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("compact.safetensors")}
+    assert len(weights) == 2
+    assert run("methods", arguments, monkeypatch, capsys).splitlines()[-2:] == table
+    assert {p: p.stat().st_mtime_ns for p in weights} == weights
