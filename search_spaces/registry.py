@@ -78,7 +78,7 @@ UVC_FULL = dict(
     lr=1e-4, weight_decay=0.05, sched="cosine", warmup_epochs=5, batch_size=256, importance="none", distill_weight=0.1,
 )  # fmt: skip
 UVC_SEARCH = dict(epochs=30, arch_lr=GATES_LR, budget=0.5)
-KERNEL = dict(eta_kc=1e-2, rho=0.3)  # docs/kcr.md says why; not cross-validated
+KERNEL = dict(eta_kc=5e-4, rho=0.3)  # docs/kcr.md says why
 RATES = {"swin": dict(lr=1e-5, batch_size=64), "t2t": dict(lr=1e-3, batch_size=128)}
 # From scratch on a few thousand small images, in minutes on two cores.
 NANO_TRAINING = dict(
@@ -100,7 +100,7 @@ NANO_TRAINING = dict(
     scale=(0.8, 1.0),
     drop_path=0.0,
 )
-NANO_KERNEL = dict(eta_kc=5e-2, rho=0.15)
+NANO_KERNEL = dict(eta_kc=5e-3, rho=0.15)
 NANO_OWN: dict[str, dict[str, Any]] = {
     "kcr": NANO_KERNEL,
     "joint": NANO_KERNEL,
