@@ -41,6 +41,7 @@ SCHEDULES = {
     "multiplier z": ("multiplier",),
 }
 RATES = {"lr": "weights", "arch_lr": "choices"}
+COMPLEXITY = {"KC": ("kc",), "KC, trace = 1": ("kc_normalised",), "TNN / trace": ("truncated",)}
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
@@ -196,15 +197,18 @@ def curves_figure(
     for i, name in enumerate(shown):
         cell = grid[i // 2, :] if i == len(shown) - 1 and len(shown) % 2 and i else grid[i // 2, i % 2]
         if name == "schedules":
-            _schedules(figure, cell, log)
+            _strips(figure, cell, log, SCHEDULES, "Schedules", "schedule")
+            continue
+        if name == "complexity":
+            share = log.assign(truncated=log["tnn"] / log["trace"]) if {"tnn", "trace"} <= set(names) else log
+            words = "Kernel complexity of the small network's features"
+            _strips(figure, cell, share, COMPLEXITY, words, "complexity")
             continue
         axes = figure.add_subplot(cell, label=name)
         if name == "loss":
             _losses(axes, log)
         elif name == "accuracy":
             _accuracies(axes, log)
-        elif name == "complexity":
-            _complexity(axes, log)
         else:
             _costs(axes, log, backbone_gflops, budget)
         _epochs(axes, log)
@@ -255,19 +259,7 @@ def _accuracies(axes: Axes, log: pd.DataFrame) -> None:
                 _line(axes, log, f"{who}_{top}", words, i, linestyle=stroke, alpha=light)
     tidy(axes, "epoch", "accuracy (%)")
     axes.set_title("Accuracy on the validation split", fontsize=10)
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
-
-
-def _complexity(axes: Axes, log: pd.DataFrame) -> None:
-    """KC of the small network's features on the trace-normalised spectrum, and the truncated share of the trace."""
-    _line(axes, log, "kc_normalised", "KC, trace-normalised spectrum", 0)
-    if {"tnn", "trace"} <= set(log.columns):
-        share = log.assign(truncated=log["tnn"] / log["trace"])
-        _line(axes, share, "truncated", "TNN as a share of the trace", 1)
-    tidy(axes, "epoch", "KC; share")
-    axes.set_ylim(bottom=0)
-    axes.set_title("Kernel complexity of the small network's features", fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="best")
 
 
 def _costs(axes: Axes, log: pd.DataFrame, backbone_gflops: float | None, budget: float | None) -> None:
@@ -288,13 +280,15 @@ def _costs(axes: Axes, log: pd.DataFrame, backbone_gflops: float | None, budget:
     axes.legend(fontsize=8, frameon=False, loc="lower left")
 
 
-def _schedules(figure: Figure, cell: Any, log: pd.DataFrame) -> None:
-    """A strip per schedule, one above the other: their units have nothing in common."""
-    strips = {words: [c for c in names if c in log] for words, names in SCHEDULES.items()}
+def _strips(
+    figure: Figure, cell: Any, log: pd.DataFrame, rows: Mapping[str, Sequence[str]], title: str, label: str
+) -> None:
+    """A strip per quantity, one above the other: their units have nothing in common."""
+    strips = {words: [c for c in names if c in log] for words, names in rows.items()}
     strips = {words: names for words, names in strips.items() if names}
     grid = cell.subgridspec(len(strips), 1, hspace=0.08)
     for i, (words, names) in enumerate(strips.items()):
-        axes = figure.add_subplot(grid[i], label=f"schedule {names[0]}")
+        axes = figure.add_subplot(grid[i], label=f"{label} {names[0]}")
         for k, name in enumerate(names):
             _line(axes, log, name, RATES.get(name, name), k, marker="")
         if words == "learning rate":
@@ -307,4 +301,4 @@ def _schedules(figure: Figure, cell: Any, log: pd.DataFrame) -> None:
         axes.margins(y=0.15)
         _epochs(axes, log)
         if i == 0:
-            axes.set_title("Schedules", fontsize=10)
+            axes.set_title(title, fontsize=10)

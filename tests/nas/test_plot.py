@@ -270,12 +270,12 @@ def test_a_log_without_an_epoch_or_a_curve_is_not_drawn():
 
 def test_kernel_complexity_has_a_panel_where_it_was_measured():
     log = log_rows()
-    assert "complexity" not in [axes.get_label() for axes in curves_figure(log, "run").axes]
+    assert not [axes for axes in curves_figure(log, "run").axes if "complexity" in axes.get_label()]
     kc = np.linspace(0.5, 0.3, len(log))
     measured = log.assign(kc=3 * kc, kc_normalised=kc, tnn=kc / 10, trace=2.0)
-    axes = panel(curves_figure(measured, "run"), "complexity")
-    np.testing.assert_array_equal(lines(axes)["KC, trace-normalised spectrum"].get_ydata(), kc)
-    np.testing.assert_allclose(lines(axes)["TNN as a share of the trace"].get_ydata(), kc / 20)
+    figure = curves_figure(measured, "run")
+    for name, expected in (("kc", 3 * kc), ("kc_normalised", kc), ("truncated", kc / 20)):
+        np.testing.assert_allclose(lines(panel(figure, f"complexity {name}"))[name].get_ydata(), expected)
 
 
 def test_a_retraining_has_no_cost_panel():
