@@ -47,3 +47,12 @@ def test_methods_are_compared_and_what_is_finished_is_not_run_again(
     assert len(weights) == 2
     assert run("methods", arguments, monkeypatch, capsys).splitlines()[-2:] == table
     assert {p: p.stat().st_mtime_ns for p in weights} == weights
+
+
+@pytest.mark.slow
+def test_torch_pruning_meets_the_budget(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch_pruning", reason="Torch-Pruning is not installed: pip install torch-pruning")
+    arguments = "--kinds uniform bottleneck-distilled --seeds 0 --start-epochs 1 --search-epochs 0 --retrain-epochs 1"
+    rows = run("other_tools", arguments, monkeypatch, capsys).splitlines()[-2:]
+    assert [row.split()[1] for row in rows] == ["uniform", "bottleneck-distilled"]
+    assert all(0.4 < float(row.split()[2]) <= 0.5 for row in rows)
