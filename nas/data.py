@@ -88,7 +88,8 @@ class Corrupt:
 class Loader:
     """Batches on `device`: images (B, C, H, W), float32, normalised, and labels (B,), int64.
 
-    Call `set_epoch` before each pass. `len` is the number of batches of this rank. `corrupt` holds the
+    Call `set_epoch` before each pass. `len` is the number of batches of this rank, `num_images` that of the images
+    of all. `corrupt` holds the
     unreadable files met so far, whichever worker met them. Iterating raises UserError when they are too many.
     """
 
@@ -102,6 +103,7 @@ class Loader:
         device: torch.device,
     ) -> None:
         self.corrupt = Corrupt(total)
+        self.num_images = total
         self.epoch = 0
         self._loader, self._steps, self._seed, self._device = loader, steps, seed, device
         self.stats = mean, std = _channel_stats(spec)

@@ -13,13 +13,14 @@ from nas.costs import SpaceCosts
 from nas.gumbel import adjoined_weight, step_generator, temperature
 from nas.losses import cross_entropy, kl_divergence
 from nas.primal_dual import ascend
-from nas.selection import Selection, select
+from nas.selection import Selection, finalists
 from search_spaces.method import Picks
 from search_spaces.slices import NetworkSlice, network_slice
 from supernets.elastic import BlockMixture
 from supernets.supernet import Supernet
 
 Draw = list[dict[str, Tensor]]  # per block, choice name -> what one step drew for it
+FINALISTS = 16  # architectures measured at the end of a search
 DAMPING = 10.0  # large enough beside the multiplier's rate that E[F] settles at the budget within a run of 300 steps
 
 
@@ -148,6 +149,10 @@ class Search(Adjoined, ABC):
     def selection(self) -> tuple[list[Picks], Selection | None]:
         """The architecture that the parameters stand for; within the budget, when there is one."""
 
+    def finalists(self) -> list[tuple[list[Picks], Selection | None]]:
+        """The architectures among which accuracy on held-out images decides; `selection` is the first."""
+        return [self.selection()]
+
     def kept(self, picks: list[Picks]) -> list[dict[str, list[int]]]:
         """Per block the kept indices of a choice that is no prefix, by their name in arch.json."""
         return [{} for _ in picks]
@@ -225,12 +230,19 @@ class Differentiable(Search):
 
     def selection(self) -> tuple[list[Picks], Selection | None]:
         """The architecture that the logits stand for: argmax, or the best that fits the budget."""
+        return self._best(1)[0]
+
+    def finalists(self) -> list[tuple[list[Picks], Selection | None]]:
+        """The best architecture of each combination of stage widths that fits the budget."""
+        return self._best(FINALISTS)
+
+    @torch.no_grad()
+    def _best(self, most: int) -> list[tuple[list[Picks], Selection | None]]:
         if self.budget is None:
-            return self.choices.argmax(), None
-        with torch.no_grad():
-            problem = self.costs.problem(self.choices.probabilities())
-        chosen = select(problem, self.costs.full_flops, self.budget)
-        return [self.costs.options[i][k].picks for i, k in enumerate(chosen.picks)], chosen
+            return [(self.choices.argmax(), None)]
+        problem = self.costs.problem(self.choices.probabilities())
+        found = finalists(problem, self.costs.full_flops, self.budget, most=most)
+        return [([self.costs.options[i][k].picks for i, k in enumerate(f.picks)], f) for f in found]
 
     @torch.no_grad()
     def choice_rows(self) -> list[dict[str, Any]]:

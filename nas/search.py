@@ -1,6 +1,8 @@
 """Stage 1: search a supernet for an architecture, and write arch.json."""
 
+import math
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ from nas.loop import OnEpoch, Training, fit, settle
 from nas.objective import Differentiable, Search
 from nas.optim import total_epochs, updates_per_epoch
 from nas.run import open_run, write_json
-from nas.selection import check_budget
+from nas.selection import Selection, check_budget
 from nas.setup import (
     check_common,
     dataset_of,
@@ -300,7 +302,8 @@ def conclude(
     """Select, write arch.json and the weights, measure, draw."""
     folder, supernet, device = training.folder, objective.supernet, training.device
     settle(training, best=False)
-    picks, selection = objective.selection()
+    supernet.eval()
+    picks, selection, measured = decide(objective, training, loaders, config.stage_width == "full")
     kept, found = objective.kept(picks), objective.found()
     arch, subnet = write_architecture(
         folder, config, space, choices, supernet, picks, kept, budget, model, model_kwargs, orders, found
@@ -315,7 +318,6 @@ def conclude(
         )
     if is_main():
         save_weights(supernet.backbone.state_dict(), folder / "supernet.safetensors")
-    supernet.eval()
     full = network_slice(supernet.shapes, choices.block_slices(picks, kept), full_stage_width=True)
     networks = {
         "large": supernet.large,
@@ -336,7 +338,7 @@ def conclude(
     }
     facts: dict[str, Any] = {"stage": "search", "space": space.name, "dataset": config.dataset, "seed": config.seed}
     facts |= {"budget": budget, "split": "val", "precision": str(training.amp_dtype or torch.float32)}
-    facts |= {"unreadable_images": report_unreadable(loaders)}
+    facts |= {"unreadable_images": report_unreadable(loaders), "finalists": measured}
     if not is_main():
         return
     write_json(folder / "summary.json", facts | found | table | {"narrowing": narrowing})
@@ -350,6 +352,39 @@ def conclude(
 
     plot_run(folder)
     print(f"results in {results_path(folder)}\nnext: {next_command(config, folder)}")
+
+
+def decide(
+    objective: Search, training: Training, loaders: Any, full_stage_width: bool
+) -> tuple[list[Picks], Selection | None, list[dict[str, Any]]]:
+    """The likeliest finalist whose held-out top-1, at once and untrained, is within a standard error of the best.
+
+    A mixture runs at full stage width, so the probabilities cannot know what narrowing the stages will cost. Returns
+    the picks, their selection, and what was measured of every finalist: likeliest first, empty if there is but one.
+    """
+    entries = objective.finalists() if loaders.val is not None else [objective.selection()]
+    if len(entries) == 1:
+        return *entries[0], []
+    space, supernet = objective.costs.space, objective.supernet
+    subnets = [
+        network_slice(space.shapes, space.block_slices(picks, objective.kept(picks)), full_stage_width)
+        for picks, _ in entries
+    ]
+    networks = {str(i): partial(supernet.small, small=subnet) for i, subnet in enumerate(subnets)}
+    scores = top_k(networks, loaders.val, training.device, training.autocast)
+    top1 = [scores[f"{i}_top1"] for i in range(len(entries))]
+    best = max(top1) / 100
+    error = 100 * math.sqrt(best * (1 - best) / loaders.val.num_images)
+    taken = next(i for i, value in enumerate(top1) if value >= max(top1) - error)
+    print(
+        f"stage widths: {len(entries)} combinations fit the budget, the likeliest architecture of each has"
+        f" {min(top1):.2f} to {max(top1):.2f} % top-1; taken: number {taken + 1} by probability, {top1[taken]:.2f} %"
+    )
+    measured = [
+        {"stage_widths": list(subnet.stage_widths), "flops": supernet.flops(subnet), "top1": value, "taken": i == taken}
+        for i, (subnet, value) in enumerate(zip(subnets, top1, strict=True))
+    ]
+    return *entries[taken], measured
 
 
 def next_command(config: SearchConfig, folder: Path) -> str:

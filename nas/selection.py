@@ -133,13 +133,31 @@ def select(problem: SelectionProblem, full_flops: int, budget: float, band: floa
     is 3. Ties go by the rule at the top of this file. Raises UserError when every architecture is above the
     budget, with the range that can be reached.
     """
+    return finalists(problem, full_flops, budget, band, most=1)[0]
+
+
+def finalists(
+    problem: SelectionProblem, full_flops: int, budget: float, band: float = 0.02, most: int = 16
+) -> list[Selection]:
+    """The best architecture of each combination of stage widths, highest score first, at most `most` of them.
+
+    Arguments, band and errors as in `select`; all lie in the band, or none does. A score is a sum over blocks and
+    knows nothing of what a narrower stage does to the whole network: these are what is worth measuring.
+    """
     check_budget(problem, full_flops, budget)
     low, high = flops_band(full_flops, budget, band)
     for floor in (low, 0):
-        picks = _Program(problem, floor, high).best()
-        if picks is not None:
+        found: list[Selection] = []
+        while len(found) < most:
+            picks = _Program(problem, floor, high, [problem.stage_widths(s.picks) for s in found]).best()
+            if picks is None:
+                break
             flops = problem.flops(picks)
-            return Selection(picks, flops, in_band=flops >= low)
+            found.append(Selection(picks, flops, in_band=flops >= low))
+            if problem.fixed_widths is not None:
+                break
+        if found:
+            return found
     raise RuntimeError("the solver found no architecture although the budget can be reached")
 
 
@@ -193,7 +211,8 @@ class _Program:
     neighbouring stages. Only x needs to be integer: it forces the flow.
     """
 
-    def __init__(self, problem: SelectionProblem, low: int, high: int) -> None:
+    def __init__(self, problem: SelectionProblem, low: int, high: int, without: Sequence[tuple[int, ...]] = ()) -> None:
+        """without: combinations of stage widths that are not to be taken, where widths follow the picks."""
         self.problem, self.low, self.high = problem, low, high
         sizes = [len(block) for block in problem.blocks]
         self.first = [sum(sizes[:b]) for b in range(len(sizes))]  # index of each block's first x
@@ -205,7 +224,7 @@ class _Program:
             self.rows.append((dict.fromkeys(range(first, first + size), 1.0), 1, 1))
         if problem.fixed_widths is None:
             self.base = problem.constant
-            self._add_flow()
+            self._add_flow(without)
         else:
             self.base = problem.constant + problem.width_flops(problem.fixed_widths)
         self._add_band()
@@ -309,16 +328,19 @@ class _Program:
         least, most = -((self.base - self.low) // factor), (self.high - self.base) // factor
         self.rows.append((row or {0: 0.0}, (least - 0.5) * scale, (most + 0.5) * scale))
 
-    def _add_flow(self) -> None:
+    def _add_flow(self, without: Sequence[tuple[int, ...]]) -> None:
         problem = self.problem
         nodes: list[dict[int, int]] = []  # per stage, width -> index of its flow
         for stage in range(problem.num_stages):
-            widths = _nodes(problem, stage)
-            nodes.append({w: len(self.flops) + i for i, w in enumerate(widths)})
+            possible = _nodes(problem, stage)
+            nodes.append({w: len(self.flops) + i for i, w in enumerate(possible)})
             stem = problem.stem_per_channel if stage == 0 else 0
             head = problem.head_per_channel if stage == problem.num_stages - 1 else 0
-            self.flops += [(stem + head) * w for w in widths]
+            self.flops += [(stem + head) * w for w in possible]
             self.rows.append((dict.fromkeys(nodes[-1].values(), 1.0), 1, 1))
+        for widths in without:
+            taken = [nodes[stage][width] for stage, width in enumerate(widths)]
+            self.rows.append((dict.fromkeys(taken, 1.0), 0, len(taken) - 1))
         for stage, merge in enumerate(problem.merge_per_pair):
             left = {w: ({node: -1.0}, 0.0, 0.0) for w, node in nodes[stage].items()}
             right = {w: ({node: -1.0}, 0.0, 0.0) for w, node in nodes[stage + 1].items()}

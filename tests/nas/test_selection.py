@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, OptimizeResult
 
 from nas import selection
-from nas.selection import Candidate, Selection, SelectionProblem, check_budget, reachable_range, select
+from nas.selection import Candidate, Selection, SelectionProblem, check_budget, finalists, reachable_range, select
 from search_spaces.errors import UserError
 
 
@@ -99,6 +99,33 @@ def test_selection_is_the_brute_force_optimum(problem: SelectionProblem, budget:
             select(problem, full, budget, band)
     else:
         assert select(problem, full, budget, band) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.sampled_from([0.35, 0.6, 1.0]), st.sampled_from([0.02, 0.2]))
+def test_finalists_are_the_brute_force_optimum_of_each_combination_of_stage_widths(
+    problem: SelectionProblem, budget: float, band: float
+) -> None:
+    full = max(flops_by_hand(problem, picks) for picks in architectures(problem)) or 1
+    expected = brute_force(problem, full, budget, band)
+    if expected is None:
+        return
+
+    def score(picks: tuple[int, ...]) -> int:
+        return sum(round(block[pick].score * 1e6) for block, pick in zip(problem.blocks, picks, strict=True))
+
+    low = (Fraction(str(budget)) - Fraction(str(band))) * full if expected.in_band else 0
+    best: dict[tuple[int, ...], int] = {}
+    for picks in architectures(problem):
+        if low <= flops_by_hand(problem, picks) <= Fraction(str(budget)) * full:
+            widths = problem.stage_widths(picks)
+            best[widths] = max(best.get(widths, score(picks)), score(picks))
+    found = finalists(problem, full, budget, band, most=1000)
+    scores = [score(f.picks) for f in found]
+    assert {problem.stage_widths(f.picks): value for f, value in zip(found, scores, strict=True)} == best
+    assert len(found) == len(best) and scores == sorted(scores, reverse=True)
+    assert found[0] == select(problem, full, budget, band) == expected
+    assert finalists(problem, full, budget, band, most=2) == found[:2]
 
 
 @settings(max_examples=40, deadline=None)
