@@ -362,6 +362,7 @@ def decide(
     A mixture runs at full stage width, so the probabilities cannot know what narrowing the stages will cost. Returns
     the picks, their selection, and what was measured of every finalist: likeliest first, empty if there is but one.
     """
+    print("choosing the architecture ...")  # up to a minute or two of integer programs for a Swin-B
     entries = objective.finalists() if loaders.val is not None else [objective.selection()]
     if len(entries) == 1:
         return *entries[0], []
