@@ -202,18 +202,29 @@ def test_a_killed_node_leaves_its_trial_to_the_other(
     )  # fmt: skip
     doomed = next(n for n in cluster.list_all_nodes() if n is not cluster.head_node)
 
+    held: dict[int, psutil.Process] = {}
+
     def on_it() -> Path | None:
-        """The trial at work on the node that will be lost."""
+        """The trial at work on the node that will be lost.
+
+        The other node's worker stands still until then: having nothing left to do, it would take this trial, too.
+        """
         for name in ("000", "001"):
-            with contextlib.suppress(psutil.NoSuchProcess):  # a worker that has nothing left to do goes
-                if epochs(stored / name) >= 2 and worker_of(stored / name).ppid() == raylet_pid(doomed):
-                    return stored / name
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if epochs(stored / name) >= 2:
+                    worker = worker_of(stored / name)
+                    if worker.ppid() == raylet_pid(doomed):
+                        return stored / name
+                    worker.suspend()
+                    held[worker.pid] = worker
         return None
 
     trial = sweep.until(on_it)
     raylet = psutil.Process(raylet_pid(doomed))
     for process in [raylet, *raylet.children(recursive=True)]:
         process.send_signal(signal.SIGKILL)
+    for worker in held.values():
+        worker.resume()
     assert sweep.wait() == 0, sweep.says()
     rows = {r["trial"]: r for r in sweep.rows()}
     assert sorted(rows) == ["000", "001"] and len(sweep.rows()) == 2
