@@ -89,8 +89,8 @@ class Loader:
     """Batches on `device`: images (B, C, H, W), float32, normalised, and labels (B,), int64.
 
     Call `set_epoch` before each pass. `len` is the number of batches of this rank, `num_images` that of the images
-    of all. `corrupt` holds the
-    unreadable files met so far, whichever worker met them. Iterating raises UserError when they are too many.
+    of all. `corrupt` holds the unreadable files met so far, whichever worker met them. Iterating raises UserError
+    when they are too many.
     """
 
     def __init__(

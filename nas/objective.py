@@ -12,7 +12,7 @@ from nas.choices import ChoiceLogits, alpha_mixture
 from nas.costs import SpaceCosts
 from nas.gumbel import adjoined_weight, step_generator, temperature
 from nas.losses import cross_entropy, kl_divergence
-from nas.primal_dual import ascend
+from nas.primal_dual import ascend, price_of_flops
 from nas.selection import Selection, finalists
 from search_spaces.method import Picks
 from search_spaces.slices import NetworkSlice, network_slice
@@ -95,18 +95,10 @@ class Adjoined(nn.Module):
         return []
 
 
-def price(z: Tensor, violation: Tensor) -> Tensor:
-    """What a search pays for F/F_full: max(0, z + DAMPING * violation), as in an augmented Lagrangian.
-
-    z alone, an integral of the violation, swings about the budget for longer than a short run lasts.
-    """
-    return (z + DAMPING * violation).clamp_min(0.0)
-
-
 class Search(Adjoined, ABC):
     """What every search shares: the price of FLOPs, and the architecture that its parameters stand for.
 
-    penalty: gamma * n_f, or with a budget `price()` * E[F]/F_full, from the multiplier z of E[F]/F_full <= B
+    penalty: gamma * n_f, or with a budget a price * E[F]/F_full, from the multiplier z of E[F]/F_full <= B
     (section 2.6). multiplier_rate is per step: a violation of 0.1 raises z by 0.6 in a tenth of the run.
     """
 
@@ -162,11 +154,14 @@ class Search(Adjoined, ABC):
         return {}
 
     def penalty(self, draw: Draw) -> Tensor:
-        """gamma * n_f of the draw, or under a budget the price of FLOPs * E[F]/F_full."""
+        """gamma * n_f of the draw, or under a budget max(0, z + DAMPING * (E[F]/F_full - B)) * E[F]/F_full.
+
+        As in an augmented Lagrangian: z alone swings about the budget for longer than a short run lasts.
+        """
         if self.budget is None:
             return self.gamma * self.drawn_flops(draw)
         fraction = self.expected_fraction()
-        return price(self.multiplier, fraction.detach() - self.budget) * fraction
+        return price_of_flops(self.multiplier, fraction - self.budget, DAMPING).clamp_min(0.0) * fraction
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:

@@ -168,12 +168,12 @@ def constraint(fraction: Tensor, budget: float) -> Tensor:
     return violation + (violation.clamp(-CLAMP, CLAMP) - violation).detach()
 
 
-def price_of_flops(z: Tensor, violation: Tensor) -> Tensor:
+def price_of_flops(z: Tensor, violation: Tensor, damping: float = DAMPING) -> Tensor:
     """What s, r and gates pay for F/F_full: z, and so much of the violation as keeps z from swinging.
 
     Below the budget it may be negative: more has left than had to, and comes back.
     """
-    return z + DAMPING * violation.detach()
+    return z + damping * violation.detach()
 
 
 def shrink_smallest(scores: Tensor, removed: Tensor, lr: float, duals: Tensor) -> Tensor:
