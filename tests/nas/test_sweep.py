@@ -140,11 +140,14 @@ def test_a_trial_is_the_same_command_without_ray_and_nothing_listens_outside(swe
         "--epochs", "2", "--max-concurrent", "1", "--retrain-trials", "--sweep", "seed=0,1",
         "--sweep", "retrain.epochs=2", "--sweep", "alphas=1 2 4,1 5",
     )  # fmt: skip
-    heard: set[str] = set()
+    heard, places = set[str](), set[str]()
     while sweep.process.poll() is None:
         heard |= listening(sweep.process)
+        with contextlib.suppress(FileNotFoundError, IndexError, psutil.NoSuchProcess):
+            places.add(worker_of(sweep.folder / "000").cwd())
         time.sleep(1)
     assert heard and heard <= {"127.0.0.1", "::1"}
+    assert places == {str(ROOT)}  # where the command was typed, under `uv run`, too: paths mean there what they say
     assert sweep.process.returncode == 1, sweep.says()
     rows = sweep.rows()
     assert [r["trial"] for r in rows] == ["000", "001", "002", "003"]
