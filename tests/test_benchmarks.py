@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from nas.config import SearchConfig
+from nas.search import run_search
+
 
 def run(name: str, arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """What `python benchmarks/NAME.py ARGUMENTS` prints."""
@@ -56,3 +59,18 @@ def test_torch_pruning_meets_the_budget(monkeypatch: pytest.MonkeyPatch, capsys:
     rows = run("other_tools", arguments, monkeypatch, capsys).splitlines()[-2:]
     assert [row.split()[1] for row in rows] == ["uniform", "bottleneck-distilled"]
     assert all(0.4 < float(row.split()[2]) <= 0.5 for row in rows)
+
+
+@pytest.mark.slow
+def test_a_search_is_compared_with_chance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = SearchConfig(space="vit-dan-nano", budget=0.6, epochs=1, batch_size=256, threads=1, output=tmp_path / "s")
+    run_search(search)
+    arguments = f"--search {tmp_path / 's'} --output {tmp_path / 'chance'} --count 2 --epochs 1"
+    *rows, last = run("chance", arguments, monkeypatch, capsys).splitlines()[-4:]
+    assert [row.split()[0] for row in rows] == ["searched", "chance-0", "chance-1"]
+    assert all(0.58 <= float(row.split()[1]) <= 0.6 for row in rows)
+    assert len({row.split(maxsplit=4)[4] for row in rows}) == 3  # different networks
+    beaten = sum(float(rows[0].split()[3]) > float(row.split()[3]) for row in rows[1:])
+    assert last.endswith(f"beats {beaten} of 2")

@@ -1,0 +1,110 @@
+"""Is the search better than chance? Its architecture beside others of the same FLOPs, drawn at random.
+
+    python benchmarks/chance.py --search results/search --count 5 --epochs 10 --output results/chance
+
+Draws --count architectures, each as likely as another, from those of the search's space and width whose FLOPs lie
+within its budget and at most 2 % of the backbone's below. They and the searched one are retrained alike: from the
+weights that the search started from (--init base) or arrived at (--init supernet), with the search's data, batch size
+and precision. For methods whose slices are prefixes (DAN). What is finished in --output is not run again. Prints the
+compact networks' test top-1, the mean and the best of chance, and how many of them the searched one beats.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import yaml
+
+from nas.compact_file import describe
+from nas.config import RetrainConfig
+from nas.retrain import run_retrain
+from nas.selection import flops_band
+from nas.setup import meta_supernet, search_space
+from search_spaces.architecture import Architecture, load_architecture, save_architecture
+from search_spaces.registry import get_space
+
+SHARED = ("dataset", "data_dir", "hflip", "scale", "batch_size", "amp", "workers", "threads")
+DRAWS = 200_000
+
+
+def at_random(arch: Architecture, budget: float, alphas: list[int] | None, count: int, seed: int) -> list[Architecture]:
+    """Different architectures in the budget's band, uniformly: drawn block by block, those outside it rejected."""
+    space = get_space(arch.space)
+    if space.method.name != "dan":
+        raise SystemExit(f"{arch.space}: only architectures of DAN are drawn")
+    meta = meta_supernet(arch.model, dict(arch.model_kwargs), arch.num_classes, space)
+    offered = [c["alpha"] for c in search_space(space, meta, arch.width, alphas).candidates]
+    low, high = flops_band(arch.backbone_flops, budget)
+    draw, found = random.Random(seed), dict[tuple[Any, ...], Architecture]()
+    for _ in range(DRAWS):
+        factors = tuple(draw.choice(candidates) for candidates in offered)
+        picks: list[Any] = [{"alpha": alpha} for alpha in factors]
+        other = describe(meta, arch.space, arch.model, arch.model_kwargs, picks, arch.width)
+        if low <= other.flops <= high and other.blocks != arch.blocks:
+            found[factors] = replace(other, permutation=arch.permutation, search=arch.search)
+        if len(found) == count:
+            return list(found.values())
+    raise SystemExit(
+        f"{len(found)} architectures in {DRAWS} draws lie between {low} and {high} MACs; asked for {count}"
+    )
+
+
+def retrained(args: argparse.Namespace, arch: Architecture, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The table of a retrain of one architecture, unless it is there."""
+    place, folder = args.output / f"{name}-arch", args.output / name
+    if not (folder / "summary.json").is_file():
+        place.mkdir(parents=True, exist_ok=True)
+        save_architecture(arch, place / "arch.json")
+        weights = place / "supernet.safetensors"
+        if not weights.exists():
+            weights.symlink_to((args.search / "supernet.safetensors").resolve())
+        resume = (folder / "config.yaml").is_file()
+        config = RetrainConfig(arch=place, epochs=args.epochs, init=args.init, output=folder, resume=resume, **options)
+        run_retrain(config)
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return dict(summary["compact"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--search", type=Path, required=True, help="the folder of a finished search by DAN")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--init", choices=["base", "supernet"], default="base")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws, and of every retrain")
+    args = parser.parse_args()
+    arch = load_architecture(args.search)
+    config = yaml.safe_load((args.search / "config.yaml").read_text())
+    options = {k: config[k] for k in SHARED} | {"seed": args.seed}
+    options |= {
+        "data_dir": options["data_dir"] and Path(options["data_dir"]),
+        "scale": tuple(options["scale"] or ()) or None,
+    }
+    budget = arch.search["budget"]
+    drawn = at_random(arch, float(budget), config["alphas"], args.count, args.seed)
+    networks = {"searched": arch} | {f"chance-{i}": other for i, other in enumerate(drawn)}
+    rows = {name: retrained(args, network, name, options) for name, network in networks.items()}
+    print(f"{'network':12} {'FLOPs':>7} {'params':>7} {'top-1':>7}  factors")
+    for name, row in rows.items():
+        network = networks[name]
+        share = network.flops / network.backbone_flops
+        factors = " ".join(str(block["alpha"]) for block in network.blocks)
+        params = network.params / network.backbone_params
+        print(f"{name:12} {share:7.3f} {params:7.3f} {row['top1']:7.2f}  {factors}")
+    searched, *chance = (row["top1"] for row in rows.values())
+    print(
+        f"chance: {statistics.mean(chance):.2f} on average, {max(chance):.2f} at best; the searched network beats"
+        f" {sum(searched > other for other in chance)} of {len(chance)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
