@@ -77,13 +77,16 @@ class Masked(Differentiable):
     def masked(self, images: Tensor, draw: list[dict[str, Tensor]]) -> Tensor:
         """Logits (B, classes) of the mixture at a draw."""
         adapter = self.supernet.adapter
-        outer = adapter.outer(self.supernet.identity().stage_widths)
+        gates = self.stage_gates(draw)
+        outer = adapter.outer(self.supernet.identity().stage_widths, gates)
         x, stage = adapter.stem(outer, images), 0
+        x = x if gates is None else x * gates[0]
         identity = self.supernet.identity().blocks
         for i, (block, shape, g) in enumerate(zip(adapter.blocks(), self.supernet.shapes, draw, strict=True)):
             if shape.stage != stage:
                 stage = shape.stage
                 x = adapter.enter_stage(stage, outer, x)
+                x = x if gates is None else x * gates[stage]
             params = block_parameters(block)
             slices = [option.slice for option in self.costs.options[i]]
             masked = [mask_block(params, shape, s) for s in slices]

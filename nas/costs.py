@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -62,25 +63,39 @@ class SpaceCosts:
         flops = torch.tensor([float(o.flops) for o in self.options[block]], dtype=torch.float64, device=p.device)
         return (p.double() * flops).sum()
 
+    def stage_gates(self, weights: Probabilities) -> list[Tensor] | None:
+        """Per stage (E,): how much of each channel of the stream exists at these weights, float32, differentiable.
+
+        The probability that the stage is wider, so that their sums are the stage widths that `expected` charges for.
+        None where no pick narrows a stage.
+        """
+        if self.full_stage_width or all(
+            option.slice.stream == shape.embed_dim
+            for shape, options in zip(self.space.shapes, self.options, strict=True)
+            for option in options
+        ):
+            return None
+        return [self._exists(stage, weights).float() for stage in range(1 + self.space.shapes[-1].stage)]
+
     def _expected_width(self, stage: int, probabilities: Probabilities) -> Tensor:
-        """E[max over the stage's blocks of their width] = sum_j w_j (P(max <= w_j) - P(max <= w_(j-1)))."""
+        return self._exists(stage, probabilities).sum()
+
+    def _exists(self, stage: int, probabilities: Probabilities) -> Tensor:
+        """P(stage width > c) of every channel c, (E,), float64: a stage is as wide as the widest of its blocks."""
         blocks = self.stage_options(stage)
-        embed_dim = float(self.space.shapes[blocks[0]].embed_dim)
-        first = joint_probability(probabilities[blocks[0]], self.space.candidates[blocks[0]])
+        embed_dim = self.space.shapes[blocks[0]].embed_dim
+        joint = [joint_probability(probabilities[b], self.space.candidates[b]).double() for b in blocks]
         if self.full_stage_width:
-            return torch.tensor(embed_dim, dtype=torch.float64, device=first.device)
+            return joint[0].new_ones(embed_dim)
         widths = sorted({o.slice.stream for b in blocks for o in self.options[b]})
-        expected = torch.zeros((), dtype=torch.float64, device=first.device)
-        below = torch.zeros_like(expected)
-        for w in widths:
-            at_most = torch.ones_like(expected)
-            for b in blocks:
-                p = joint_probability(probabilities[b], self.space.candidates[b]).double()
+        runs = [joint[0].new_ones(widths[0])]
+        for w, wider in pairwise([*widths, embed_dim]):  # of the channels from w to the next width
+            at_most = joint[0].new_ones(())
+            for b, p in zip(blocks, joint, strict=True):
                 fits = torch.tensor([o.slice.stream <= w for o in self.options[b]], device=p.device)
                 at_most = at_most * (p * fits).sum()
-            expected = expected + w * (at_most - below)
-            below = at_most
-        return expected
+            runs.append((1 - at_most).expand(wider - w))
+        return torch.cat(runs)
 
     def problem(self, probabilities: Probabilities) -> SelectionProblem:
         """The exact selection of section 2.6, scored by log-probability."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nas.backbone import classifier_names
 from nas.config import Common
 from search_spaces.errors import UserError
-from supernets.supernet import Small, Supernet
+from supernets.supernet import Gates, Small, Supernet
 
 
 def total_epochs(config: Common) -> int:
@@ -120,9 +120,9 @@ def compile_forwards(supernet: Supernet) -> None:
         with compile_errors():
             return (fast_large if supernet.training else large)(images)
 
-    def run_small(images: Tensor, kept: Small) -> tuple[Tensor, Tensor]:
+    def run_small(images: Tensor, kept: Small, gates: Gates = None) -> tuple[Tensor, Tensor]:
         with compile_errors():
-            return (fast_small if supernet.training else small)(images, kept)
+            return (fast_small if supernet.training else small)(images, kept, gates)
 
     supernet.large, supernet.small_with_features = run_large, run_small  # type: ignore[method-assign, assignment]
 

@@ -359,8 +359,9 @@ def decide(
 ) -> tuple[list[Picks], Selection | None, list[dict[str, Any]]]:
     """The likeliest finalist whose held-out top-1, at once and untrained, is within a standard error of the best.
 
-    A mixture runs at full stage width, so the probabilities cannot know what narrowing the stages will cost. Returns
-    the picks, their selection, and what was measured of every finalist: likeliest first, empty if there is but one.
+    Probabilities are of single blocks, a stage is as wide as its widest: what a combination of stage widths costs the
+    whole network is not in them. Returns the picks, their selection, and what was measured of every finalist:
+    likeliest first, empty if there is but one.
     """
     print("choosing the architecture ...")  # up to a minute or two of integer programs for a Swin-B
     entries = objective.finalists() if loaders.val is not None else [objective.selection()]

@@ -27,12 +27,16 @@ class Adapter(ABC):
     costs: NetworkCosts
     input_size: tuple[int, int, int]  # channels, height, width
     outer_axes: Mapping[str, tuple[OuterAxis, ...]]  # of each outer parameter that has a stream axis
+    outer_norms: Mapping[str, tuple[str, int]]  # name of each outer norm -> letters and stage of what it normalises
 
     def __init__(self, backbone: Any) -> None:
         self.backbone = backbone
 
-    def outer(self, stage_widths: tuple[int, ...]) -> dict[str, Tensor]:
-        """Every outer parameter by its name in the backbone, sliced to the stage widths."""
+    def outer(self, stage_widths: tuple[int, ...], gates: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+        """Every outer parameter by its name in the backbone, sliced to the stage widths.
+
+        gates: per stage (w,), how much of each channel exists; every outer norm gets its own as `name.gate`.
+        """
         sliced: dict[str, Tensor] = {}
         for name, axes in self.outer_axes.items():
             p: Tensor = self.backbone.get_parameter(name)
@@ -42,6 +46,9 @@ class Adapter(ABC):
                     sizes = {"4": 4, "S": p.shape[dim] // 4 if letters == "4S" else p.shape[dim]}
                     p = take_axis(p, dim, letters, {"S": stage_widths[stage]}, sizes)
             sliced[name] = p
+        if gates is not None:
+            for name, (letters, stage) in self.outer_norms.items():
+                sliced[f"{name}.gate"] = gates[stage].repeat(4) if letters == "4S" else gates[stage]
         return sliced
 
     @abstractmethod

@@ -102,15 +102,32 @@ def add_prefixes(x: Tensor, ys: Sequence[Tensor]) -> Tensor:
 
 
 def norm(module: nn.Module, params: Params, name: str, x: Tensor) -> Tensor:
-    """LayerNorm or RMSNorm over the channels of x alone, with the sliced weight and bias `name.*`."""
+    """LayerNorm or RMSNorm over the channels of x alone, with the sliced weight and bias `name.*`.
+
+    With `name.gate` (w,), how much of each channel exists, mean and variance are over what exists, and so is the
+    result: a gate of ones and zeros gives the norm of the channels of gate one, and zero elsewhere.
+    """
     if isinstance(module, nn.Identity):
         return x
     weight = params.get(f"{name}.weight")
+    if f"{name}.gate" in params:
+        return _gated_norm(module, weight, params.get(f"{name}.bias"), params[f"{name}.gate"], x)
     if isinstance(module, nn.LayerNorm):
         return F.layer_norm(x, x.shape[-1:], weight, params.get(f"{name}.bias"), module.eps)
     if isinstance(module, RmsNorm):
         return rms_norm(x, list(x.shape[-1:]), weight, module.eps)  # type: ignore[no-any-return]
     raise TypeError(f"norm layer {type(module).__name__} is not supported; adapters refuse it first")
+
+
+def _gated_norm(module: Any, weight: Tensor | None, bias: Tensor | None, gate: Tensor, x: Tensor) -> Tensor:
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    gate = gate.to(y.dtype)
+    share = gate / gate.sum()
+    if isinstance(module, nn.LayerNorm):
+        y = y - (y * share).sum(-1, keepdim=True)
+    y = y * torch.rsqrt((y.square() * share).sum(-1, keepdim=True) + module.eps)
+    y = y * (gate if weight is None else weight * gate)
+    return (y if bias is None else y + bias * gate).to(x.dtype)
 
 
 def split_heads(qkv: Tensor, widths: Sequence[int], head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

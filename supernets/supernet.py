@@ -12,6 +12,7 @@ from supernets.elastic import BlockMixture, Term, mixed_block
 from supernets.flops import network_flops, network_params
 
 Small = NetworkSlice | Sequence[BlockMixture]
+Gates = Sequence[Tensor] | None
 
 
 class Supernet(nn.Module):
@@ -46,11 +47,14 @@ class Supernet(nn.Module):
         """(B, C, H, W) -> logits (B, classes) of the large network: timm's own forward."""
         return self.backbone(images)  # type: ignore[no-any-return]
 
-    def small(self, images: Tensor, small: Small) -> Tensor:
-        """Logits (B, classes) of a subnet, or of a mixture at full stage width."""
-        return self.small_with_features(images, small)[0]
+    def small(self, images: Tensor, small: Small, gates: Gates = None) -> Tensor:
+        """Logits (B, classes) of a subnet, or of a mixture.
 
-    def small_with_features(self, images: Tensor, small: Small) -> tuple[Tensor, Tensor]:
+        gates: per stage (E,), how much of each channel exists in a mixture; by default all of it.
+        """
+        return self.small_with_features(images, small, gates)[0]
+
+    def small_with_features(self, images: Tensor, small: Small, gates: Gates = None) -> tuple[Tensor, Tensor]:
         """As `small`, and the pooled features that enter the classifier, (B, w)."""
         adapter = self.adapter
         if isinstance(small, NetworkSlice):
@@ -58,13 +62,17 @@ class Supernet(nn.Module):
             widths = small.stage_widths
         else:
             mixtures, widths = small, self.identity().stage_widths
-        outer = adapter.outer(widths)
+        outer = adapter.outer(widths, gates)
         x = adapter.stem(outer, images)
+        if gates is not None:
+            x = x * gates[0].to(x.dtype)
         stage = 0
         for block, shape, mixture in zip(adapter.blocks(), self.shapes, mixtures, strict=True):
             if shape.stage != stage:
                 stage = shape.stage
                 x = adapter.enter_stage(stage, outer, x)
+                if gates is not None:
+                    x = x * gates[stage].to(x.dtype)
             x = self._block(block, shape, mixture, x)
         features = adapter.pool(outer, x)
         return adapter.classify(outer, features), features
@@ -75,9 +83,9 @@ class Supernet(nn.Module):
 
         return mixed_block(block, block_parameters(block), shape, mixture, attend, x)
 
-    def forward(self, images: Tensor, small: Small | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, small: Small | None = None, gates: Gates = None) -> tuple[Tensor, Tensor]:
         """Logits of the large network and of a small one: p and q of equation (3.4)."""
-        return self.large(images), self.small(images, self.identity() if small is None else small)
+        return self.large(images), self.small(images, self.identity() if small is None else small, gates)
 
     def extra_repr(self) -> str:
         return f"{self.params() / 1e6:.2f} M parameters, {self.flops() / 1e9:.2f} GFLOPs (MACs)"

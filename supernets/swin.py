@@ -108,6 +108,8 @@ class SwinAdapter(Adapter):
         merges = [stage.downsample for stage in backbone.layers[1:]]
         merged_tokens = [stage.output_resolution[0] * stage.output_resolution[1] for stage in backbone.layers[1:]]
         self.outer_axes = self._axes()
+        self.outer_norms = {"patch_embed.norm": ("S", 0), "norm": ("S", len(dims) - 1)}
+        self.outer_norms |= {f"layers.{s}.downsample.norm": ("4S", s - 1) for s in range(1, len(dims))}
         embed, fc = backbone.patch_embed, backbone.head.fc
         classes = fc.out_features
         self.costs = NetworkCosts(

@@ -42,6 +42,7 @@ class T2TAdapter(Adapter):
             "head.weight": (None, ("S", 0)),  # (classes, E)
             "head.bias": (None,),
         }
+        self.outer_norms = {"norm": ("S", 0)}
         token_params = sum(p.numel() for name, p in tokens.named_parameters() if not name.startswith("project"))
         self.costs = NetworkCosts(
             blocks=tuple(block_costs(b, num_tokens, num_tokens, num_tokens) for b in backbone.blocks),

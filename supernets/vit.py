@@ -70,6 +70,7 @@ class VitAdapter(Adapter):
         self.outer_axes = {
             name: self._axes(name, p.dim()) for name, p in backbone.named_parameters() if not name.startswith("blocks.")
         }
+        self.outer_norms = dict.fromkeys(("patch_embed.norm", "norm_pre", "norm", "fc_norm"), ("S", 0))
         E = backbone.embed_dim
         classifiers = [getattr(backbone, name) for name in self.heads]
         vectors = [t for name in STREAM_VECTORS if (t := getattr(backbone, name, None)) is not None]

@@ -18,7 +18,7 @@ from search_spaces.slices import network_slice
 from search_spaces.space import make_space
 from supernets.axes import block_parameters
 from supernets.elastic import BlockMixture, Term, mixed_block
-from supernets.supernet import Small, Supernet
+from supernets.supernet import Gates, Small, Supernet
 from tests.nas.small import FAMILIES, hard_draw, small_costs, small_supernet, soft_draw, soft_etas
 from tests.oracle import oracle_logits
 from tests.strategies import images
@@ -43,12 +43,12 @@ def on_slices(costs: SpaceCosts, draw: Sequence[dict[str, Tensor]]) -> list[Bloc
 
 
 def logits_and_gradients(
-    supernet: Supernet, small: Small, x: Tensor, extra: Sequence[Tensor] = ()
+    supernet: Supernet, small: Small, x: Tensor, extra: Sequence[Tensor] = (), gates: Gates = None
 ) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
     """Logits, and the gradients of a random projection of them in every parameter and in `extra`; None is zero."""
     names, parameters = zip(*supernet.named_parameters(), strict=True)
     trained = [p for p in parameters if p.requires_grad]
-    logits = supernet.small(x, small)
+    logits = supernet.small(x, small, gates)
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5), dtype=logits.dtype)
     wanted = [*trained, *extra]
     found = torch.autograd.grad((logits * direction).sum(), wanted, allow_unused=True)
@@ -74,16 +74,21 @@ def assert_same(first: tuple, second: tuple) -> None:
 
 
 @over_families
-@over_widths
+@pytest.mark.parametrize(("width", "full"), [("stream", False), ("stream", True), ("inner", False)])
 @pytest.mark.parametrize("seed", range(3))
-def test_5_one_hot_mixture_is_the_subnet_at_full_stage_width(family: str, width: str, seed: int) -> None:
+def test_5_one_hot_mixture_is_the_subnet(family: str, width: str, full: bool, seed: int) -> None:
+    """At the subnet's own stage widths, or at full ones."""
     supernet = small_supernet(family, seed)
-    costs, x = small_costs(supernet, width), images(supernet.backbone, seed=seed)
+    costs, x = small_costs(supernet, width, full_stage_width=full), images(supernet.backbone, seed=seed)
     picks = costs.space.random(seed)
-    subnet = network_slice(supernet.shapes, costs.space.block_slices(picks), full_stage_width=True)
-    assert list(subnet.stage_widths) == list(supernet.identity().stage_widths)
+    subnet = network_slice(supernet.shapes, costs.space.block_slices(picks), full)
     draw = hard_draw(costs, picks)
-    mixture = logits_and_gradients(supernet, mixtures(supernet, costs, draw), x)
+    gates = costs.stage_gates(draw)
+    assert (gates is None) == (full or width == "inner")
+    if gates is not None:
+        assert [int(gate.sum()) for gate in gates] == list(subnet.stage_widths)
+        assert any(w < e for w, e in zip(subnet.stage_widths, supernet.identity().stage_widths, strict=True)) or seed
+    mixture = logits_and_gradients(supernet, mixtures(supernet, costs, draw), x, gates=gates)
     assert_same(mixture, logits_and_gradients(supernet, subnet, x))
     assert_close(mixture[0], oracle_logits(supernet.backbone, subnet, x), "oracle", 1e-9)
     untouched = [name for name, grad in mixture[1].items() if "blocks" in name and grad.abs().max() == 0]

@@ -69,6 +69,23 @@ def test_expected_flops_are_those_of_every_architecture(name: str, width: str, f
 
 
 @over_spaces
+def test_a_channel_exists_where_a_pick_of_its_stage_is_wider(name: str) -> None:
+    supernet, costs = priced(name, "stream", False)
+    draw = soft_draw(soft_etas(costs, 3))
+    by_hand = [torch.zeros(width) for width in supernet.identity().stage_widths]
+    for picks in architectures(costs):
+        p = math.prod(float(block["alpha"][k]) for block, k in zip(draw, picks, strict=True))
+        blocks = [options[k].slice for options, k in zip(costs.options, picks, strict=True)]
+        for exists, width in zip(by_hand, network_slice(supernet.shapes, blocks).stage_widths, strict=True):
+            exists[:width] += p
+    gates = costs.stage_gates(draw)
+    assert gates is not None and all(gate.requires_grad for gate in gates)
+    for gate, exists in zip(gates, by_hand, strict=True):
+        torch.testing.assert_close(gate.detach(), exists, rtol=1e-4, atol=1e-6)
+    assert any(0.01 < float(gate[-1]) < 0.99 for gate in gates)
+
+
+@over_spaces
 @over_widths
 def test_gradient_of_expected_flops_is_the_finite_difference(name: str, width: str, full: bool) -> None:
     _, costs = priced(name, width, full)

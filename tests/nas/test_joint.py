@@ -46,7 +46,7 @@ def test_5_where_the_count_cuts_inside_a_slice(width: str) -> None:
     backbone = tiny_vit().double()
     objective = search_of(backbone, "joint", width).double()
     picks = [{"alpha": 2, "fraction": 0.75}, {"alpha": 4, "fraction": 0.5}]
-    subnet = subnet_of(objective, picks, full_stage_width=True)
+    subnet = subnet_of(objective, picks, full_stage_width=False)
     counts = {"stream": [(24, 16), (12, 8)], "inner": [(48, 40), (48, 24)]}[width]
     for block, scores, (stream, count) in zip(subnet.blocks, objective.scores, counts, strict=True):
         best = sorted(sorted(range(stream), key=lambda j: -scores[j].item())[:count])

@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from search_spaces.errors import UserError
 from search_spaces.slices import network_slice, prefix_slice
 from supernets.compact import cut
+from supernets.elastic import BlockMixture, Term
 from supernets.supernet import Supernet
 from supernets.t2t_vit import T2TViT
 from tests.oracle import oracle_logits, randomise
@@ -171,10 +172,16 @@ def test_supported(family: str, options: dict[str, Any], width: str) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         compact.to("meta")(x[:1].to("meta"))
     assert counter.get_total_flops() == 2 * supernet.flops(subnet) < 2 * supernet.flops()
+    double = Supernet(backbone.double()).eval()
+    whole = [BlockMixture((Term(kept),)) for kept in subnet.blocks]  # all of the stream, of which the gates leave w
+    embed_dims = double.identity().stage_widths
+    gates = [(torch.arange(e) < w).float() for e, w in zip(embed_dims, subnet.stage_widths, strict=True)]
+    expected = double.small(x.double(), subnet)
+    assert float((double.small(x.double(), whole, gates) - expected).abs().max() / expected.abs().max()) < 1e-9
     if channels == 3:
         x = images(backbone).double()
-        double = Supernet(backbone.double()).eval().small(x, subnet)
-        assert float((oracle_logits(backbone, subnet, x) - double).abs().max() / double.abs().max()) < 1e-9
+        logits = double.small(x, subnet)
+        assert float((oracle_logits(backbone, subnet, x) - logits).abs().max() / logits.abs().max()) < 1e-9
 
 
 @pytest.mark.parametrize(("feature", "make"), [row[1:] for row in REFUSED], ids=[row[1] for row in REFUSED])
