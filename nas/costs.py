@@ -87,15 +87,13 @@ class SpaceCosts:
         joint = [joint_probability(probabilities[b], self.space.candidates[b]).double() for b in blocks]
         if self.full_stage_width:
             return joint[0].new_ones(embed_dim)
-        widths = sorted({o.slice.stream for b in blocks for o in self.options[b]})
-        runs = [joint[0].new_ones(widths[0])]
-        for w, wider in pairwise([*widths, embed_dim]):  # of the channels from w to the next width
-            at_most = joint[0].new_ones(())
-            for b, p in zip(blocks, joint, strict=True):
-                fits = torch.tensor([o.slice.stream <= w for o in self.options[b]], device=p.device)
-                at_most = at_most * (p * fits).sum()
-            runs.append((1 - at_most).expand(wider - w))
-        return torch.cat(runs)
+        streams = [[o.slice.stream for o in self.options[b]] for b in blocks]
+        widths = sorted({w for row in streams for w in row})
+        fits = [torch.tensor([[s <= w for w in widths] for s in row], device=joint[0].device) for row in streams]
+        at_most = torch.stack([p @ f.double() for p, f in zip(joint, fits, strict=True)]).prod(0)
+        runs = [e - w for w, e in pairwise([*widths, embed_dim])]
+        wider = [(1 - p).expand(run) for p, run in zip(at_most, runs, strict=True)]
+        return torch.cat([at_most.new_ones(widths[0]), *wider])
 
     def problem(self, probabilities: Probabilities) -> SelectionProblem:
         """The exact selection of section 2.6, scored by log-probability."""
