@@ -67,6 +67,10 @@ class KernelSearch(Search):
             terms["penalty"] = self.flops_weight * self.expected_fraction()
         return terms | {"tnn": self.kernel(features, step)}
 
+    def pace(self, step: Step) -> float:
+        """1 where the small network is trained by itself: there lambda is in no gradient."""
+        return super().pace(step) if self.flops_weight is None else 1.0
+
     @abstractmethod
     def channel_gate(self, block: int, drawn: Mapping[str, Tensor], stream: int) -> Tensor:
         """The step's mask over the first `stream` channels of a block: (stream,)."""

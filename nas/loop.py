@@ -141,6 +141,9 @@ def train_epoch(training: Training, epoch: int, grad_scaler: Any, advance: Calla
     for i, batches in enumerate(groups(training.train_loader, training.accum_steps)):
         number = epoch * per_epoch + i
         step = Step(t=number / total, number=number, total=total)
+        if training.arch_optimizer is not None:
+            for group in training.arch_optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * objective.pace(step)
         terms = update_weights(training, batches, step, grad_scaler)
         if arch_batches is not None:
             update_choices(training, *training.place(next(arch_batches)), step)

@@ -67,6 +67,10 @@ class Adjoined(nn.Module):
         parameters = self.architecture_parameters()
         return torch.optim.Adam(parameters, lr=lr) if parameters else None
 
+    def pace(self, step: Step) -> float:
+        """What the rate of the architecture parameters is multiplied by at a step."""
+        return 1.0
+
     def after_step(self, step: Step) -> None:
         """Updates that are not gradient steps."""
 
@@ -167,12 +171,20 @@ class Search(Adjoined, ABC):
         fraction = self.expected_fraction()
         return price_of_flops(self.multiplier, fraction - self.budget, DAMPING).clamp_min(0.0) * fraction
 
+    def pace(self, step: Step) -> float:
+        """lambda(t): it is in their gradients, but Adam divides it out again.
+
+        Unscaled, they would be settled while lambda has hardly let the small network learn: by what a slice does
+        before any training, which of a trained network is least harm, the widest and the narrowest of all.
+        """
+        return adjoined_weight(step.t)
+
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
-        """z <- max(0, z + rate * (E[F]/F_full - B))."""
+        """z <- max(0, z + rate * pace * (E[F]/F_full - B))."""
         if self.budget is not None:
             violation = self.expected_fraction() - self.budget
-            self.multiplier.copy_(ascend(self.multiplier, violation, self.multiplier_rate))
+            self.multiplier.copy_(ascend(self.multiplier, violation, self.multiplier_rate * self.pace(step)))
 
     def current_subnet(self) -> NetworkSlice:
         space = self.costs.space

@@ -174,6 +174,10 @@ class UVC(Search):
         keep = self.halves(self.probabilities())
         return self.flops_at(self.heads, self.channels, self.hidden, keep) / self.costs.full_flops
 
+    def pace(self, step: Step) -> float:
+        """1: its rates are its own, and its warm-up comes before them."""
+        return 1.0
+
     def after_step(self, step: Step) -> None:
         """Moves 2, 3 and 5."""
         if step.number >= self.warmup_steps:

@@ -101,9 +101,9 @@ def test_multiplier_of_a_budget_rises_while_it_is_exceeded_and_never_below_zero(
     for budget in (0.2, 1.0):
         objective = Differentiable(supernet, costs, budget=budget, gamma=0.0, seed=0, total_steps=50)
         fraction, z = float(objective.expected_fraction()), 0.0
-        for number in range(3):
+        for number in range(10, 13):
             objective.after_step(Step(number / 50, number, 50))
-            z = max(0.0, z + 60 / 50 * (fraction - budget))
+            z = max(0.0, z + 60 / 50 * 4 * (number / 50) ** 2 * (fraction - budget))  # at the choices' own pace
             assert float(objective.multiplier) == pytest.approx(z, rel=1e-9)
         assert (z > 0) == (budget == 0.2)
         terms = objective(images(supernet.backbone, batch=6), LABELS, Step(0.5, 3, 50))

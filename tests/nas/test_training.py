@@ -12,12 +12,13 @@ from nas.checkpoint import load_checkpoint
 from nas.cli import parse
 from nas.config import RetrainConfig
 from nas.loop import BEST, CHECKPOINT, fit, settle
-from nas.objective import Step
+from nas.objective import Differentiable, Step
 from nas.optim import make_clip, make_optimizer, make_scheduler
 from nas.setup import check_common
 from nas.training import make_training
 from search_spaces.errors import UserError
 from tests.nas import tiny
+from tests.nas.small import small_costs
 
 
 def weights(training):
@@ -124,6 +125,28 @@ def test_accumulated_batches_are_one_large_batch_and_t_counts_optimiser_steps(tm
     assert (weights(runs["one"]) - start).abs().max() > 1e-3
     torch.testing.assert_close(weights(runs["one"]), weights(runs["two"]), rtol=1e-4, atol=1e-6)
     assert runs["one"].rows[-1]["loss"] == pytest.approx(runs["two"].rows[-1]["loss"], rel=1e-4)
+
+
+def test_choices_move_at_the_pace_of_lambda(tmp_path):
+    """Adam would take whole steps from the first, whatever factor their gradient has."""
+    net, options = tiny.supernet(), tiny.config(tmp_path)
+    objective = Differentiable(net, small_costs(net, "stream"), budget=0.5, gamma=0.0, seed=0, total_steps=8)
+    training = make_training(options, objective, tiny.loaders(options, net), tiny.CPU, arch_lr=0.1)
+    own, rates, etas = objective.after_step, [], []
+
+    def after_step(step):
+        rates.append(training.arch_optimizer.param_groups[0]["lr"])
+        etas.append(torch.cat([eta.detach().clone() for eta in objective.architecture_parameters()]))
+        own(step)
+
+    objective.after_step = after_step
+    fit(training, resume=False, words="test")
+    pace = [0, 1 / 16, 1 / 4, 9 / 16, 1, 1, 1, 1]  # min(4 t^2, 1) at t = 0, 1/8, 2/8, ...
+    assert rates == pytest.approx([0.1 * p for p in pace])
+    assert training.rows[-1]["arch_lr"] == pytest.approx(0.1)
+    steps = [float((b - a).abs().max()) for a, b in zip([torch.zeros_like(etas[0]), *etas], etas, strict=False)]
+    assert steps[0] == 0.0 and all(step > 0.005 * p for step, p in zip(steps[1:], pace[1:], strict=True))
+    assert all(step <= 0.32 * p for step, p in zip(steps, pace, strict=True))  # Adam's bound, 0.1 / sqrt(10)
 
 
 def test_an_epochs_last_step_may_have_fewer_batches(tmp_path):
