@@ -222,7 +222,7 @@ class SearchConfig(Common):
     alpha: int | None = None
     """AN: the compression factor of every block"""
     stage_width: Literal["widest", "full"] = "widest"
-    """narrow each stage to its widest slice afterwards, or keep it full"""
+    """narrow each stage to its widest slice, or keep it full"""
     budget: float | None = None
     """FLOPs of the result as a fraction of the backbone's; 0 for none"""
     gflops: float | None = None
@@ -230,7 +230,8 @@ class SearchConfig(Common):
     gamma: float | None = None
     """weight of the FLOPs penalty per MAC when there is no budget (1e-12, equation 3.7)"""
     arch_lr: float | None = None
-    """Adam's rate for the architecture logits; UVC: that of the gates' SGD, as of the published run's length"""
+    """Adam's rate for the architecture logits, times lambda(t) (docs/method.md); UVC: that of the gates' SGD, as of the
+    published run's length"""
     arch_data: Literal["train", "val"] = "train"
     """train the logits on the weights' own batches, or alternate with the held-out part"""
 
