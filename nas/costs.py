@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -91,7 +90,7 @@ class SpaceCosts:
         widths = sorted({w for row in streams for w in row})
         fits = [torch.tensor([[s <= w for w in widths] for s in row], device=joint[0].device) for row in streams]
         at_most = torch.stack([p @ f.double() for p, f in zip(joint, fits, strict=True)]).prod(0)
-        runs = [e - w for w, e in pairwise([*widths, embed_dim])]
+        runs = [e - w for w, e in itertools.pairwise([*widths, embed_dim])]
         wider = [(1 - p).expand(run) for p, run in zip(at_most, runs, strict=True)]
         return torch.cat([at_most.new_ones(widths[0]), *wider])
 
