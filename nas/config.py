@@ -230,8 +230,8 @@ class SearchConfig(Common):
     gamma: float | None = None
     """weight of the FLOPs penalty per MAC when there is no budget (1e-12, equation 3.7)"""
     arch_lr: float | None = None
-    """Adam's rate for the architecture logits, times lambda(t) (docs/method.md); UVC: that of the gates' SGD, as of the
-    published run's length"""
+    """Adam's rate for the architecture logits, times lambda(t) in DAN and joint (docs/method.md); UVC: that of the
+    gates' SGD, as of the published run's length"""
     arch_data: Literal["train", "val"] = "train"
     """train the logits on the weights' own batches, or alternate with the held-out part"""
 

@@ -68,8 +68,12 @@ class KernelSearch(Search):
         return terms | {"tnn": self.kernel(features, step)}
 
     def pace(self, step: Step) -> float:
-        """1 where the small network is trained by itself: there lambda is in no gradient."""
-        return super().pace(step) if self.flops_weight is None else 1.0
+        """lambda(t) for joint's factors; 1 for counts alone, which lose by waiting (docs/kcr.md).
+
+        1, too, where the small network is trained by itself: there lambda is in no gradient.
+        """
+        factors = any("alpha" in choices for choices in self.costs.space.candidates)
+        return super().pace(step) if factors and self.flops_weight is None else 1.0
 
     @abstractmethod
     def channel_gate(self, block: int, drawn: Mapping[str, Tensor], stream: int) -> Tensor:

@@ -360,3 +360,9 @@ def test_kept_channels_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(UserError, match=words):
             space.block_slices([{"channels": 24}], [{"kept_channels": list(indices)}])
+
+
+def test_only_joints_factors_wait_for_lambda() -> None:
+    step = Step(0.25, 1, 4)
+    for method, options, pace in (("kcr", {}, 1.0), ("joint", {}, 0.25), ("joint", {"flops_weight": 0.2}, 1.0)):
+        assert search_of(tiny_vit(), method, **options).pace(step) == pace
