@@ -25,6 +25,7 @@ import yaml
 from nas.compact_file import describe
 from nas.config import RetrainConfig
 from nas.retrain import run_retrain
+from nas.run import typed
 from nas.selection import flops_band
 from nas.setup import meta_supernet, search_space
 from search_spaces.architecture import Architecture, load_architecture, save_architecture
@@ -83,11 +84,7 @@ def main() -> None:
     args = parser.parse_args()
     arch = load_architecture(args.search)
     config = yaml.safe_load((args.search / "config.yaml").read_text())
-    options = {k: config[k] for k in SHARED} | {"seed": args.seed}
-    options |= {
-        "data_dir": options["data_dir"] and Path(options["data_dir"]),
-        "scale": tuple(options["scale"] or ()) or None,
-    }
+    options = typed(RetrainConfig, {k: config[k] for k in SHARED}, args.search) | {"seed": args.seed}
     budget = arch.search["budget"]
     drawn = at_random(arch, float(budget), config["alphas"], args.count, args.seed)
     networks = {"searched": arch} | {f"chance-{i}": other for i, other in enumerate(drawn)}

@@ -77,7 +77,7 @@ class Masked(Differentiable):
     def masked(self, images: Tensor, draw: list[dict[str, Tensor]]) -> Tensor:
         """Logits (B, classes) of the mixture at a draw."""
         adapter = self.supernet.adapter
-        gates = self.stage_gates(draw)
+        gates = self.costs.stage_gates(draw)
         outer = adapter.outer(self.supernet.identity().stage_widths, gates)
         x, stage = adapter.stem(outer, images), 0
         x = x if gates is None else x * gates[0]

@@ -58,7 +58,7 @@ class KernelSearch(Search):
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
         draw = self.draw(step)
-        q, features = self.supernet.small_with_features(images, self.mixtures(draw), self.stage_gates(draw))
+        q, features = self.supernet.small_with_features(images, self.mixtures(draw), self.costs.stage_gates(draw))
         lam = adjoined_weight(step.t)
         terms = task_terms(self, images, target, q, lam, self.flops_weight is None)
         if self.flops_weight is None:

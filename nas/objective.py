@@ -133,10 +133,6 @@ class Search(Adjoined, ABC):
     def mixtures(self, draw: Draw) -> list[BlockMixture]:
         """What each block of the small path computes at a draw."""
 
-    def stage_gates(self, draw: Draw) -> list[Tensor] | None:
-        """How much of each channel of a stage exists at a draw; None where every stage keeps all."""
-        return None
-
     @abstractmethod
     def drawn_flops(self, draw: Draw) -> Tensor:
         """n_f of equation (3.8): MACs of the blocks at a draw, differentiable."""
@@ -221,16 +217,13 @@ class Differentiable(Search):
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
         draw = self.draw(step)
-        p, q = self.supernet(images, self.mixtures(draw), self.stage_gates(draw))
+        p, q = self.supernet(images, self.mixtures(draw), self.costs.stage_gates(draw))
         lam = adjoined_weight(step.t)
         return {
             "ce": cross_entropy(p, target, self.smoothing),
             "kl": lam * kl_divergence(p, q, self.detach_teacher),
             "penalty": lam * self.penalty(draw),
         }
-
-    def stage_gates(self, draw: Draw) -> list[Tensor] | None:
-        return self.costs.stage_gates(draw)
 
     def drawn_flops(self, draw: Draw) -> Tensor:
         return self.costs.block_penalty(draw)

@@ -63,14 +63,11 @@ class Supernet(nn.Module):
         else:
             mixtures, widths = small, self.identity().stage_widths
         outer = adapter.outer(widths, gates)
-        x = adapter.stem(outer, images)
-        if gates is not None:
-            x = x * gates[0].to(x.dtype)
-        stage = 0
+        x, stage = images, -1
         for block, shape, mixture in zip(adapter.blocks(), self.shapes, mixtures, strict=True):
             if shape.stage != stage:
                 stage = shape.stage
-                x = adapter.enter_stage(stage, outer, x)
+                x = adapter.enter_stage(stage, outer, x) if stage else adapter.stem(outer, images)
                 if gates is not None:
                     x = x * gates[stage].to(x.dtype)
             x = self._block(block, shape, mixture, x)

@@ -62,7 +62,7 @@ def subnet_of(objective: KernelSearch, picks: list[Picks], full_stage_width: boo
 def mixture_logits(objective: KernelSearch, x: Tensor, picks: list[Picks]) -> Tensor:
     """The mixture at the one-hot draw that takes these picks."""
     draw = [dict(g) for g in one_hot(objective.costs.space, picks)]
-    return objective.supernet.small(x, objective.mixtures(draw), objective.stage_gates(draw))
+    return objective.supernet.small(x, objective.mixtures(draw), objective.costs.stage_gates(draw))
 
 
 def gradients(backbone: nn.Module, logits: Tensor) -> dict[str, Tensor]:
