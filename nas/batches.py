@@ -4,21 +4,35 @@ Every image is augmented under a seed of its own, drawn together with the epoch'
 depends on neither the number of workers nor the number of ranks, and no other random numbers are touched.
 """
 
+import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from nas.images import UNREADABLE, Images
+from nas.transforms import Transform, TransformError
+from search_spaces.errors import reason
 
-Failures = tuple[tuple[str, str], ...]  # (file, error)
+
+class Failure(NamedTuple):
+    """What went wrong with one image. Unreadable images are left out, up to a share; anything else ends the run.
+
+    It travels in the batch: an exception would leave a worker as a page of traceback.
+    """
+
+    image: str  # the file's name
+    error: str  # one line
+    ends_the_run: bool = False
+
+
+Failures = tuple[Failure, ...]
 Item = tuple[Tensor | None, int, Failures]  # image (C, H, W), label, what could not be read on the way
 Batch = tuple[Tensor, Tensor, Failures]  # images (B, C, H, W), labels (B,), the same
 Wanted = tuple[int, int]  # position in the dataset, seed of its augmentation
@@ -107,7 +121,7 @@ class Fetch(Dataset[Item]):
     most; after these, or with none, the batch is an image short.
     """
 
-    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor], substitutes: int) -> None:
+    def __init__(self, images: Images, transform: Transform, substitutes: int) -> None:
         self.images, self.transform, self.substitutes = images, transform, substitutes
 
     def __getitems__(self, wanted: Sequence[Wanted]) -> list[Item]:
@@ -121,12 +135,22 @@ class Fetch(Dataset[Item]):
             try:
                 image = self.images.read(at)
             except UNREADABLE as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                failures = (*failures, (self.images.name(at), reason))
+                words = " ".join(str(error).split()) or type(error).__name__
+                failures = (*failures, Failure(self.images.name(at), words))
                 continue
+            except Exception as error:  # none of what decoders raise
+                return None, -1, (*failures, _broken(self.images.name(at), "reading", error))
             _seed_everything(seed)
-            return self.transform(image), self.images.label(at), failures
+            try:
+                return self.transform(image), self.images.label(at), failures
+            except Exception as error:
+                return None, -1, (*failures, _broken(self.images.name(at), self.transform.doing, error))
         return None, -1, failures
+
+
+def _broken(image: str, doing: str, error: Exception) -> Failure:
+    words = str(error) if isinstance(error, TransformError) else f"{type(error).__name__}: {reason(error)}"
+    return Failure(image, f"error while {doing} it ({words})", ends_the_run=True)
 
 
 class Stream(IterableDataset[Item]):
@@ -136,9 +160,7 @@ class Stream(IterableDataset[Item]):
     come from (seed, epoch, rank, worker, count).
     """
 
-    def __init__(
-        self, reader: Any, transform: Callable[[Image.Image], Tensor], seed: int, first: int, step: int
-    ) -> None:
+    def __init__(self, reader: Any, transform: Transform, seed: int, first: int, step: int) -> None:
         self.reader, self.transform, self.seed = reader, transform, seed
         self.first, self.step, self.epoch = first, step, 0
 
@@ -149,9 +171,22 @@ class Stream(IterableDataset[Item]):
     def __iter__(self) -> Iterator[Item]:
         worker = get_worker_info()
         assert worker is not None
-        for count, (image, label) in enumerate(islice(self.reader, self.first, None, self.step)):
+        entries = islice(self.reader, self.first, None, self.step)
+        for count in itertools.count():
+            name = f"image {count + 1} of process {worker.id + 1} of the stream"  # all that a stream says of it
+            try:
+                image, label = next(entries)
+            except StopIteration:
+                return
+            except Exception as error:
+                yield None, -1, (_broken(name, "reading", error),)
+                return
             _seed_everything(epoch_seed(self.seed, self.epoch, self.reader.dist_rank, worker.id, count))
-            yield self.transform(image), int(label), ()
+            try:
+                yield self.transform(image), int(label), ()
+            except Exception as error:
+                yield None, -1, (_broken(name, self.transform.doing, error),)
+                return
 
 
 def collate(items: list[Item]) -> Batch:

@@ -1,7 +1,8 @@
 """Both command lines: options from the dataclass, --config YAML, one-line errors, exit codes."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,13 +20,12 @@ SPACES_FLAGS = ("pretrained", "amp", "model-ema")  # booleans whose default is t
 def main(kind: type[C], run: Callable[[C], Any], program: str) -> None:
     """Parse, run, and turn what the user can cause into one line and exit code 2."""
     try:
-        run(parse(kind, sys.argv[1:], program))
-        if launched():
-            from nas.distributed import leave
+        with errors(program):
+            run(parse(kind, sys.argv[1:], program))
+            if launched():
+                from nas.distributed import leave
 
-            leave()
-    except UserError as error:
-        fail(program, str(error))
+                leave()
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted; go on with --output DIR --resume", file=sys.stderr)
         sys.exit(130)
@@ -38,6 +38,22 @@ def main(kind: type[C], run: Callable[[C], Any], program: str) -> None:
             raise
         report(program, f"lost contact with another process ({reason(error)}); go on with --output DIR --resume")
         sys.exit(1)
+
+
+@contextmanager
+def errors(program: str) -> Iterator[None]:
+    """What the user can cause, or a data loading process that dies, as one line and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        fail(program, str(error))
+    except RuntimeError as error:
+        from nas.data import lost_worker
+
+        words = lost_worker(error)
+        if words is None:
+            raise
+        fail(program, words)
 
 
 def fail(program: str, message: str) -> None:

@@ -8,56 +8,20 @@ evaluation shards with duplicates, and its datasets replace unreadable images, i
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from nas.batches import EvalBatches, Failures, Fetch, Stream, TrainBatches, collate, epoch_seed
+from nas.batches import Batch, EvalBatches, Failures, Fetch, Stream, TrainBatches, collate, epoch_seed
 from nas.images import Images
-from search_spaces.errors import UserError
+from nas.transforms import LoaderSpec, Transform
+from search_spaces.errors import UserError, reason
 
 logger = logging.getLogger(__name__)
 
 TOLERATED = 0.01  # of a set's images may be unreadable
-
-
-@dataclass(frozen=True)
-class LoaderSpec:
-    """How images become batches. Names and defaults are those of timm's train.py."""
-
-    batch_size: int  # of one rank
-    input_size: tuple[int, int, int]  # (C, H, W)
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"  # of evaluation
-    crop_pct: float = 0.875  # of the evaluation's centre crop
-    workers: int = 0
-    no_aug: bool = False  # resize and centre crop only
-    aa: str | None = None  # AutoAugment, RandAugment or AugMix policy; replaces colour jitter
-    hflip: float = 0.5
-    vflip: float = 0.0
-    scale: tuple[float, float] = (0.08, 1.0)  # area of the random resized crop
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # and its aspect
-    color_jitter: float | None = 0.4
-    train_interpolation: str = "random"
-    reprob: float = 0.0
-    remode: str = "pixel"
-    recount: int = 1
-    aug_repeats: int = 0  # repeated augmentation: versions of an image in a global batch
-    drop_last: bool = True  # leave out an epoch's last, incomplete global batch
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.workers < 0 or self.aug_repeats < 0:
-            raise UserError(
-                f"batch size {self.batch_size}, workers {self.workers}, aug repeats {self.aug_repeats}: "
-                "must be at least 1, 0 and 0"
-            )
-        if self.input_size[0] not in (1, 3):
-            raise UserError(f"the network reads {self.input_size[0]} channels; images have 3, or 1 made grey")
 
 
 class Corrupt:
@@ -72,8 +36,10 @@ class Corrupt:
         return len(self.files)
 
     def add(self, failures: Failures) -> None:
-        """Count and log each file once. Raises UserError when they exceed 1 % of the set."""
-        for name, error in failures:
+        """Count and log each file once. UserError when they exceed 1 % of the set, or for any failure but reading."""
+        for name, error, ends_the_run in failures:
+            if ends_the_run:
+                raise UserError(f"{name}: {error}; leave this image out, or change what is done to it (--aa, --no-aug)")
             if name not in self.files:
                 self.files[name] = error
                 logger.warning("left out an image that cannot be read: %s: %s", name, error)
@@ -106,7 +72,7 @@ class Loader:
         self.num_images = total
         self.epoch = 0
         self._loader, self._steps, self._seed, self._device = loader, steps, seed, device
-        self.stats = mean, std = _channel_stats(spec)
+        self.stats = mean, std = spec.stats()
         self._mean = torch.tensor(mean, device=device).mul_(255).view(1, -1, 1, 1)
         self._std = torch.tensor(std, device=device).mul_(255).view(1, -1, 1, 1)
 
@@ -121,14 +87,39 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # A DataLoader without a generator draws from the global one; a stream's workers are seeded from it.
         self._loader.generator = torch.Generator().manual_seed(epoch_seed(self._seed, self.epoch))
-        for images, labels, failures in self._loader:
+        for images, labels, failures in self._batches():
             self.corrupt.add(failures)
             if len(labels):
                 yield self._normalised(images), labels.to(self._device, non_blocking=True)
 
+    def _batches(self) -> Iterator[Batch]:
+        """The DataLoader's own. What goes wrong in it, or in its processes, is a UserError of one line."""
+        try:
+            batches = iter(self._loader)
+            while (batch := next(batches, None)) is not None:
+                yield batch
+        except Exception as error:
+            raise UserError(lost_worker(error) or f"error while loading images ({_last_line(error)})") from error
+
     def _normalised(self, images: Tensor) -> Tensor:
         images = images.to(self._device, non_blocking=True)
         return images.float().sub_(self._mean).div_(self._std) if images.dtype == torch.uint8 else images
+
+
+def lost_worker(error: BaseException) -> str | None:
+    """What to say where torch reports a data loading process that died; None for any other error.
+
+    torch raises it from a signal handler, wherever the main process is at that moment.
+    """
+    if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")):
+        return None
+    return f"a data loading process died ({reason(error)}); is memory short? lower --workers or --batch-size"
+
+
+def _last_line(error: BaseException) -> str:
+    """What was raised, also where torch hands on a worker's traceback."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if "Original Traceback" in str(error) else f"{type(error).__name__}: {reason(error)}"
 
 
 def train_loader(
@@ -149,7 +140,7 @@ def train_loader(
     """
     # Random erasing draws in normalised space, so with it workers normalise. Otherwise bytes travel, a
     # quarter of the size, and whole batches are normalised on the device.
-    transform = _transform(spec, is_training=True, as_bytes=spec.no_aug or not spec.reprob)
+    transform = Transform(spec, is_training=True, as_bytes=spec.no_aug or not spec.reprob)
     repeats = max(1, spec.aug_repeats)
     if not isinstance(dataset, Images):
         if repeats > 1:
@@ -182,7 +173,7 @@ def eval_loader(
     from its batch: divide by the labels received, not by len(dataset). Of a stream every rank reads all
     and keeps its share (timm would pad or drop to make shards even), and `len` is an estimate.
     """
-    transform = _transform(spec, is_training=False, as_bytes=True)
+    transform = Transform(spec, is_training=False, as_bytes=True)
     if not isinstance(dataset, Images):
         reader = _reader(dataset, spec, 0, 0, 1, is_training=False)
         stream = Stream(reader, transform, 0, first=rank, step=world_size)
@@ -223,51 +214,6 @@ def mixup_fn(
         num_classes=num_classes,
     )
     return mix
-
-
-def _channel_stats(spec: LoaderSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    from timm.data.loader import adapt_to_chs
-
-    return adapt_to_chs(spec.mean, spec.input_size[0]), adapt_to_chs(spec.std, spec.input_size[0])
-
-
-def _transform(spec: LoaderSpec, is_training: bool, as_bytes: bool) -> Callable[[Image.Image], Tensor]:
-    """timm's transform of an RGB image: to bytes (C, H, W), or to normalised floats."""
-    from timm.data import create_transform
-
-    mean, std = _channel_stats(spec)
-    try:
-        transform: Any = create_transform(
-            spec.input_size,
-            is_training=is_training,
-            no_aug=spec.no_aug,
-            scale=spec.scale,
-            ratio=spec.ratio,
-            hflip=spec.hflip,
-            vflip=spec.vflip,
-            color_jitter=spec.color_jitter or None,  # a jitter of 0 does nothing, slowly
-            auto_augment=spec.aa,
-            interpolation=spec.train_interpolation if is_training else spec.interpolation,
-            mean=mean,
-            std=std,
-            crop_pct=spec.crop_pct,
-            re_prob=spec.reprob,
-            re_mode=spec.remode,
-            re_count=spec.recount,
-            use_prefetcher=as_bytes,
-        )
-    except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(
-            f"timm refuses this augmentation ({type(error).__name__}: {error}): aa {spec.aa}, "
-            f"remode {spec.remode}, interpolation {spec.train_interpolation} and {spec.interpolation}"
-        ) from error
-    if spec.input_size[0] == 1:
-        transform.transforms.insert(0, _to_grey)
-    return transform  # type: ignore[no-any-return]
-
-
-def _to_grey(image: Image.Image) -> Image.Image:
-    return image.convert("L")
 
 
 def _reader(dataset: Any, spec: LoaderSpec, seed: int, rank: int, world_size: int, is_training: bool) -> Any:

@@ -205,15 +205,13 @@ def _kernel_complexity_by_h(eigenvalues: Tensor, n: int) -> Tensor:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print KC, raw and trace-normalised, and draw the spectrum. Exit code 2 and one line for bad input."""
-    from nas.cli import fail
+    from nas.cli import errors
 
     options = _parser().parse_args(argv)
-    try:
+    with errors(_parser().prog):
         if options.output.suffix != ".png" or options.output.is_dir():
             raise UserError(f"--output {options.output}: expected the name of a .png file")
         _measure(options)
-    except UserError as error:
-        fail(_parser().prog, str(error))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -290,9 +288,11 @@ def _kernel_of(
     from rich.progress import track
     from timm.data import resolve_data_config
 
-    from nas.data import LoaderSpec, eval_loader
+    from nas.backbone import input_size
+    from nas.data import eval_loader
+    from nas.transforms import LoaderSpec
 
-    data = resolve_data_config({"input_size": _input_size(kwargs, model)}, model=model)
+    data = resolve_data_config({"input_size": input_size(model, kwargs)}, model=model)
     crop_pct = 1.0 if data["input_size"][1] <= 64 else data["crop_pct"]  # as in training: nas.setup
     spec = LoaderSpec(
         batch_size=options.batch_size,
@@ -321,14 +321,6 @@ def _kernel_of(
     if moment is None:
         raise UserError(f"--dataset {options.dataset}: no training images")
     return moment.finish(rho=0.0), features_BD.shape[1]  # rho 0: no basis is needed
-
-
-def _input_size(kwargs: Mapping[str, Any], model: Any) -> tuple[int, int, int]:
-    """(C, H, W) that the model was made for; timm's own record ignores its constructor's arguments."""
-    channels, *size = model.pretrained_cfg["input_size"]
-    size = kwargs.get("img_size", size)
-    height, width = (size, size) if isinstance(size, int) else size
-    return kwargs.get("in_chans", channels), height, width
 
 
 def _figure(kernel: EpochKernel, num_features: int, minima: tuple[int, int], title: str) -> Figure:

