@@ -54,7 +54,7 @@ def trained(config: RetrainConfig, epochs: int) -> tuple[Supernet, Loaders, torc
     """The large network after its epochs (none: as it starts), its loaders, the device."""
     assert config.space is not None
     space, device = get_space(config.space), pick_device(config)
-    splits = open_data(config, space)
+    splits = open_data(config)
     start = start_of(config)
     supernet, lines, _ = make_supernet(model_of(config, space), splits, start, space, config.drop_path, device)
     print("\n".join(lines), end="\n" if lines else "")

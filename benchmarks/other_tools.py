@@ -139,7 +139,7 @@ def pruned(args: argparse.Namespace, start: Path, seed: int, budget: float, kind
     config = RetrainConfig(**vars(config) | {"dataset": dataset_of(config)})
     check_common(config)
     device = pick_device(config)
-    splits = open_data(config, space)
+    splits = open_data(config)
     supernet, _, _ = make_supernet(model_of(config, space), splits, start_of(config), space, config.drop_path, device)
     loaders = make_loaders(config, splits, supernet, device)
     size = supernet.adapter.input_size

@@ -39,6 +39,10 @@ class Start:
         """Whether the weights were trained before."""
         return self.pretrained or self.checkpoint is not None
 
+    def name(self) -> str | None:
+        """The weights that were trained before, in words; None where they are drawn."""
+        return "checkpoint" if self.checkpoint is not None else "pretrained weights" if self.pretrained else None
+
 
 def check_model_name(model: str) -> None:
     """UserError with near matches when timm does not know the model."""
@@ -142,6 +146,14 @@ def load_into(
         lines.append(f"not used from {source}: {few(unexpected, 4)}")
     backbone.load_state_dict({n: state[n] for n in own if n in state}, strict=False)
     return lines, bool(fresh)
+
+
+def input_size(backbone: Any, model_kwargs: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(C, H, W) that a timm model was made for; timm's own record ignores its constructor's arguments."""
+    channels, *size = backbone.pretrained_cfg["input_size"]
+    size = model_kwargs.get("img_size", size)
+    height, width = (size, size) if isinstance(size, int) else size
+    return model_kwargs.get("in_chans", channels), height, width
 
 
 def classifier_names(backbone: Any) -> list[str]:

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from nas.backbone import Start, starting_backbone
 from nas.config import Common, parse_key_values
 from nas.datasets import Splits
 from nas.losses import cross_entropy
 from nas.objective import Adjoined, Step
+from nas.speed import count_macs
 from search_spaces.errors import UserError, reason
 from search_spaces.slices import NetworkSlice
 from supernets.supernet import Supernet
@@ -183,20 +182,12 @@ def make_teacher(
         )
     network = network.to(device).eval().requires_grad_(False)
     scale, shift = (std / own_std).to(device), ((mean - own_mean) / own_std).to(device)
-    return Teacher(name, network, sum(p.numel() for p in network.parameters()), _macs(name, network, supernet, device),
-                   scale, shift)  # fmt: skip
-
-
-def _macs(name: str, network: nn.Module, supernet: Supernet, device: torch.device) -> int:
-    """MACs of the teacher on one of the student's images, by torch's counter (2 per MAC)."""
     size = supernet.adapter.input_size
     try:
-        # The counter of torch 2.11 does not know the CPU's fused attention.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            network(torch.zeros(1, *size, device=device))
+        macs = count_macs(network, size, device)
     except (AssertionError, RuntimeError) as error:
         raise UserError(
             f"teacher {name} cannot read images of {size[1]} x {size[2]} px ({reason(error)});"
             f" give --teacher-kwargs img_size={size[1]}, or another --teacher"
         ) from None
-    return int(counter.get_total_flops()) // 2
+    return Teacher(name, network, sum(p.numel() for p in network.parameters()), macs, scale, shift)

@@ -177,7 +177,7 @@ def run_export(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{options.run} holds no compact.safetensors; cut the network out by retrain.py first")
     size = arch.input_size
     data = {"dataset": options.dataset, "data_dir": options.data_dir, "batch_size": 8, "workers": 0}
-    real = next(iter(test_images(opened, device, data)))[0]
+    real = next(iter(test_images(opened, device, data)[0]))[0]
     example = torch.randn(2, *size)
     # Speed does not depend on the weights: a large network without any is measured at timm's initial ones.
     large = (opened.supernet or large_network(arch, "cpu")).backbone.eval()
@@ -250,10 +250,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    from nas.cli import fail
+    from nas.cli import errors
 
     options = parser().parse_args()
-    try:
+    with errors("nas.export"):
         if options.push_only and not options.push_to_hub:
             raise UserError("--push-only goes with --push-to-hub USER/NAME")
         if not options.push_only:
@@ -262,8 +262,6 @@ def main() -> None:
             from nas.card import push_to_hub
 
             print(push_to_hub(options.run, options.push_to_hub, options.private))
-    except UserError as error:
-        fail("nas.export", str(error))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from nas.backbone import build
 from nas.checkpoint import load_weights
 from nas.compact_file import WEIGHTS, load_compact, slices_of
 from nas.config import RetrainConfig, with_defaults
-from nas.data import Loader
+from nas.data import Loader, eval_loader
 from nas.run import typed
-from nas.setup import make_loaders, open_data
+from nas.setup import loader_spec, open_data
 from nas.speed import Network
 from search_spaces.architecture import Architecture, load_architecture
 from search_spaces.errors import UserError
@@ -83,8 +83,8 @@ def large_network(arch: Architecture, device: torch.device | str = "meta") -> Su
         return Supernet(build(arch.model, arch.model_kwargs, num_classes=arch.num_classes)).eval()
 
 
-def test_images(opened: Opened, device: torch.device, options: Mapping[str, Any]) -> Loader:
-    """Batches of the test split, prepared as in the run (config.yaml), unless options say otherwise.
+def test_images(opened: Opened, device: torch.device, options: Mapping[str, Any]) -> tuple[Loader, str]:
+    """Batches of the reported split, prepared as in the run (config.yaml), unless options say otherwise; and its name.
 
     options: fields of RetrainConfig; None leaves the run's own. UserError when the images have other classes.
     """
@@ -97,11 +97,11 @@ def test_images(opened: Opened, device: torch.device, options: Mapping[str, Any]
     config = replace(config, **{k: v for k, v in options.items() if v is not None})
     space = get_space(opened.arch.space)
     config = with_defaults(config, space, "retrain")
-    splits = open_data(config, space)
+    splits = open_data(config)
     if splits.num_classes != opened.arch.num_classes:
         raise UserError(
             f"{config.dataset or config.data_dir or 'digits'} has {splits.num_classes} classes, the networks of"
             f" {opened.folder} {opened.arch.num_classes}; give --dataset and --data-dir of what they were trained on"
         )
-    test: Loader = make_loaders(config, splits, opened.supernet or large_network(opened.arch), device).test
-    return test
+    backbone = (opened.supernet or large_network(opened.arch)).backbone
+    return eval_loader(splits.test, loader_spec(config, backbone, opened.arch.input_size), device), splits.reported

@@ -1,17 +1,42 @@
-"""Measure finished networks: top-1, top-5 and images per second of large, subnet and compact.
+"""Measure finished networks: top-1, top-5 and images per second, on any data set.
 
-python -m nas.validate --weights results/<run>
+python -m nas.validate --weights results/<run>                                                  large, subnet, compact
 python -m nas.validate --weights results/<run>/compact.safetensors --dataset imagenet --data-dir /data/imagenet
+python -m nas.validate --model NAME --checkpoint FILE --data-dir /data/flowers                  any timm network
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from search_spaces.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from nas.data import Loader
+    from nas.speed import Network
+
+DATA = ("dataset", "data_dir", "val_split", "num_classes", "batch_size", "workers")
+IMAGES = ("interpolation", "crop_pct", "mean", "std")
+OF_A_MODEL = ("model_kwargs", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured. costs: params and gflops of each network. reported: what the images are, in words."""
+
+    title: str
+    networks: "Mapping[str, Network]"
+    costs: Mapping[str, dict[str, float]]
+    images: "Loader"
+    input_size: tuple[int, int, int]
+    reported: str
+    output: Path | None  # where the numbers go unless --output says
 
 
 def run_validate(options: argparse.Namespace) -> dict[str, Any]:
@@ -20,70 +45,176 @@ def run_validate(options: argparse.Namespace) -> dict[str, Any]:
 
     from nas.config import RetrainConfig
     from nas.evaluate import print_table, top_k
-    from nas.opened import open_folder, test_images
     from nas.run import write_json
     from nas.setup import pick_device
     from nas.speed import images_per_second
 
     if min(*options.speed_batches, options.batch_size) < 1:
         raise UserError("--batch-size and --speed-batches: expected at least 1")
+    if (options.weights is None) == (options.model is None):
+        raise UserError("give --weights, a run's folder or file, or --model, the timm name of any network; one of them")
     device = pick_device(RetrainConfig(device=options.device, threads=options.threads))
-    opened = open_folder(options.weights, device)
-    networks = opened.networks()
-    names = ("dataset", "data_dir", "val_split", "batch_size", "workers", "num_classes")
-    images = test_images(opened, device, {name: getattr(options, name) for name in names})
+    subject = of_a_run(options, device) if options.model is None else of_a_model(options, device)
     autocast: Callable[[], Any] = (
         partial(torch.autocast, device.type, dtype=torch.bfloat16) if options.amp else nullcontext
     )
-    scores = top_k(networks, images, device, autocast)
+    words = f"measuring on {subject.images.num_images:,} images of the {subject.reported}"
+    scores = top_k(subject.networks, subject.images, device, autocast, words)
     rows: dict[str, dict[str, Any]] = {
-        name: opened.costs(name) | {k: scores[f"{name}_{k}"] for k in ("top1", "top5")} for name in networks
+        name: subject.costs[name] | {k: scores[f"{name}_{k}"] for k in ("top1", "top5")} for name in subject.networks
     }
     for batch in options.speed_batches:
-        speeds = images_per_second(networks, opened.arch.input_size, batch, device, autocast)
+        speeds = images_per_second(subject.networks, subject.input_size, batch, device, autocast)
         for name, speed in speeds.items():
             rows[name][f"images_per_s_{batch}"] = speed
     facts = {
-        "weights": str(options.weights),
+        "weights": None if options.weights is None else str(options.weights),
+        "model": options.model,
+        "checkpoint": None if options.checkpoint is None else str(options.checkpoint),
         "dataset": options.dataset,
         "data_dir": None if options.data_dir is None else str(options.data_dir),
-        "unreadable_images": len(images.corrupt),
+        "split": subject.reported,
+        "images": subject.images.num_images,
+        "unreadable_images": len(subject.images.corrupt),
         "precision": "bfloat16" if options.amp else "float32",
         "device": str(device),
         "threads": torch.get_num_threads(),
     }
-    print_table(rows, f"{opened.arch.space}, {options.weights}")
+    print_table(rows, f"{subject.title}, {subject.reported}")
     result = facts | {"networks": rows}
-    write_json(options.output or opened.folder / "validation.json", result)
+    output = options.output or subject.output
+    if output is not None:
+        write_json(output, result)
     return result
+
+
+def of_a_run(options: argparse.Namespace, device: "torch.device") -> Subject:
+    """Every network of a run's folder, or that of one of its files."""
+    from nas.opened import open_folder, test_images
+
+    given = [name for name in OF_A_MODEL if getattr(options, name)] + ["pretrained"] * (options.pretrained is not None)
+    if given:
+        raise UserError(
+            f"--{given[0].replace('_', '-')} goes with --model; a run's folder says by itself what it holds"
+        )
+    opened = open_folder(options.weights, device)
+    networks = opened.networks()
+    images, reported = test_images(opened, device, _options(options, *DATA, *IMAGES))
+    return Subject(
+        title=f"{opened.arch.space}, {options.weights}",
+        networks=networks,
+        costs={name: opened.costs(name) for name in networks},
+        images=images,
+        input_size=opened.arch.input_size,
+        reported=reported,
+        output=opened.folder / "validation.json",
+    )
+
+
+def of_a_model(options: argparse.Namespace, device: "torch.device") -> Subject:
+    """Any timm network with weights of its own: what a search would start from, read as a search reads it."""
+    from nas.backbone import Start, input_size, starting_backbone
+    from nas.config import RetrainConfig, parse_key_values
+    from nas.data import eval_loader
+    from nas.setup import loader_spec, open_data
+    from nas.speed import count_macs
+
+    model_kwargs = parse_key_values(tuple(options.model_kwargs))
+    if options.checkpoint is not None and options.pretrained:
+        raise UserError("--checkpoint and --pretrained both name the weights; give one of them")
+    if options.checkpoint is None and options.pretrained is False:
+        raise UserError("--no-pretrained leaves nothing to measure; give --checkpoint FILE, or timm's own weights")
+    config = RetrainConfig(val_fraction=0.0, **_options(options, *DATA, *IMAGES))
+    splits = open_data(config)
+    start = Start(options.checkpoint is None, options.checkpoint)
+    network, lines, fresh = starting_backbone(
+        options.model, model_kwargs, splits.num_classes, start, splits.class_names
+    )
+    for line in lines:
+        print(line)
+    source = options.checkpoint or "timm's pretrained weights"
+    if fresh:
+        raise UserError(
+            f"{source}: no classifier for the {splits.num_classes} classes of this dataset, so there is no accuracy to"
+            " measure; give the data that the network was trained for"
+        )
+    network = network.to(device).eval()
+    size = input_size(network, model_kwargs)
+    spec = loader_spec(config, network, size)
+    images = eval_loader(splits.test, spec, device)
+    print(f"{options.model}, {source}: {supported(network)}")
+    print(
+        f"images: {size[1]} x {size[2]} px, {spec.interpolation}, centre crop {spec.crop_pct:g},"
+        f" mean {_numbers(spec.mean)}, std {_numbers(spec.std)}"
+    )
+    costs = {"params": sum(p.numel() for p in network.parameters()), "gflops": count_macs(network, size, device) / 1e9}
+    return Subject(
+        title=f"{options.model}, {source}",
+        networks={"network": network},
+        costs={"network": costs},
+        images=images,
+        input_size=size,
+        reported=splits.reported,
+        output=None,
+    )
+
+
+def supported(network: Any) -> str:
+    """Whether it can be searched, and by which spaces; otherwise what stands in the way."""
+    from nas.backbone import FAMILY_CLASSES
+    from supernets.supernet import Supernet
+
+    families = [name for name, classes in FAMILY_CLASSES.items() if type(network).__name__ in classes]
+    try:
+        shapes = Supernet(network).shapes
+    except UserError as error:
+        return f"measured only, no space takes it ({error})"
+    return f"{len(shapes)} blocks; the spaces {' and '.join(f'{name}-*' for name in families)} take it"
+
+
+def _options(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those that were given."""
+    values = {name: getattr(options, name) for name in names}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if v is not None}
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{v:.4g}" for v in values)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m nas.validate", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--weights", type=Path, required=True, help="a run's folder: every network in it; or one weights file of it")
-    add("--dataset", help="default: the run's own")
+    add("--weights", type=Path, help="a run's folder: every network in it; or one weights file of it")
+    add("--model", metavar="NAME", help="instead of --weights: any timm network, with --checkpoint or timm's weights")
+    add("--model-kwargs", nargs="+", default=(), metavar="KEY=VALUE", help="its constructor arguments")
+    add("--checkpoint", type=Path, metavar="FILE", help="its weights (safetensors, or a torch file)")
+    add("--pretrained", action=argparse.BooleanOptionalAction, help="timm's own weights; so without --checkpoint")
+    add("--dataset", help="default: the run's own; with --data-dir: folder")
     add("--data-dir", type=Path)
-    add("--val-split", help="the split to measure on; default: the run's own")
+    add("--val-split", help="the split to measure on; default: the run's own, validation")
     add("--num-classes", type=int, help="only where the dataset does not record it")
     add("--batch-size", type=int, default=64)
     add("--workers", type=int)
+    add("--interpolation", help="of the resize; like the next three, the run's or the model's own unless given")
+    add("--crop-pct", type=float, help="centre crop; 1 up to 64 px")
+    add("--mean", type=float, nargs="+", help="of the normalisation")
+    add("--std", type=float, nargs="+", help="of the normalisation")
     add("--speed-batches", type=int, nargs="+", default=[1, 32], help="batch sizes that images/s is measured at")
     add("--amp", action="store_true", help="bfloat16 autocast")
     add("--device")
     add("--threads", type=int)
-    add("--output", type=Path, metavar="JSON", help="default: validation.json beside the weights")
+    add("--output", type=Path, metavar="JSON", help="default: validation.json in the run's folder; none with --model")
     return parser
 
 
 def main() -> None:
-    from nas.cli import fail
+    from nas.cli import errors
 
-    try:
-        run_validate(parser().parse_args())
-    except UserError as error:
-        fail("nas.validate", str(error))
+    options = parser().parse_args()
+    with errors("nas.validate"):
+        run_validate(options)
 
 
 if __name__ == "__main__":

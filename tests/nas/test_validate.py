@@ -38,11 +38,13 @@ def test_all_three_networks_of_a_run(run: Path, monkeypatch: pytest.MonkeyPatch)
     network, right, seen = load_compact(run), 0, 0
     opened = open_folder(run, CPU)
     with torch.no_grad():
-        for images, labels in test_images(opened, CPU, {}):
+        batches, reported = test_images(opened, CPU, {})
+        for images, labels in batches:
             right += int((network(images).argmax(1) == labels).sum())
             seen += len(labels)
     assert rows["compact"]["top1"] == pytest.approx(100 * right / seen)
     assert json.loads((run / "validation.json").read_text()) == result
+    assert reported == result["split"] == "test fifth" and result["images"] == 359
 
 
 def test_one_file_is_one_network(run: Path, tmp_path: Path) -> None:
