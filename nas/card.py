@@ -51,7 +51,7 @@ def model_card(folder: Path, arch: Architecture) -> str:
         parts.append(f"* {choice} over {len(arch.blocks)} blocks: {counts}")
     parts += ["", "## Data and training", ""]
     if summary:
-        parts.append(f"* dataset `{summary.get('dataset')}`, accuracies on its {summary.get('split', 'test')} split")
+        parts.append(f"* dataset `{summary.get('dataset')}`, accuracies on its {summary.get('split', 'test split')}")
     shown = ("epochs", "batch_size", "opt", "lr", "weight_decay", "sched", "aa", "mixup", "cutmix", "smoothing", "seed")
     given = [f"{key} {options[key]}" for key in shown if options.get(key) is not None]
     parts += [f"* {summary.get('train', 'adjoined')} training: {', '.join(given)}"] if given else []

@@ -28,12 +28,13 @@ from PIL import Image
 
 from nas.folders import FOLDERS, few, layout, names_by_label, one_line, open_folders, read_timm
 from nas.images import Images, Source
+from nas.split_names import reported_words
 from search_spaces.errors import UserError
 
 NAMES = ("digits", "cifar10", "cifar100", *FOLDERS)
 STREAMS = ("hfids", "tfds", "wds")
 SCHEMES = ("torch", "hfds", *STREAMS)
-TEST_FRACTION = 0.2  # of a dataset that has no test images of its own
+TEST_FRACTION = 0.2  # of a dataset that has no test images of its own: the "test fifth" of nas.split_names
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class DataSpec:
 class Splits:
     """Images to train on, to decide by (None iff val_fraction is 0) and to report on.
 
-    A stream is timm's IterableImageDataset; everything else is `Images`.
+    A stream is timm's IterableImageDataset; everything else is `Images`. reported: what the test images are, in
+    words: "validation split", or "test fifth" where the dataset has no such split of its own.
     """
 
     train: Any
@@ -62,6 +64,7 @@ class Splits:
     test: Any
     num_classes: int
     class_names: tuple[str, ...] | None  # in label order; ImageNet's are ids (n01440764, …)
+    reported: str
 
 
 def open_splits(spec: DataSpec) -> Splits:
@@ -74,21 +77,22 @@ def open_splits(spec: DataSpec) -> Splits:
     if scheme in STREAMS:
         return _open_streams(spec, name)
     if name == "digits":
-        train, test = Images(_digits()).split(TEST_FRACTION)
+        (train, test), split = Images(_digits()).split(TEST_FRACTION), None
     elif name in FOLDERS:
         if not spec.data_dir:
             raise UserError(f"--dataset {name} needs --data-dir; expected {layout(name, 'DIR')}")
         root = Path(spec.data_dir).expanduser()
-        train, test = open_folders(name, root, spec.train_split, spec.test_split, spec.class_map, TEST_FRACTION)
+        train, test, split = open_folders(name, root, spec.train_split, spec.test_split, spec.class_map, TEST_FRACTION)
     else:
-        train, test = (Images(_open_scheme(spec, name, split)) for split in (spec.train_split, spec.test_split))
+        split = spec.test_split
+        train, test = (Images(_open_scheme(spec, name, which)) for which in (spec.train_split, split))
         if name in ("torch/folder", "torch/image_folder") and train.name(0) == test.name(0):
             raise UserError(f"{name}: no {spec.train_split} and {spec.test_split} folders in {spec.data_dir}")
     num_classes, names = _common_classes(spec, train, test)
     val: Images | None = None
     if spec.val_fraction:
         train, val = train.split(spec.val_fraction)
-    return Splits(train, val, test, num_classes, names)
+    return Splits(train, val, test, num_classes, names, reported_words(split))
 
 
 def _checked_name(spec: DataSpec) -> tuple[str, str]:
@@ -247,4 +251,4 @@ def _open_streams(spec: DataSpec, name: str) -> Splits:
     num_classes = spec.num_classes or (max(class_to_idx.values()) + 1 if class_to_idx else 0)
     if not num_classes:
         raise UserError(f"--dataset {name} does not record its classes; pass --num-classes or --class-map")
-    return Splits(train, None, test, num_classes, names_by_label(class_to_idx))
+    return Splits(train, None, test, num_classes, names_by_label(class_to_idx), reported_words(spec.test_split))

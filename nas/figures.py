@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nas.split_names import HELD_OUT
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
@@ -40,6 +42,7 @@ SCHEDULES = {
     "learning rate": ("lr", "arch_lr"),
     "multiplier z": ("multiplier",),
 }
+EARLIER = {f"{who}_top{k}": f"held_out_{who}_top{k}" for who in ("large", "subnet") for k in (1, 5)}  # in older logs
 RATES = {"lr": "weights", "arch_lr": "choices"}
 COMPLEXITY = {"KC": ("kc",), "KC, trace = 1": ("kc_normalised",), "TNN / trace": ("truncated",)}
 
@@ -166,16 +169,21 @@ def _in_order(frame: pd.DataFrame) -> list[str]:
 
 
 def curves_figure(
-    log: pd.DataFrame, title: str, backbone_gflops: float | None = None, budget: float | None = None
+    log: pd.DataFrame,
+    title: str,
+    backbone_gflops: float | None = None,
+    budget: float | None = None,
+    held_out: str = HELD_OUT,
 ) -> Figure | None:
-    """Loss terms, accuracy on the validation split, GFLOPs (MACs) and schedules over epochs.
+    """Loss terms, accuracy on the held-out images, GFLOPs (MACs) and schedules over epochs.
 
     log: log.csv as a frame; a column it lacks leaves its line out. backbone_gflops: of the large network.
-    budget: the share of them that the architecture may take. None when there is no epoch or nothing to draw.
+    budget: the share of them that the architecture may take. held_out: those images, in words. None when
+    there is no epoch or nothing to draw.
     """
     import pandas as pd
 
-    log = log.apply(pd.to_numeric, errors="coerce").dropna(axis=1, how="all")
+    log = log.apply(pd.to_numeric, errors="coerce").dropna(axis=1, how="all").rename(columns=EARLIER)
     if "epoch" not in log.columns:
         return None
     log = log.dropna(subset=["epoch"]).sort_values("epoch")
@@ -183,7 +191,7 @@ def curves_figure(
     moving = "expected_gflops" in names or ("selected_gflops" in names and log["selected_gflops"].nunique() > 1)
     panels = {
         "loss": any(c == "loss" or c.startswith("loss_") for c in names),
-        "accuracy": any(c.startswith(("large_top", "subnet_top")) for c in names),
+        "accuracy": any(c.startswith(("held_out_large_top", "held_out_subnet_top")) for c in names),
         "cost": moving,
         "complexity": "kc_normalised" in names,
         "schedules": any(c in names for columns in SCHEDULES.values() for c in columns),
@@ -208,7 +216,7 @@ def curves_figure(
         if name == "loss":
             _losses(axes, log)
         elif name == "accuracy":
-            _accuracies(axes, log)
+            _accuracies(axes, log, held_out)
         else:
             _costs(axes, log, backbone_gflops, budget)
         _epochs(axes, log)
@@ -250,15 +258,16 @@ def _losses(axes: Axes, log: pd.DataFrame) -> None:
     axes.legend(fontsize=8, frameon=False)
 
 
-def _accuracies(axes: Axes, log: pd.DataFrame) -> None:
+def _accuracies(axes: Axes, log: pd.DataFrame, held_out: str) -> None:
     for i, who in enumerate(("large", "subnet")):
         for top, light in (("top1", 1.0), ("top5", 0.55)):
-            if f"{who}_{top}" in log:
+            column = f"held_out_{who}_{top}"
+            if column in log:
                 stroke = "-" if top == "top1" else ":"
                 words = f"{who}, {top.replace('top', 'top-')}"
-                _line(axes, log, f"{who}_{top}", words, i, linestyle=stroke, alpha=light)
+                _line(axes, log, column, words, i, linestyle=stroke, alpha=light)
     tidy(axes, "epoch", "accuracy (%)")
-    axes.set_title("Accuracy on the validation split", fontsize=10)
+    axes.set_title(f"Accuracy on {held_out}".replace(", ", ",\n"), fontsize=10)
     axes.legend(fontsize=8, frameon=False, loc="best")
 
 

@@ -22,12 +22,12 @@ TEST_NAMES = ("val", "valid", "validation", "eval", "evaluation", "test")  # tim
 
 def open_folders(
     name: str, root: Path, train_split: str, test_split: str, class_map: str, test_fraction: float
-) -> tuple[Images, Images]:
-    """Training and test images of one of FOLDERS under `root`.
+) -> tuple[Images, Images, str | None]:
+    """Training and test images of one of FOLDERS under `root`, and the name of the split that the latter are.
 
     `root` holds one folder of class folders, or one tar of them, per split; for `folder` it may itself be
-    one, of which a fixed, stratified `test_fraction` becomes the test set. Labels follow the class names in
-    natural order, as in timm and torchvision, or the class map.
+    one, of which a fixed, stratified `test_fraction` becomes the test set: a split of no name. Labels follow the
+    class names in natural order, as in timm and torchvision, or the class map.
     Raises UserError with the path looked at and the layout expected, or with the classes that have no images.
     """
     if not root.exists():
@@ -35,14 +35,15 @@ def open_folders(
     classes = _published_classes(name) or class_map or None
     train_at, test_at = _find(root, train_split, TRAIN_NAMES), _find(root, test_split, TEST_NAMES)
     if train_at and test_at:
-        return Images(_read_folder(train_at, name, classes)), Images(_read_folder(test_at, name, classes))
+        train, test = (Images(_read_folder(at, name, classes)) for at in (train_at, test_at))
+        return train, test, test_at.stem if test_at.is_file() else test_at.name
     one = train_at or test_at
     if one or name != "folder":
         found = f"only {one.name}" if one else "neither"
         raise UserError(f"{root}: looked for training and test images, found {found}; expected {layout(name, root)}")
     whole = _read_folder(root, name, classes)
     _refuse_shared_names(root, whole)
-    return Images(whole).split(test_fraction)
+    return *Images(whole).split(test_fraction), None
 
 
 def layout(name: str, root: Path | str) -> str:

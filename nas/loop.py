@@ -37,7 +37,8 @@ class Training:
 
     optimizer steps the weights, arch_optimizer the objective's architecture parameters. scheduler is timm's,
     stepped per epoch and per update. arch_batches: batches for the architecture parameters alone
-    (--arch-data val), None when they share the weights' batches. accum_steps: batches per optimiser step.
+    (--arch-data val), None when they share the weights' batches. evaluate: accuracy on the held-out part, which
+    held_out says in words. accum_steps: batches per optimiser step.
     clip clips the weights' gradients. ema: timm's average of the weights, which is evaluated instead of them.
     keep: checkpoints of the last so many epochs to keep.
     """
@@ -51,6 +52,7 @@ class Training:
     seed: int
     device: torch.device
     evaluate: Callable[[], Mapping[str, float]]
+    held_out: str
     arch_optimizer: torch.optim.Optimizer | None = None
     arch_loader: Any = None
     mixup: Any = None
@@ -120,7 +122,9 @@ def fit(training: Training, resume: bool, words: str, on_epoch: OnEpoch | None =
                 save(training, epoch + 1)
             if board is not None:
                 board.add(row)
-            progress.console.print(summary_line(row, training.epochs), highlight=False, soft_wrap=True)
+            progress.console.print(
+                summary_line(row, training.epochs, training.held_out), highlight=False, soft_wrap=True
+            )
             if on_epoch is not None:
                 on_epoch(row)
     training.parallel = None  # before its process group ends
@@ -308,7 +312,7 @@ def keep_copies(training: Training) -> None:
     held-out part, the first of equals; without a held-out part there is none.
     """
     path, epoch = training.folder / CHECKPOINT, int(training.rows[-1]["epoch"])
-    key = "subnet_top1" if "subnet_top1" in training.rows[-1] else "large_top1"
+    key = "held_out_subnet_top1" if "held_out_subnet_top1" in training.rows[-1] else "held_out_large_top1"
     scores = [row[key] for row in training.rows if key in row]
     if scores and scores[-1] > max(scores[:-1], default=-1.0):
         copy_atomically(path, training.folder / BEST)
@@ -378,12 +382,12 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def summary_line(row: Mapping[str, Any], epochs: int) -> str:
+def summary_line(row: Mapping[str, Any], epochs: int, held_out: str) -> str:
     """One epoch in one line."""
     parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.3f}"]
-    for key in ("large_top1", "subnet_top1"):
-        if key in row:
-            parts.append(f"{key.removesuffix('_top1')} {row[key]:.2f} %")
+    keys = {name: f"held_out_{name}_top1" for name in ("large", "subnet")}
+    scores = [f"{name} {row[key]:.2f} %" for name, key in keys.items() if key in row]
+    parts += [f"{', '.join(scores)} on {held_out}"] if scores else []
     if "expected_gflops" in row:
         parts.append(f"expected {row['expected_gflops']:.4g} G, selected {row['selected_gflops']:.4g} G")
     return "  ".join([*parts, f"{row['images_per_s']:.0f} images/s"])

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.figures import DPI, X_AXES, choices_figure, curves_figure
 from nas.scatter import pareto_figure
+from nas.split_names import HELD_OUT
 from nas.steps_figure import steps_figure
 from search_spaces.errors import UserError
 
@@ -33,8 +34,7 @@ log = logging.getLogger(__name__)
 RUN_FILES = ("config.yaml", "summary.json", "log.csv")  # any of them makes a folder a run's
 SWEEP_FILE = "trials.csv"
 PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published.csv"
-# What a stage measures on, where its summary does not say.
-SPLITS = {"search": "validation", "retrain": "test"}
+EARLIER = {"val": HELD_OUT, "test": "test split"}  # how older summaries named what they measured on
 # Options that say where a run ran, its seed and what it started from, not which configuration it is.
 INCIDENTAL = ("seed", "output", "resume", "device", "workers", "threads", "data_dir", "arch", "download")
 
@@ -58,7 +58,8 @@ def plot_run(folder: Path, points: Sequence[Mapping[str, Any]] | None = None, x:
         written += save(figure, folder / "choices.png") if figure is not None else []
     history = _csv(folder / "log.csv")
     if history is not None:
-        figure = curves_figure(history, title, _backbone_gflops(summary, arch), _budget(summary, arch))
+        held_out = str(summary.get("held_out") or HELD_OUT)
+        figure = curves_figure(history, title, _backbone_gflops(summary, arch), _budget(summary, arch), held_out)
         written += save(figure, folder / "curves.png") if figure is not None else []
     steps = _csv(folder / "steps.csv")
     if steps is not None:
@@ -113,20 +114,19 @@ def run_points(folder: Path) -> list[dict[str, Any]]:
     """
     summary, arch = _json(folder / "summary.json"), _json(folder / "arch.json")
     small = "compact" if isinstance(summary.get("compact"), dict) else "subnet"
-    stage = str(summary.get("stage", ""))
     facts = {
         "run": str(folder.resolve()),
         "space": str(summary.get("space") or arch.get("space") or ""),
         "dataset": str(summary.get("dataset", "")),
         "seed": summary.get("seed"),
-        "split": {"val": "validation"}.get(str(summary.get("split")), summary.get("split")) or SPLITS.get(stage, ""),
+        "split": EARLIER.get(str(summary.get("split")), summary.get("split")) or "",
     }
     rows = []
     for role in ("large", small):
         found = summary.get(role)
         if not isinstance(found, dict):
             continue
-        values = {name: _value(found, name) for name in ("params", "gflops", "top1", "top5")}
+        values = {name: _value(found, name) for name in ("params", "gflops", "top1", "top5", "held_out_top1")}
         values["images_per_s"] = _value(found, "images_per_s_32")
         # The large network is the same whatever the small one's budget; runs are its seeds.
         alone = f"large {values['gflops']} {summary.get('train', 'adjoined')}"

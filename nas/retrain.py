@@ -24,6 +24,7 @@ from nas.run import open_run, write_csv, write_json
 from nas.setup import (
     Loaders,
     check_common,
+    data_line,
     dataset_of,
     make_loaders,
     make_supernet,
@@ -124,6 +125,17 @@ def starting_point(config: RetrainConfig, arch: Architecture, num_classes: int) 
     return start, "the original weights" if start.given() else "timm's initialisation"
 
 
+def seen_by(config: RetrainConfig, arch: Architecture, start: Start, origin: str) -> str | None:
+    """The weights that may have been trained on what is held out here, in words.
+
+    A search from scratch never saw it: its rule has no seed, so that both stages hold out the same images.
+    """
+    if origin != SUPERNET or arch.search.get("val_fraction") != config.val_fraction:
+        return start.name()
+    before = Start(bool(arch.search.get("pretrained")), arch.search.get("checkpoint"))
+    return before.name()
+
+
 def run_retrain(config: RetrainConfig, on_epoch: OnEpoch | None = None) -> Path:
     """Run stage 2 to its end and return the run's folder. Under torchrun, every process calls it.
 
@@ -138,7 +150,7 @@ def run_retrain(config: RetrainConfig, on_epoch: OnEpoch | None = None) -> Path:
 def _retrain(
     config: RetrainConfig, space: Space, arch: Architecture | None, device: torch.device, on_epoch: OnEpoch | None
 ) -> Path:
-    splits = open_data(config, space)
+    splits = open_data(config)
     if arch is None:
         model, model_kwargs = model_of(config, space)
         if config.train == "plain":  # the whole network: every space of a family has the same
@@ -167,7 +179,8 @@ def _retrain(
     assert folder is not None
     for line in lines:
         print(line)
-    loaders = make_loaders(config, splits, supernet, device)
+    loaders = make_loaders(config, splits, supernet, device, seen_by=seen_by(config, arch, start, origin))
+    print(data_line(config, splits, loaders))
     teacher = None
     if config.train == "distill":
         base, _ = starting_point(replace(config, init="base"), arch, splits.num_classes)
@@ -230,7 +243,7 @@ def make_objective(
 def conclude(
     config: RetrainConfig, arch: Architecture, subnet: NetworkSlice, training: Training, loaders: Loaders
 ) -> None:
-    """Cut the compact network out, check it against the subnet, measure every network on the test split, draw.
+    """Cut the compact network out, check it against the subnet, measure every network on the reported split, draw.
 
     A network appears in the table only if this run trained it, or learnt from it.
     """
@@ -239,7 +252,7 @@ def conclude(
     supernet = objective.supernet.eval()
     networks: dict[str, Network] = objective.networks()
     facts: dict[str, Any] = {"stage": "retrain", "train": config.train, "space": arch.space, "dataset": config.dataset}
-    facts |= {"seed": config.seed, "split": "test", "result": config.result}
+    facts |= {"seed": config.seed, "split": loaders.reported, "held_out": loaders.held_out, "result": config.result}
     table: dict[str, dict[str, Any]] = {}
     if "teacher" in networks:
         assert isinstance(objective, Distilled)
@@ -261,8 +274,7 @@ def conclude(
         facts |= {"budget": arch.search.get("budget"), "compact_minus_subnet": difference}
         table["subnet"] = {"params": arch.params, "gflops": arch.flops / 1e9}
         table["compact"] = {"params": sum(p.numel() for p in compact.parameters()), "gflops": arch.flops / 1e9}
-    print("measuring on the test split ...")
-    scores = top_k(networks, loaders.test, device, training.autocast)
+    scores = top_k(networks, loaders.test, device, training.autocast, f"measuring on the {loaders.reported}")
     for name, row in table.items():
         row |= {k: scores[f"{name}_{k}"] for k in ("top1", "top5")}
     facts |= {"unreadable_images": report_unreadable(loaders)}
@@ -275,7 +287,7 @@ def conclude(
     facts |= {"precision": str(training.amp_dtype or torch.float32), "threads": torch.get_num_threads()}
     write_json(folder / "summary.json", facts | table)
     write_csv(folder / "table.csv", [{"network": name} | row for name, row in table.items()])
-    print_table(table, f"{arch.space} on {config.dataset}, test split")
+    print_table(table, f"{arch.space} on {config.dataset}, {loaders.reported}")
     from nas.plot import plot_run
 
     plot_run(folder)

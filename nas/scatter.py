@@ -163,7 +163,7 @@ def _fronts(axes: Axes, marks: pd.DataFrame, x: str) -> None:
         front = pareto_front(group, {"x": "max" if more_is_better else "min", "y": "max"}).sort_values("x")
         steps = "steps-pre" if more_is_better else "steps-post"
         style: dict[str, Any] = {"color": "black", "lw": 1.2, "ls": STROKES[i % 6], "drawstyle": steps}
-        words = f"front on the {split!s} split" if split else "front"
+        words = f"front on the {split!s}" if split else "front"
         axes.plot(front["x"], front["y"], **style, zorder=2, label=words)
 
 

@@ -14,7 +14,7 @@ from nas.config import SearchConfig, parse_key_values, with_defaults
 from nas.costs import SpaceCosts, space_costs
 from nas.distill import Teacher, check_distillation, make_teacher
 from nas.distributed import is_main, joined, quiet_unless_main
-from nas.evaluate import print_table, top_k
+from nas.evaluate import by_split, print_table, top_k
 from nas.kcr import FLOPS_WEIGHT, Bernoulli, TopK, check_selection_options
 from nas.kernel_term import check_kernel_options, has_kernel_term, kernel_term
 from nas.loop import OnEpoch, Training, fit, settle
@@ -23,7 +23,9 @@ from nas.optim import total_epochs, updates_per_epoch
 from nas.run import open_run, write_json
 from nas.selection import Selection, check_budget
 from nas.setup import (
+    Loaders,
     check_common,
+    data_line,
     dataset_of,
     make_loaders,
     make_supernet,
@@ -102,7 +104,7 @@ def run_search(config: SearchConfig, on_epoch: OnEpoch | None = None) -> Path:
 
 def _search(config: SearchConfig, space: Space, device: torch.device, on_epoch: OnEpoch | None) -> Path:
     model, model_kwargs = model_of(config, space)
-    splits = open_data(config, space)
+    splits = open_data(config)
     meta = meta_supernet(model, model_kwargs, splits.num_classes, space)
     choices = search_space(space, meta, config.width, config.alphas, fractions_of(config))
     costs = space_costs(choices, meta.adapter.costs, meta.flops(), config.stage_width == "full")
@@ -128,7 +130,8 @@ def _search(config: SearchConfig, space: Space, device: torch.device, on_epoch: 
     config, folder = open_run_of(config, choices)  # only now: weights that cannot be had leave no folder behind
     for line in lines:
         print(line)
-    loaders = make_loaders(config, splits, supernet, device, config.arch_data)
+    loaders = make_loaders(config, splits, supernet, device, config.arch_data, start.name())
+    print(data_line(config, splits, loaders))
     total = total_epochs(config) * updates_per_epoch(config, loaders.train)
     teacher = None
     if space.method.name == "uvc":
@@ -280,8 +283,8 @@ def write_architecture(
 
 
 SEARCH_FACTS = (
-    "dataset", "epochs", "batch_size", "lr", "arch_lr", "arch_data", "gamma", "seed", "stage_width", "alphas",
-    "pretrained", "amp", "detach_teacher",
+    "dataset", "val_fraction", "epochs", "batch_size", "lr", "arch_lr", "arch_data", "gamma", "seed", "stage_width",
+    "alphas", "pretrained", "amp", "detach_teacher",
 )  # fmt: skip
 UVC_FACTS = ("prune", "skip", "distill", "distill_weight", "distill_temperature", "teacher", "warmup_epochs")
 KERNEL_FACTS = ("fractions", "selection", "adjoined", "eta_kc", "rho", "flops_weight")
@@ -293,13 +296,16 @@ def conclude(
     choices: SearchSpace,
     objective: Search,
     training: Training,
-    loaders: Any,
+    loaders: Loaders,
     budget: float | None,
     model: str,
     model_kwargs: dict[str, Any],
     orders: dict[str, list[int]],
 ) -> None:
-    """Select, write arch.json and the weights, measure, draw."""
+    """Select, write arch.json and the weights, measure, draw.
+
+    Large and subnet are measured on the reported split too, once and last: it decides nothing.
+    """
     folder, supernet, device = training.folder, objective.supernet, training.device
     settle(training, best=False)
     supernet.eval()
@@ -324,29 +330,35 @@ def conclude(
         "full_width": lambda x: supernet.small(x, full),
         "subnet": lambda x: supernet.small(x, subnet),
     }
-    scores = {} if loaders.val is None else top_k(networks, loaders.val, device, training.autocast)
+    held_out = {} if loaders.val is None else top_k(networks, loaders.val, device, training.autocast)
+    both = {name: networks[name] for name in ("large", "subnet")}
+    scores = top_k(both, loaders.test, device, training.autocast, f"measuring on the {loaders.reported}")
     table: dict[str, dict[str, float]] = {
         "large": {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9},
         "subnet": {"params": arch.params, "gflops": arch.flops / 1e9},
     }
     for name, row in table.items():
-        row |= {k: scores[f"{name}_{k}"] for k in ("top1", "top5") if f"{name}_{k}" in scores}
+        for k in ("top1", "top5"):
+            row[k] = scores[f"{name}_{k}"]
+            if held_out:
+                row[f"held_out_{k}"] = held_out[f"{name}_{k}"]
     narrowing = {
         "stage_widths": list(subnet.stage_widths),
-        "top1_full_stage_width": scores.get("full_width_top1"),
-        "top1_narrowed": scores.get("subnet_top1"),
+        "held_out_top1_full_stage_width": held_out.get("full_width_top1"),
+        "held_out_top1_narrowed": held_out.get("subnet_top1"),
     }
     facts: dict[str, Any] = {"stage": "search", "space": space.name, "dataset": config.dataset, "seed": config.seed}
-    facts |= {"budget": budget, "split": "val", "precision": str(training.amp_dtype or torch.float32)}
+    facts |= {"budget": budget, "split": loaders.reported, "held_out": loaders.held_out if held_out else None}
+    facts |= {"precision": str(training.amp_dtype or torch.float32)}
     facts |= {"unreadable_images": report_unreadable(loaders), "finalists": measured}
     if not is_main():
         return
     write_json(folder / "summary.json", facts | found | table | {"narrowing": narrowing})
-    print_table(table, f"{space.name} on {config.dataset}, validation split")
-    if subnet != full and scores:
+    print_table(table, f"{space.name} on {config.dataset}", by_split(loaders.reported, loaders.held_out))
+    if subnet != full and held_out:
         print(
-            f"top-1 of the subnet before narrowing its stages {scores['full_width_top1']:.2f} %,"
-            f" after {scores['subnet_top1']:.2f} %"
+            f"top-1 of the subnet before narrowing its stages {held_out['full_width_top1']:.2f} %,"
+            f" after {held_out['subnet_top1']:.2f} %, on {loaders.held_out}"
         )
     from nas.plot import plot_run
 
@@ -355,7 +367,7 @@ def conclude(
 
 
 def decide(
-    objective: Search, training: Training, loaders: Any, full_stage_width: bool
+    objective: Search, training: Training, loaders: Loaders, full_stage_width: bool
 ) -> tuple[list[Picks], Selection | None, list[dict[str, Any]]]:
     """The likeliest finalist whose held-out top-1, at once and untrained, is within a standard error of the best.
 
@@ -380,11 +392,12 @@ def decide(
     taken = next(i for i, value in enumerate(top1) if value >= max(top1) - error)
     print(
         f"stage widths: {len(entries)} combinations fit the budget, the likeliest architecture of each has"
-        f" {min(top1):.2f} to {max(top1):.2f} % top-1; taken: number {taken + 1} by probability, {top1[taken]:.2f} %"
+        f" {min(top1):.2f} to {max(top1):.2f} % top-1 on {training.held_out}; taken: number {taken + 1} by"
+        f" probability, {top1[taken]:.2f} %"
     )
     measured = [
-        {"stage_widths": list(subnet.stage_widths), "flops": supernet.flops(subnet), "top1": value, "taken": i == taken}
-        for i, (subnet, value) in enumerate(zip(subnets, top1, strict=True))
+        {"stage_widths": list(s.stage_widths), "flops": supernet.flops(s), "held_out_top1": value, "taken": i == taken}
+        for i, (s, value) in enumerate(zip(subnets, top1, strict=True))
     ]
     return *entries[taken], measured
 

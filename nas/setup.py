@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from nas.backbone import Start, build, check_family, starting_backbone
 from nas.checkpoint import write_text
 from nas.config import Common, parse_key_values
-from nas.data import LoaderSpec, eval_loader, mixup_fn, train_loader
+from nas.data import eval_loader, mixup_fn, train_loader
 from nas.datasets import DataSpec, Splits, open_splits
 from nas.distributed import gather, is_main, local_device, mean_gradients, on_main, rank, world_size
 from nas.folders import few
 from nas.loop import seed_everything
 from nas.losses import cross_entropy
+from nas.split_names import held_out_words
 from nas.tensorboard import writer_class
+from nas.transforms import LoaderSpec
 from search_spaces.errors import UserError
 from search_spaces.method import FRACTIONS, Settings
 from search_spaces.registry import Space
@@ -113,7 +116,7 @@ def start_of(config: Common) -> Start:
     return Start(bool(config.pretrained) and config.checkpoint is None, config.checkpoint, config.seed)
 
 
-def open_data(config: Common, space: Space) -> Splits:
+def open_data(config: Common) -> Splits:
     """The dataset's three parts."""
     return open_splits(
         DataSpec(
@@ -136,13 +139,18 @@ def dataset_of(config: Common) -> str:
 
 @dataclass(frozen=True)
 class Loaders:
-    """Batches of a run. val is None when nothing is held out, arch unless the held-out part trains the choices."""
+    """Batches of a run. val is None when nothing is held out, arch unless the held-out part trains the choices.
+
+    reported, held_out: what the images of test and of val are, in words.
+    """
 
     train: Any
     val: Any
     test: Any
     arch: Any
     mixup: Any
+    reported: str
+    held_out: str
 
     def stats(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation that images are normalised with, (C, 1, 1) each, in [0, 1]."""
@@ -155,23 +163,17 @@ class Loaders:
         return {name: error for loader in loaders for name, error in loader.corrupt.files.items()}
 
 
-def make_loaders(
-    config: Common, splits: Splits, supernet: Supernet, device: torch.device, arch_data: str = "train"
-) -> Loaders:
-    """timm's transforms and loaders for the backbone's input size, mean and interpolation.
-
-    arch_data "val" asks for training batches of the held-out part too, for the architecture parameters.
-    """
+def loader_spec(config: Common, backbone: nn.Module, size: tuple[int, int, int]) -> LoaderSpec:
+    """How images become batches for a backbone that reads (C, H, W): by its own timm configuration, and the options."""
     from timm.data import resolve_data_config
 
-    size = supernet.adapter.input_size
     own: dict[str, Any] = {name: getattr(config, name) for name in ("interpolation", "mean", "std")}
     for name in ("mean", "std"):
         if own[name] is not None and len(own[name]) not in (1, size[0]):
             raise UserError(f"--{name} has {len(own[name])} numbers; the network reads {size[0]} channels")
-    data = resolve_data_config({"input_size": size} | own, model=supernet.backbone)
+    data = resolve_data_config({"input_size": size} | own, model=backbone)
     embedded = dataset_of(config) == "digits"
-    spec = LoaderSpec(
+    return LoaderSpec(
         batch_size=config.batch_size or 64,
         input_size=size,
         mean=data["mean"],
@@ -192,6 +194,22 @@ def make_loaders(
         recount=config.recount,
         aug_repeats=config.aug_repeats,
     )
+
+
+def make_loaders(
+    config: Common,
+    splits: Splits,
+    supernet: Supernet,
+    device: torch.device,
+    arch_data: str = "train",
+    seen_by: str | None = None,
+) -> Loaders:
+    """timm's transforms and loaders for the backbone's input size, mean and interpolation.
+
+    arch_data "val" asks for training batches of the held-out part too, for the architecture parameters. seen_by: the
+    weights that may have been trained on what is held out here, in words.
+    """
+    spec = loader_spec(config, supernet.backbone, supernet.adapter.input_size)
     make_train = partial(train_loader, spec=spec, seed=config.seed, device=device, rank=rank(), world_size=world_size())
     make_eval = partial(eval_loader, spec=spec, device=device, rank=rank(), world_size=world_size())
     mixup = mixup_fn(
@@ -210,7 +228,18 @@ def make_loaders(
         test=make_eval(splits.test),
         arch=make_train(splits.val) if arch_data == "val" else None,
         mixup=mixup,
+        reported=splits.reported,
+        held_out=held_out_words(seen_by),
     )
+
+
+def data_line(config: Common, splits: Splits, loaders: Loaders) -> str:
+    """Which images do what in a run."""
+    numbers = {name: loader.num_images for name in ("train", "val", "test") if (loader := getattr(loaders, name))}
+    words = f"{dataset_of(config)}: {numbers['train']:,} images train"
+    if "val" in numbers:
+        words += f", {numbers['val']:,} {loaders.held_out} decide"
+    return f"{words}, {numbers['test']:,} of the {splits.reported} are only reported on; {splits.num_classes} classes"
 
 
 def amp_dtype(config: Common, device: torch.device) -> torch.dtype | None:

@@ -69,7 +69,7 @@ class AshaByCost(FIFOScheduler):  # type: ignore[misc]
         self.ashas = {
             group: ASHAScheduler(
                 time_attr="iteration",
-                metric="top1",
+                metric="held_out_top1",
                 mode="max",
                 max_t=most,
                 grace_period=max(1, most // 9),

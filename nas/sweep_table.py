@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from nas.run import write_csv
+from nas.split_names import HELD_OUT
 from nas.sweep_trial import epochs_done, outcome_of
 from nas.trials import Trial, short
 
 TRIALS = "trials.csv"
-MEASURES = ("top1", "top5", "gflops", "params", "images_per_s")
+MEASURES = ("top1", "top5", "held_out_top1", "gflops", "params", "images_per_s")
 STATES = ("done", "stopped", "failed", "running", "waiting")
 SHOWN = 30  # rows of the live table; the rest is counted
 
@@ -40,7 +41,7 @@ class Board:
 
     def epoch(self, name: str, result: Mapping[str, Any]) -> None:
         """An epoch is done."""
-        seen = {k: result[k] for k in ("stage", "epoch", "top1", "gflops", "node") if k in result}
+        seen = {k: result[k] for k in ("stage", "epoch", "held_out_top1", "gflops", "node") if k in result}
         self.live.setdefault(name, {}).update(seen)
         self._refresh()
 
@@ -67,7 +68,7 @@ class Board:
         row = self.by_name[name]
         if row["status"] == "waiting":
             return [f"trial {name}: its process or node is lost; it is started again"]
-        top1 = [f"{row['top1']:.2f} %"] if isinstance(row["top1"], float) else []
+        top1 = [f"{row['top1']:.2f} % on the {row['split']}"] if isinstance(row["top1"], float) else []
         error = [f"({row['error']})"] if row["error"] else []
         return [f"trial {name} ({self.trials[name].words()}): {row['status']}", *top1, *error]
 
@@ -98,15 +99,17 @@ class Board:
         options = list(next(iter(self.trials.values())).values)
         count = Counter(row["status"] for row in self.rows)
         title = ", ".join(f"{count[s]} {s}" for s in STATES if count[s])
-        table = Table("trial", *options, "status", "stage", "epoch", "top-1 (%)", "GFLOPs", "s", title=title)
+        scores = ("held-out top-1 (%)", "top-1 (%)")
+        table = Table("trial", *options, "status", "stage", "epoch", *scores, "GFLOPs", "s", title=title)
         rank = {"running": 0, "failed": 1, "waiting": 3}
         chosen = sorted(self.rows, key=lambda r: rank.get(r["status"], 2))[:SHOWN]
         for row in sorted(chosen, key=lambda r: str(r["trial"])):
             name = row["trial"]
             live = self.live.get(name, {})
             since = f"{time.monotonic() - live['since']:.0f}" if row["status"] == "running" else ""
-            top1, gflops = (row[k] if row[k] != "" else live.get(k, "") for k in ("top1", "gflops"))
-            cells = [row["status"], live.get("stage", ""), live.get("epoch", ""), short(top1), short(gflops), since]
+            keys = ("held_out_top1", "top1", "gflops")
+            values = [short(row[k] if row[k] != "" else live.get(k, "")) for k in keys]
+            cells = [row["status"], live.get("stage", ""), live.get("epoch", ""), *values, since]
             table.add_row(name, *(short(v) for v in self.trials[name].values.values()), *map(str, cells))
         return table
 
@@ -132,7 +135,8 @@ def trial_row(sweep: Path, trial: Trial) -> dict[str, Any]:
     if done:
         row |= {"epochs": done[-1]["epoch"]}
         if row["status"] == "stopped":  # all there is to know of it
-            row |= {k: done[-1][k] for k in ("top1", "gflops") if k in done[-1]} | {"stage": "search"}
+            row |= {k: done[-1][k] for k in ("held_out_top1", "gflops") if k in done[-1]} | {"stage": "search"}
+            row |= {"top1": row["held_out_top1"], "split": HELD_OUT}
     for stage in ("search", "retrain"):
         run = folder / stage
         if not run.is_dir():

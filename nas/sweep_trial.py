@@ -132,11 +132,11 @@ def here(config: Any, folder: Path) -> Any:
 
 
 def figures(row: Mapping[str, Any], stage: str) -> dict[str, Any]:
-    """What the table shows of an epoch; ASHA compares `top1` of the search at `iteration`."""
+    """What the table shows of an epoch; ASHA compares `held_out_top1` of the search at `iteration`."""
     shown: dict[str, Any] = {"epoch": int(float(row["epoch"]))}
-    top1 = row.get("subnet_top1", row.get("large_top1"))
+    top1 = row.get("held_out_subnet_top1", row.get("held_out_large_top1"))
     if top1 not in (None, ""):
-        shown["top1"] = float(top1)
+        shown["held_out_top1"] = float(top1)
     if row.get("selected_gflops") not in (None, ""):
         shown["gflops"] = float(row["selected_gflops"])
     return shown | ({"iteration": shown["epoch"]} if stage == "search" else {})

@@ -29,8 +29,11 @@ def make_training(
     arch_optimizer = None if arch_lr is None else objective.architecture_optimizer(arch_lr)
 
     def evaluate() -> dict[str, float]:
+        if loaders.val is None:
+            return {}
         networks = {name: network for name, network in objective.networks().items() if name != "teacher"}
-        return {} if loaders.val is None else top_k(networks, loaders.val, device, training.autocast)
+        scores = top_k(networks, loaders.val, device, training.autocast)
+        return {f"held_out_{name}": score for name, score in scores.items()}
 
     training = Training(
         objective=objective,
@@ -42,6 +45,7 @@ def make_training(
         seed=config.seed,
         device=device,
         evaluate=evaluate,
+        held_out=loaders.held_out,
         arch_optimizer=arch_optimizer,
         arch_loader=loaders.arch,
         mixup=loaders.mixup,

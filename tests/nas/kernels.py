@@ -121,5 +121,6 @@ def training_of(objective: Adjoined, folder: Path, evaluate: Any) -> Training:
         seed=0,
         device=torch.device("cpu"),
         evaluate=evaluate,
+        held_out="held-out training images",
         arch_optimizer=torch.optim.Adam(parameters, lr=0.1) if parameters else None,
     )

@@ -35,7 +35,7 @@ def decide(objective: Differentiable, top1: list[float] | None, monkeypatch: pyt
 
     monkeypatch.setattr(nas.search, "top_k", measured)
     val = None if top1 is None else SimpleNamespace(num_images=n)
-    training: Any = SimpleNamespace(device=torch.device("cpu"), autocast=None)
+    training: Any = SimpleNamespace(device=torch.device("cpu"), autocast=None, held_out="held out")
     return nas.search.decide(objective, training, SimpleNamespace(val=val), full_stage_width=False)
 
 
@@ -52,7 +52,7 @@ def test_the_likeliest_within_a_standard_error_of_the_best_is_taken(monkeypatch:
         picks, selection, measured = decide(objective, top1, monkeypatch)
         assert (picks, selection) == entries[expected]
         assert [row["taken"] for row in measured].index(True) == expected
-        assert [row["top1"] for row in measured] == top1
+        assert [row["held_out_top1"] for row in measured] == top1
         assert [row["flops"] for row in measured] == [s.flops for _, s in entries if s is not None]
         assert len({tuple(row["stage_widths"]) for row in measured}) == len(entries)
     few_images, *_ = decide(objective, [10.0, 19.0, 20.9, *far], monkeypatch, n=400)

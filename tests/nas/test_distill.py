@@ -76,7 +76,7 @@ def options(folder, **more):
 def made(folder, base, origin, fresh=False, net=None, **more):
     config = options(folder, **more)
     net = net or tiny.supernet()
-    splits = tiny.Splits(None, None, None, 4, None)
+    splits = tiny.Splits(None, None, None, 4, None, "test split")
     return make_teacher(config, net, tiny.VIT, base, origin, fresh, splits, STATS, tiny.CPU)
 
 
@@ -138,7 +138,7 @@ def test_a_run_trains_and_logs_only_its_own_networks(tmp_path, train):
     fit(training, resume=False, words="test")
     assert not torch.equal(before, net.backbone.head.weight)
     columns = {name for name in training.rows[-1] if name.endswith("_top1")}
-    assert columns == {"large_top1"} if train == "plain" else {"subnet_top1"}
+    assert columns == {"held_out_large_top1" if train == "plain" else "held_out_subnet_top1"}
 
 
 def test_plain_needs_no_alpha_and_takes_none(tmp_path):

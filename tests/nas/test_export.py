@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_both_files_give_the_networks_logits_at_any_batch(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in nas.export.PACKAGES:
         pytest.importorskip(name)
-    write_json(run / "summary.json", {"dataset": "digits", "split": "test", "compact": {"top1": 91.5}})
+    write_json(run / "summary.json", {"dataset": "digits", "split": "test fifth", "compact": {"top1": 91.5}})
     options = [str(run), "--no-compile", "--rounds", "6", "--seconds", "0", "--batches", "1", "3"]
     result = run_export(parser().parse_args(options))
     network = load_compact(run)

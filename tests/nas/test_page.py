@@ -22,8 +22,10 @@ def rows() -> list[dict[str, Any]]:
     for i in range(10):
         top1 = 90 + i - (4 if i == 5 else 0)
         found.append({"top1": top1, "gflops": 0.001 * (i + 1), "params": 1e5 * (i + 1), "images_per_s": 9000 / (i + 1)})
-    found = [{"status": "done", "stage": "retrain", "split": "test", "error": ""} | r for r in found]
-    found.append({"status": "stopped", "stage": "search", "split": "validation", "top1": 80.5, "gflops": 0.0045})
+    found = [{"status": "done", "stage": "retrain", "split": "validation split", "error": ""} | r for r in found]
+    found.append(
+        {"status": "stopped", "stage": "search", "split": "held-out training images", "top1": 80.5, "gflops": 0.0045}
+    )
     found.append({"status": "failed", "error": "the ce term of the loss is nan </script><img src=x onerror=alert(1)>"})
     empty = dict.fromkeys(("status", "stage", "split", "top1", "gflops", "params", "images_per_s", "error"), "")
     order = [2, 10, 0, 11, 1, 3, 4, 5, 6, 7, 8, 9]

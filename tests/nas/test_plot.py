@@ -136,7 +136,7 @@ def test_runs_share_a_configuration_when_only_their_seed_differs(tmp_path):
     runs = [make_run(tmp_path / f"seed{s}", seed=s) for s in (1, 2)] + [make_run(tmp_path / "other", budget=0.3)]
     one, two, other = ([p["config"] for p in run_points(run) if p["role"] == "subnet"] for run in runs)
     assert one == two != other
-    assert [p["split"] for p in run_points(runs[0])] == ["validation"] * 2
+    assert [p["split"] for p in run_points(runs[0])] == ["validation split"] * 2
 
 
 def test_networks_compressed_alike_are_joined(tmp_path, drawn):

@@ -49,11 +49,11 @@ def test_front_is_the_non_dominated_set_for_every_cost(x, sign, scale, label):
 
 
 def test_fronts_of_two_splits_are_kept_apart():
-    points = random_points().assign(split=["validation", "test", "test"] * 5)
+    points = random_points().assign(split=["validation split", "test split", "test split"] * 5)
     (axes,) = pareto_figure(points, "run").axes
-    for split in ("validation", "test"):
+    for split in ("validation split", "test split"):
         own = points[points.split == split]
-        front = lines(axes)[f"front on the {split} split"]
+        front = lines(axes)[f"front on the {split}"]
         assert len(front.get_xdata()) == len(non_dominated(own.gflops, own.top1))
     strokes = {lines(axes)[f"front on the {s} split"].get_linestyle() for s in ("validation", "test")}
     assert len(strokes) == 2

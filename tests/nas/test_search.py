@@ -89,7 +89,7 @@ def test_a_search_writes_all_it_promises(search: tuple[SearchConfig, Path]) -> N
     rows = log_rows(folder / "log.csv")
     assert [int(row["epoch"]) for row in rows] == [1, 2]
     assert [float(row["t"]) for row in rows] == [0.5, 1.0]
-    assert 0 < float(rows[0]["large_top1"]) <= 100
+    assert 0 < float(rows[0]["held_out_large_top1"]) <= 100
     choices = list(csv.DictReader(io.StringIO((folder / "choices.csv").read_text())))
     for epoch in ("1", "2"):
         for block in ("0", "1"):

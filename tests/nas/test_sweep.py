@@ -162,7 +162,7 @@ def test_a_trial_is_the_same_command_without_ray_and_nothing_listens_outside(swe
     subprocess.run(retrain, cwd=ROOT, check=True)
     assert_same_run(sweep.folder / "002/search", found)
     assert_same_run(sweep.folder / "002/retrain", trained)
-    assert rows[2]["stage"] == "retrain" and rows[2]["split"] == "test"
+    assert rows[2]["stage"] == "retrain" and rows[2]["split"] == "test fifth"
     assert float(rows[2]["images_per_s"]) > 0
     for name in ("pareto.png", "pareto.pdf", "index.html"):
         assert (sweep.folder / name).stat().st_size > 1000

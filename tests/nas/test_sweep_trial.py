@@ -17,6 +17,7 @@ import nas.search
 import nas.storage
 from nas.config import RetrainConfig, SearchConfig, SweepConfig
 from nas.run import open_run, write_csv, write_json
+from nas.split_names import HELD_OUT
 from nas.storage import Storage, exclusive, scratch, storage_of
 from nas.sweep_table import Board
 from nas.sweep_trial import as_plain, epochs_done, finished, outcome_of, run_trial
@@ -44,7 +45,7 @@ class Fake:
             if self.dies_at == (stage, epoch):
                 raise self.error
             self.ran.append((stage, config.seed, epoch, config.resume))
-            row = {"epoch": epoch, "subnet_top1": 50.0 + epoch, "selected_gflops": 0.5}
+            row = {"epoch": epoch, "held_out_subnet_top1": 50.0 + epoch, "selected_gflops": 0.5}
             rows.append(row)  # type: ignore[arg-type]
             write_csv(log, rows)
             print(f"epoch {epoch}")
@@ -52,6 +53,7 @@ class Fake:
         small = {"params": 10, "gflops": 0.5, "top1": 61.0 + config.seed, "top5": 90.0}
         name = "subnet" if stage == "search" else "compact"
         facts = {"stage": stage, "space": "swin-dan-nano", "dataset": "digits", "seed": config.seed}
+        facts |= {"split": "test fifth"}
         write_json(folder / "summary.json", facts | {name: small, "large": small})
         (folder / "arch.json").write_text("{}")
         return folder
@@ -79,7 +81,7 @@ def run(one: Trial, sweep: Path, storage: Storage | None = None, node: str = "no
 def test_a_trial_runs_both_stages_once_and_reports_every_epoch(fake: Fake, tmp_path: Path) -> None:
     one = trial(retrain=True, seed=4)
     rows = run(one, tmp_path)
-    assert [(r["stage"], r["epoch"], r["top1"]) for r in rows] == [
+    assert [(r["stage"], r["epoch"], r["held_out_top1"]) for r in rows] == [
         (stage, epoch, 50.0 + epoch) for stage in ("search", "retrain") for epoch in (1, 2, 3)
     ]
     assert [r.get("iteration") for r in rows] == [1, 2, 3, None, None, None]  # ASHA compares searches
@@ -217,7 +219,7 @@ def test_the_table_has_every_trial_once_whatever_happens(
     assert states() == ["waiting"] * 4
     for name in ("000", "001"):
         board.started(name)
-    board.epoch("000", {"stage": "search", "epoch": 2, "top1": 52.0, "gflops": 0.5})
+    board.epoch("000", {"stage": "search", "epoch": 2, "held_out_top1": 52.0, "gflops": 0.5})
     board.lost("001")
     assert states() == ["running", "waiting", "waiting", "waiting"]
     board.started("001")
@@ -232,9 +234,10 @@ def test_the_table_has_every_trial_once_whatever_happens(
         board.ended(name)
     assert states() == ["done", "failed", "stopped", "waiting"]
     done, failed, stopped, _ = board.rows
-    assert (done["top1"], done["stage"], done["split"], done["search"]) == (61.0, "retrain", "test", "000/search")
+    assert (done["top1"], done["stage"], done["split"], done["search"]) == (61.0, "retrain", "test fifth", "000/search")
     assert (failed["error"], failed["restarts"], failed["epochs"]) == ("no luck", 1, 2)
     assert (stopped["top1"], stopped["epochs"], stopped["gflops"]) == (52.0, 2, 0.5)  # all there is to know
+    assert stopped["split"] == HELD_OUT and stopped["held_out_top1"] == 52.0
     assert Board(tmp_path, trials).rows[0] == board.rows[0]
     capsys.readouterr()
     board.print_all()
@@ -254,11 +257,14 @@ def test_asha_ends_what_falls_behind_among_networks_of_one_cost() -> None:
     accuracy = [30, 29, 28, 27, 80, 79, 78, 77]  # the small budget is worse throughout
     actions = []
     for one, top1 in zip(seen, accuracy, strict=True):
-        result = {"stage": "search", "iteration": 1, "top1": float(top1)}
+        result = {"stage": "search", "iteration": 1, "held_out_top1": float(top1)}
         actions.append(scheduler.on_trial_result(None, one, result))
     assert actions[0] == actions[4] == "CONTINUE"
     assert actions[3] == actions[7] == "STOP"
-    assert scheduler.on_trial_result(None, seen[0], {"stage": "search", "iteration": 9, "top1": 31.0}) == "CONTINUE"
+    assert (
+        scheduler.on_trial_result(None, seen[0], {"stage": "search", "iteration": 9, "held_out_top1": 31.0})
+        == "CONTINUE"
+    )
     assert scheduler.on_trial_result(None, seen[0], {"stage": "retrain", "epoch": 1}) == "CONTINUE"
     scheduler.on_trial_complete(None, seen[0], {})
     scheduler.on_trial_remove(None, seen[1])

@@ -53,7 +53,7 @@ def test_splits_and_classes_arrive(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(nas.setup, "open_splits", seen.append)
     options = tiny.config(tmp_path, train_split="a", val_split="b", num_classes=7)
-    nas.setup.open_data(options, None)
+    nas.setup.open_data(options)
     assert (seen[0].train_split, seen[0].test_split, seen[0].num_classes) == ("a", "b", 7)
 
 
@@ -203,7 +203,7 @@ def test_compiled_forwards_give_the_eager_loss(tmp_path):
 
 def scripted(training, scores):
     """Let the held-out accuracy of epoch e be scores[e]."""
-    training.evaluate = lambda: {"subnet_top1": scores[len(training.rows)]}
+    training.evaluate = lambda: {"held_out_subnet_top1": scores[len(training.rows)]}
     return training
 
 

@@ -46,7 +46,8 @@ def config(folder: Any, **options: Any) -> RetrainConfig:
 
 
 def loaders(options: RetrainConfig, net: Supernet, n: int = 32) -> Loaders:
-    splits = Splits(noise(n), noise(8, seed=1), noise(8, seed=2), 4, ("class0", "class1", "class2", "class3"))
+    names = tuple(f"class{i}" for i in range(4))
+    splits = Splits(noise(n), noise(8, seed=1), noise(8, seed=2), 4, names, "test split")
     return make_loaders(options, splits, net, CPU)
 
 
