@@ -150,7 +150,8 @@ class Fetch(Dataset[Item]):
 
 def _broken(image: str, doing: str, error: Exception) -> Failure:
     words = str(error) if isinstance(error, TransformError) else f"{type(error).__name__}: {reason(error)}"
-    return Failure(image, f"error while {doing} it ({words})", ends_the_run=True)
+    advice = "replace or remove the image" + (", or change --aa" if doing == "augmenting" else "")
+    return Failure(image, f"error while {doing} it ({words}); {advice}", ends_the_run=True)
 
 
 class Stream(IterableDataset[Item]):

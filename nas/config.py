@@ -28,11 +28,11 @@ class Common:
     train_split: str = "train"
     """the training split's name"""
     val_split: str = "validation"
-    """the split that results are reported on (timm's name for it); decisions are taken on --val-fraction"""
+    """the split that results are reported on (timm's name for it), once and at the end; it decides nothing"""
     num_classes: int | None = None
     """only where the dataset does not record it"""
     val_fraction: float = 0.1
-    """share of the training set held out; every decision is taken on it, never on the test split"""
+    """share of the training images held out of training; every decision is taken on it, none on --val-split"""
     class_map: str = ""
     """timm's class map file"""
     download: bool = False

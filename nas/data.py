@@ -39,7 +39,7 @@ class Corrupt:
         """Count and log each file once. UserError when they exceed 1 % of the set, or for any failure but reading."""
         for name, error, ends_the_run in failures:
             if ends_the_run:
-                raise UserError(f"{name}: {error}; leave this image out, or change what is done to it (--aa, --no-aug)")
+                raise UserError(f"{name}: {error}")
             if name not in self.files:
                 self.files[name] = error
                 logger.warning("left out an image that cannot be read: %s: %s", name, error)

@@ -235,11 +235,10 @@ def make_loaders(
 
 def data_line(config: Common, splits: Splits, loaders: Loaders) -> str:
     """Which images do what in a run."""
-    numbers = {name: loader.num_images for name in ("train", "val", "test") if (loader := getattr(loaders, name))}
-    words = f"{dataset_of(config)}: {numbers['train']:,} images train"
-    if "val" in numbers:
-        words += f", {numbers['val']:,} {loaders.held_out} decide"
-    return f"{words}, {numbers['test']:,} of the {splits.reported} are only reported on; {splits.num_classes} classes"
+    words = [f"trains on {loaders.train.num_images:,} images"]
+    words += [] if loaders.val is None else [f"decides on {loaders.val.num_images:,} {loaders.held_out}"]
+    words += [f"reports on the {loaders.reported} ({loaders.test.num_images:,} images)"]
+    return f"{dataset_of(config)}, {splits.num_classes} classes: {', '.join(words)}"
 
 
 def amp_dtype(config: Common, device: torch.device) -> torch.dtype | None:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search_spaces.errors import UserError
+from search_spaces.errors import UserError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nas.data import Loader
     from nas.speed import Network
 
-DATA = ("dataset", "data_dir", "val_split", "num_classes", "batch_size", "workers")
+DATA = ("dataset", "data_dir", "val_split", "num_classes", "class_map", "batch_size", "workers")
 IMAGES = ("interpolation", "crop_pct", "mean", "std")
 OF_A_MODEL = ("model_kwargs", "checkpoint")
 
@@ -147,7 +147,14 @@ def of_a_model(options: argparse.Namespace, device: "torch.device") -> Subject:
         f"images: {size[1]} x {size[2]} px, {spec.interpolation}, centre crop {spec.crop_pct:g},"
         f" mean {_numbers(spec.mean)}, std {_numbers(spec.std)}"
     )
-    costs = {"params": sum(p.numel() for p in network.parameters()), "gflops": count_macs(network, size, device) / 1e9}
+    try:
+        macs = count_macs(network, size, device)
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"{options.model} cannot read images of {size[1]} x {size[2]} px ({reason(error)}); give --model-kwargs"
+            " img_size=…"
+        ) from None
+    costs = {"params": sum(p.numel() for p in network.parameters()), "gflops": macs / 1e9}
     return Subject(
         title=f"{options.model}, {source}",
         networks={"network": network},
@@ -195,6 +202,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data-dir", type=Path)
     add("--val-split", help="the split to measure on; default: the run's own, validation")
     add("--num-classes", type=int, help="only where the dataset does not record it")
+    add("--class-map", metavar="FILE", help="timm's class map, where the folders' natural order is not the network's")
     add("--batch-size", type=int, default=64)
     add("--workers", type=int)
     add("--interpolation", help="of the resize; like the next three, the run's or the model's own unless given")

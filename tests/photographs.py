@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-TINY_IMAGENET = Path(__file__).parents[2] / "shared" / "data" / "tinyimagenet100"
+SHARED = Path(__file__).parents[2] / "shared"
+TINY_IMAGENET = SHARED / "data" / "tinyimagenet100"
+PRETRAINED = SHARED / "pretrained" / "vit_small_patch14_dinov2_tiny100_112px.safetensors"
 
 
 def photograph(seed: int, size: tuple[int, int] = (64, 64), hue: float = 0.0) -> Image.Image:

@@ -77,6 +77,15 @@ def test_a_candidate_reads_the_same_from_csv_and_json(value, text):
 # --- curves ---
 
 
+def test_the_accuracies_are_called_after_their_images_in_older_logs_too():
+    log = log_rows().rename(columns=lambda name: name.removeprefix("held_out_"))
+    figure = curves_figure(log, "run", held_out="held-out training images, perhaps seen by the checkpoint")
+    axes = panel(figure, "accuracy")
+    assert axes.get_title() == "Accuracy on held-out training images,\nperhaps seen by the checkpoint"
+    np.testing.assert_array_equal(lines(axes)["subnet, top-1"].get_ydata(), log["subnet_top1"])
+    assert panel(curves_figure(log, "run"), "accuracy").get_title() == "Accuracy on held-out training images"
+
+
 def test_curves_show_every_column_of_the_log_and_the_budget():
     log = log_rows(budget=0.45)
     figure = curves_figure(log, "swin-dan-nano on digits", BACKBONE, 0.45)

@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.data import create_dataset, create_transform, resolve_data_config
 
 from nas.compact_file import load_compact
 from nas.opened import open_folder, test_images
 from nas.validate import main, parser, run_validate
 from search_spaces.errors import UserError
+from supernets.supernet import Supernet
 from tests.nas.finished import finished_run
+from tests.photographs import PRETRAINED, TINY_IMAGENET, class_folders
 
 test_images.__test__ = False  # type: ignore[attr-defined]  # not a test
 CPU = torch.device("cpu")
@@ -66,3 +70,87 @@ def test_what_does_not_fit_is_refused(run: Path, tmp_path: Path, capsys: pytest.
         with pytest.raises(SystemExit) as stop:
             main()
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("nas.validate: error: ")
+
+
+VIT = ("vit_tiny_patch16_224", dict(img_size=48, embed_dim=48, depth=2, num_heads=4))
+VIT_KWARGS = [f"{k}={v}" for k, v in VIT[1].items()]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return class_folders(tmp_path_factory.mktemp("photographs"), classes=4, train=2, val=12)
+
+
+def saved(folder: Path, model: str, num_classes: int = 4, **kwargs: Any) -> Path:
+    """A file of random weights, under the wrapping that a training script leaves."""
+    torch.manual_seed(3)
+    network = timm.create_model(model, num_classes=num_classes, **kwargs)
+    path = folder / "theirs.pth"
+    torch.save({"state_dict": {f"module.{n}": t.half() for n, t in network.state_dict().items()}, "epoch": 3}, path)
+    return path
+
+
+def test_a_network_that_no_run_made_is_measured_as_timm_would(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, kwargs = VIT
+    checkpoint = saved(tmp_path, model, **kwargs)
+    arguments = ["--model", model, "--model-kwargs", *VIT_KWARGS, "--checkpoint", checkpoint, "--data-dir", photographs]
+    result = validate(*arguments, "--crop-pct", "0.9", "--output", tmp_path / "out.json")
+    said = capsys.readouterr().out
+    network = timm.create_model(model, num_classes=4, **kwargs).eval()
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    network.load_state_dict({n.removeprefix("module."): t.float() for n, t in state.items()})
+    data = resolve_data_config({"input_size": (3, 48, 48), "crop_pct": 0.9}, model=network)
+    images = create_dataset("", str(photographs), split="validation", transform=create_transform(**data))
+    with torch.no_grad():
+        right = sum(int(network(image[None]).argmax()) == label for image, label in images)
+    (row,) = result["networks"].values()
+    assert len(images) == result["images"] == 48
+    assert row["top1"] == pytest.approx(100 * right / 48) and 0 < right < 48
+    assert row["params"] == sum(p.numel() for p in network.parameters())
+    assert row["gflops"] == Supernet(network).flops() / 1e9  # torch's counter and ours agree
+    assert json.loads((tmp_path / "out.json").read_text()) == result
+    assert "the spaces vit-* and deit-* take it" in said and "48 x 48 px, bicubic, centre crop 0.9" in said
+    assert result["split"] == "validation split" and f"{checkpoint}, validation split" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "theirs.pth"]
+
+
+def test_a_network_of_no_space_is_measured_all_the_same(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = saved(tmp_path, "resnet10t")
+    result = validate("--model", "resnet10t", "--checkpoint", checkpoint, "--data-dir", photographs)
+    assert 0 <= result["networks"]["network"]["top1"] <= 100
+    assert "measured only, no space takes it (ResNet is not a supported backbone" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["theirs.pth"]  # nothing is written unless asked for
+
+
+def test_what_leaves_nothing_to_measure_is_refused(run: Path, photographs: Path, tmp_path: Path) -> None:
+    model, kwargs = VIT
+    checkpoint = saved(tmp_path, model, num_classes=9, **kwargs)
+    named = ["--model", model, "--model-kwargs", *VIT_KWARGS, "--data-dir", photographs]
+    for arguments, said in (
+        ([], "give --weights, a run's folder or file, or --model"),
+        (["--weights", run, *named], "one of them"),
+        (["--weights", run, "--checkpoint", checkpoint], "--checkpoint goes with --model"),
+        ([*named, "--checkpoint", checkpoint], "no classifier for the 4 classes of this dataset"),
+        ([*named, "--checkpoint", tmp_path / "none.pth"], r"none\.pth: no such file"),
+        ([*named, "--no-pretrained"], "--no-pretrained leaves nothing to measure"),
+        ([*named, "--pretrained", "--checkpoint", checkpoint], "both name the weights"),
+        (["--model", "vit_tinny", "--checkpoint", checkpoint], "unknown model"),
+        ([*named, "--checkpoint", checkpoint, "--val-split", "nowhere"], "found only train"),
+    ):
+        with pytest.raises(UserError, match=said) as error:
+            validate(*arguments)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PRETRAINED.is_file(), reason="shared/pretrained does not lie beside the checkout")
+def test_a_real_network_has_the_accuracy_it_was_given_with() -> None:
+    """75.16 % on 5,000 validation images, by its README; weights in half precision, trained and measured elsewhere."""
+    model = ["--model", "vit_small_patch14_dinov2", "--model-kwargs", "img_size=112", "--checkpoint", PRETRAINED]
+    (row,) = validate(*model, "--data-dir", TINY_IMAGENET)["networks"].values()
+    assert row["top1"] == pytest.approx(75.16, abs=0.1)
+    assert row["gflops"] == pytest.approx(1.434, abs=5e-4)

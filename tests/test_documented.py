@@ -1,0 +1,261 @@
+"""Every command that README.md and docs/ print is run as it stands, but for model, data folder and epochs."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from nas.imagenet100 import CLASSES as IMAGENET100
+from search_spaces.registry import get_space
+from supernets import t2t_vit  # noqa: F401  registers T2T-ViT with timm
+from supernets.supernet import Supernet
+from tests.documented import ROOT, Command, all_commands
+from tests.photographs import photograph
+
+NOT_RUN = {  # what cannot be run that way: as it begins, and why
+    "pip install uv && uv run pytest": "is what runs this test",
+    "pip install 'vit-nas[export]'": "the project lies in no package registry; the extra is in the tests' environment",
+    "torchrun --nproc-per-node 8": "eight GPUs; tests/nas/test_distributed.py runs two processes",
+    "torchrun --nnodes 2": "two machines; tests/nas/test_distributed.py runs two agents on one",
+    "srun torchrun": "a Slurm cluster",
+    "python search.py --space swin-dan --dataset imagenet100 --data-dir /data/imagenet --sweep": "a Ray cluster with"
+    " GPUs; tests/nas/test_sweep.py runs two nodes on one machine",
+    "python -m nas.export results/<run> --push-to-hub": "an account on the Hub; tests/nas/test_export.py goes as far"
+    " as the network",
+}
+FEWER = {  # run with less than they measure by default, and why
+    "benchmarks/digits.py": "--seeds 0",  # every seed runs the same code
+    "benchmarks/methods.py": "--seeds 0",
+    "benchmarks/sweep.py": "--trials 2",
+    "benchmarks/stage_options.py": "--options float32 bf16 channels-last",  # torch.compile takes ten minutes
+}
+NAMED = {"python -m nas.export", "python -m nas.kernel_complexity"}  # named without arguments: their --help is run
+# What benchmarks take as their model. compact_speed's own nets are of full size, and so are all by default.
+SMALL_NETS = {
+    "search_step": "--nets nano", "stage_options": "--nets nano", "compact_speed": "--nets nano",
+    "processes": "--net nano", "importance": "--space vit-an-nano",
+}  # fmt: skip
+BEFORE = {  # commands of README.md that a page takes for done
+    "docs/export.md": ("python search.py --space swin-dan --dataset imagenet100 --data-dir /data/imagenet --budget 0.5",
+                       "python retrain.py --arch results/<run>/arch.json --dataset imagenet --data-dir /data/imagenet"),
+    "docs/options.md": ("python search.py",),
+}  # fmt: skip
+SMALL: dict[str, tuple[str, str]] = {
+    "swin": ("swin_tiny_patch4_window7_224", "img_size=32 window_size=4 embed_dim=24 depths=1,1 num_heads=4,8"),
+    "vit": ("vit_tiny_patch16_224", "img_size=32 patch_size=8 embed_dim=48 depth=2 num_heads=6"),
+    "deit": ("deit_tiny_patch16_224", "img_size=32 patch_size=8 embed_dim=48 depth=2 num_heads=6"),
+    "t2t": ("t2t_vit_7", "img_size=32 embed_dim=48 depth=2 num_heads=6 token_dim=8"),
+}
+FLOWERS = 12  # classes
+PAGES = sorted({command.page for command in all_commands()})
+
+
+def reason(command: Command) -> str | None:
+    """Why a command is not run; None where it is."""
+    return next((why for start, why in NOT_RUN.items() if command.text.startswith(start)), None)
+
+
+def first_printed() -> list[Command]:
+    """Each command once, on the first page that prints it."""
+    pages: dict[str, str] = {}
+    return [c for c in all_commands() if pages.setdefault(c.text, c.page) == c.page]
+
+
+def test_each_exception_is_still_printed_somewhere() -> None:
+    texts = [command.text for command in all_commands()]
+    assert len(texts) > 60
+    assert [start for start in NOT_RUN if not any(text.startswith(start) for text in texts)] == []
+    assert sum(reason(command) is not None for command in all_commands()) <= 10
+
+
+def built(family: str, num_classes: int) -> Any:
+    model, kwargs = SMALL[family]
+    pairs = (pair.split("=") for pair in kwargs.split())
+    return timm.create_model(model, num_classes=num_classes, **{k: eval(v) for k, v in pairs})
+
+
+class Workshop:
+    """A folder that looks like a checkout, with the data, weights and runs that the pages speak of."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.data = folder, folder / "elsewhere"
+        for name in ("search.py", "retrain.py", "nas", "search_spaces", "supernets", "benchmarks", "docs"):
+            (folder / name).symlink_to(ROOT / name)
+        self.variables: list[str] = []
+
+    def pictures(self, name: str, classes: list[str], train: int, val: int) -> Path:
+        root = self.data / name
+        for split, count in (("train", train), ("val", val)):
+            for label, wnid in enumerate(classes):
+                (root / split / wnid).mkdir(parents=True)
+                for i in range(count):
+                    photograph(label * 99 + i, (40, 36), label).save(root / split / wnid / f"{i}.jpg")
+        return root
+
+    def imagenet(self) -> Path:
+        """All 1000 classes, the published 100 among them."""
+        from timm.data import ImageNetInfo
+
+        root = self.data / "imagenet"
+        classes = ImageNetInfo("imagenet-1k").label_names()
+        assert set(IMAGENET100) <= set(classes)
+        return root if root.exists() else self.pictures("imagenet", classes, train=3, val=1)
+
+    def flowers(self) -> Path:
+        root = self.data / "flowers"
+        classes = [f"flower{i:02d}" for i in range(FLOWERS)]
+        return root if root.exists() else self.pictures("flowers", classes, train=30, val=4)
+
+    def weights(self, family: str) -> Path:
+        path = self.folder / f"small-{family}.safetensors"
+        if not path.exists():
+            save_file(built(family, FLOWERS).state_dict(), path)
+        return path
+
+    def latest(self, name: str) -> str:
+        """The run's folder that was last finished and holds such a file."""
+        found = sorted((self.folder / "results").rglob(name), key=lambda p: p.stat().st_mtime)
+        return str(found[-1].parent.relative_to(self.folder))
+
+    def run(self, line: str) -> str:
+        start = time.monotonic()
+        done = subprocess.run(
+            ["bash", "-c", "\n".join([*self.variables, line])],
+            cwd=self.folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+        )
+        print(f"{time.monotonic() - start:4.0f} s  {line}", flush=True)
+        assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert "Traceback" not in done.stderr
+        return done.stdout
+
+    def adapted(self, text: str) -> str:
+        """The line with the small model, the data at hand and one epoch."""
+        text = text.removeprefix("pip install uv && ").removeprefix("uv run ")
+        text = self.placed(text)
+        script = text.split()[1]
+        if script.startswith("benchmarks/"):
+            name = Path(script).stem
+            text = re.sub(r" --nets? .*?(?= --|$)", "", text) + f" {SMALL_NETS.get(name, '')}"
+        elif script in ("search.py", "retrain.py") and not re.search("--help|--list-spaces|--resume", text):
+            text = self.with_model(text)
+            if " --epochs" not in text:
+                text += " --epochs 1"
+            if "--sweep" in text and "--retrain-trials" in text:
+                text += " --sweep retrain.epochs=1"
+        elif "nas.validate --model" in text:
+            family = text.split("--model ")[1].split("_")[0]
+            text = self.of_small_model(text, family, weights=True)
+        elif text in NAMED:
+            text += " --help"
+        if script in FEWER:
+            text = re.sub(r" --seeds( \d+)+", "", text) + f" {FEWER[script]}"
+        if script == "benchmarks/digits.py":
+            text += " --search-epochs 1 --retrain-epochs 1"
+        text = re.sub(r"(--(?:search-|retrain-)?epochs) [1-9]\d*", r"\1 1", text)
+        return text.replace("python ", f"{shlex.quote(sys.executable)} ", 1)
+
+    def placed(self, text: str) -> str:
+        """Folders and files that are there, in place of those that the pages speak of."""
+        if "…" in text and "--data-dir" not in text and "benchmarks" not in text:
+            text = text.replace("…", "--data-dir …")
+        imagenet = "--dataset imagenet" in text
+        for name in ("…", "/data/imagenet", "/data/flowers", "data"):
+            pattern = rf"--data-dir {re.escape(name)}(?= |$)"
+            if re.search(pattern, text):
+                text = re.sub(pattern, f"--data-dir {self.imagenet() if imagenet else self.flowers()}", text)
+        text = text.replace("--checkpoint …", f"--checkpoint {self.nano('vit-an-nano', 10)}")
+        text = text.replace("--checkpoint large.safetensors", f"--checkpoint {self.nano('swin-dan-nano', FLOWERS)}")
+        if "<run>" in text:
+            small = "nas.export" in text or "nas.validate" in text
+            name = "compact.safetensors" if small else "supernet.safetensors" if "retrain.py" in text else "arch.json"
+            text = text.replace("results/<run>", self.latest(name))
+        if "<sweep>" in text:
+            text = text.replace("results/<sweep>", self.latest("trials.csv"))
+        if "--output DIR" in text:
+            text = text.replace("DIR", self.latest("supernet.safetensors"))
+        if "--arch small" in text and not (self.folder / "small").exists():
+            self.cut()
+        return text
+
+    def with_model(self, text: str) -> str:
+        """The small network of the space's family in place of the one named, with weights unless it starts anew."""
+        name = re.search(r"--space (\S+)", text)
+        if "--arch small" in text:
+            return f"{text} --checkpoint {self.weights('deit')}"
+        if name is None or "$NET" in text or "--alphas 1 2" in text:  # networks that are small already
+            self.mine()
+            return text
+        space = get_space(name[1])
+        if space.nano and "--sweep" not in text:
+            return text
+        text = self.of_small_model(text, space.family, weights="--no-pretrained" not in text and not space.nano)
+        if "--gflops 2.5" in text:  # a figure of the model that was named, of 4.6: the same share of this one
+            text = text.replace("2.5", str(2.5 / 4.6 * Supernet(built(space.family, FLOWERS)).flops() / 1e9))
+        return text
+
+    def of_small_model(self, text: str, family: str, weights: bool) -> str:
+        """The small network of a family in place of the one that the line names."""
+        model, kwargs = SMALL[family]
+        text = re.sub(r" --(model|model-kwargs|checkpoint) .*?(?= --|$)", "", text)
+        text += f" --model {model} --model-kwargs {kwargs}"
+        return f"{text} --checkpoint {self.weights(family)}" if weights else text
+
+    def mine(self) -> None:
+        """The user's own network of docs/example.md and docs/training.md."""
+        own = dict(img_size=32, patch_size=4, window_size=4, embed_dim=48, depths=(2, 4), num_heads=(4, 8))
+        state = timm.create_model("swin_tiny_patch4_window7_224", num_classes=FLOWERS, **own).state_dict()
+        save_file(state, self.folder / "mine.safetensors")
+        own = dict(img_size=32, patch_size=2, window_size=4, embed_dim=32, depths=(2, 2, 4), num_heads=(2, 4, 8))
+        state = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, **own).state_dict()
+        torch.save({"state_dict": state}, self.folder / "mine.pth")
+
+    def nano(self, name: str, num_classes: int) -> Path:
+        """Weights of a nano space's network."""
+        path, space = self.folder / f"{name}.safetensors", get_space(name)
+        save_file(timm.create_model(space.model, num_classes=num_classes, **space.model_kwargs).state_dict(), path)
+        return path
+
+    def cut(self) -> None:
+        """The folder that the README's library lines leave."""
+        from nas.compact_file import describe, save_compact, slices_of
+        from supernets.compact import cut
+
+        network = built("deit", FLOWERS)
+        network.load_state_dict(load_file(self.weights("deit")))
+        supernet, (model, kwargs) = Supernet(network).eval(), SMALL["deit"]
+        options = {k: eval(v) for k, v in (pair.split("=") for pair in kwargs.split())}
+        arch = describe(supernet, "deit-dan", model, options, [{"alpha": 2 - i % 2} for i in range(2)])
+        save_compact(cut(network, slices_of(arch, supernet.shapes)), self.folder / "small", arch)
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Any:
+    yield Workshop(tmp_path)
+    shutil.rmtree(tmp_path / "elsewhere", ignore_errors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_run_in_their_order(page: str, workshop: Workshop) -> None:
+    for text in BEFORE.get(page, ()):
+        workshop.run(workshop.adapted(text))
+    for command in first_printed():
+        if command.page != page or reason(command) is not None:
+            continue
+        if re.match(r"[A-Z]+=", command.text):
+            workshop.variables.append(command.text.replace("--data-dir data", f"--data-dir {workshop.flowers()}"))
+            continue
+        workshop.run(workshop.adapted(command.text))

@@ -1,0 +1,72 @@
+"""The full-size spaces with their published defaults on 2,000 photographs: only the model is small, the epochs few."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+from safetensors.torch import save_file
+
+import retrain
+import search
+from nas.cli import main
+from nas.config import RetrainConfig, SweepConfig
+from nas.run import saved_config
+from search_spaces.registry import NANO, SPACES
+from supernets import t2t_vit  # noqa: F401  registers T2T-ViT with timm
+from tests.nas.runs import assert_whole
+from tests.photographs import class_folders
+
+CLASSES, EPOCHS = 20, 2
+FULL_SIZE = [space for space in SPACES.values() if not space.nano]
+COMMANDS: dict[str, tuple[Any, Any]] = {
+    "search.py": (SweepConfig, search.run),
+    "retrain.py": (RetrainConfig, retrain.run),
+}
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return class_folders(tmp_path_factory.mktemp("photographs"), CLASSES, train=100, val=10)
+
+
+# The nano networks, shorter: an epoch is to cost seconds.
+SHORTER: dict[str, dict[str, Any]] = {"swin": dict(depths=(1, 1)), "t2t": dict(depth=3)}
+
+
+def small_model(family: str, folder: Path) -> list[str]:
+    """Options that name a small network of the family, with weights to start from."""
+    model, kwargs = NANO[family][0], NANO[family][1] | SHORTER.get(family, dict(depth=3, patch_size=8))
+    weights = folder / "small.safetensors"
+    save_file(timm.create_model(model, num_classes=CLASSES, **kwargs).state_dict(), weights)
+    words = [f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in kwargs.items()]
+    return ["--model", model, "--model-kwargs", *words, "--checkpoint", str(weights)]
+
+
+def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    kind, function = COMMANDS[script]
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    main(kind, function, script)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("space", FULL_SIZE, ids=lambda space: space.name)
+def test_both_stages_run_on_photographs(
+    space: Any, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ["--data-dir", str(photographs), "--epochs", str(EPOCHS)]
+    model, found, trained = small_model(space.family, tmp_path), tmp_path / "search", tmp_path / "retrain"
+    alpha = ["--alpha", "2"] if space.method.name == "an" else []
+    run("search.py", monkeypatch, "--space", space.name, *model, *data, *alpha, "--output", str(found))
+    run("retrain.py", monkeypatch, "--arch", str(found), *data, "--output", str(trained))
+    for folder, kind, own in ((found, SweepConfig, space.search), (trained, RetrainConfig, space.retrain)):
+        assert_whole(folder)
+        config: Any = saved_config(kind, folder)
+        published = dict(space.training) | dict(own)
+        changed = {
+            k: getattr(config, k) for k, v in published.items() if hasattr(config, k) and getattr(config, k) != v
+        }
+        assert set(changed) <= {"epochs", "pretrained"}, changed  # what was run is what a user gets who names no option
+        assert config.aa.startswith("rand-m9")
+    assert (trained / "compact.safetensors").is_file()
