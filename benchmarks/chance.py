@@ -6,7 +6,8 @@ Draws --count architectures, each as likely as another, from those of the search
 within its budget and at most 2 % of the backbone's below. They and the searched one are retrained alike: from the
 weights that the search started from (--init base) or arrived at (--init supernet), with the search's data, batch size
 and precision. For methods whose slices are prefixes (DAN). What is finished in --output is not run again. Prints the
-compact networks' test top-1, the mean and the best of chance, and how many of them the searched one beats.
+compact networks' top-1 on the reported split, the mean and the best of chance, and how many of them the searched one
+beats.
 """
 
 import argparse

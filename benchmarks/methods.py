@@ -6,7 +6,8 @@
 A run is METHOD:BUDGET, with options of its own after further colons (kcr:0.75:eta_kc=0). Each is a search and a
 retrain on the nano network of the family, on the digits or a folder of images (--data-dir), from scratch or from
 --checkpoint. What is finished in --output is not run again, so that the work can be split and stopped. Prints the
-test top-1 of the compact network, mean and standard deviation over the seeds; with --report it only prints.
+top-1 of the compact network on the reported split, mean and standard deviation over the seeds; with --report it only
+prints.
 """
 
 import argparse

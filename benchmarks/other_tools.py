@@ -7,8 +7,8 @@ The start is the family's nano ViT, trained alone (--start-epochs) or from --che
 retrain. Torch-Pruning: its Taylor importance, cut at once to the largest network within the budget, then trained for
 as many epochs as our two stages have together, alone or distilled from the network it was cut from. `uniform` narrows
 the residual stream as well (our stream width), `bottleneck` only heads and neurons (our inner width). Optimiser,
-schedule and augmentation are the retrain's for both. Prints test top-1 of the compact network, mean and standard
-deviation over the seeds, its share of the FLOPs, and the seconds of training.
+schedule and augmentation are the retrain's for both. Prints top-1 of the compact network on the reported split,
+mean and standard deviation over the seeds, its share of the FLOPs, and the seconds of training.
 """
 
 import argparse

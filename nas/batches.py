@@ -174,20 +174,19 @@ class Stream(IterableDataset[Item]):
         assert worker is not None
         entries = islice(self.reader, self.first, None, self.step)
         for count in itertools.count():
-            name = f"image {count + 1} of process {worker.id + 1} of the stream"  # all that a stream says of it
+            doing = "reading"
             try:
                 image, label = next(entries)
+                _seed_everything(epoch_seed(self.seed, self.epoch, self.reader.dist_rank, worker.id, count))
+                doing = self.transform.doing
+                item: Item = self.transform(image), int(label), ()
             except StopIteration:
                 return
             except Exception as error:
-                yield None, -1, (_broken(name, "reading", error),)
+                name = f"image {count + 1} of process {worker.id + 1} of the stream"  # all that a stream says of it
+                yield None, -1, (_broken(name, doing, error),)
                 return
-            _seed_everything(epoch_seed(self.seed, self.epoch, self.reader.dist_rank, worker.id, count))
-            try:
-                yield self.transform(image), int(label), ()
-            except Exception as error:
-                yield None, -1, (_broken(name, self.transform.doing, error),)
-                return
+            yield item
 
 
 def collate(items: list[Item]) -> Batch:

@@ -88,11 +88,12 @@ def open_splits(spec: DataSpec) -> Splits:
         train, test = (Images(_open_scheme(spec, name, which)) for which in (spec.train_split, split))
         if name in ("torch/folder", "torch/image_folder") and train.name(0) == test.name(0):
             raise UserError(f"{name}: no {spec.train_split} and {spec.test_split} folders in {spec.data_dir}")
-    num_classes, names = _common_classes(spec, train, test)
+    reported = reported_words(split)
+    num_classes, names = _common_classes(spec, train, test, reported)
     val: Images | None = None
     if spec.val_fraction:
         train, val = train.split(spec.val_fraction)
-    return Splits(train, val, test, num_classes, names, reported_words(split))
+    return Splits(train, val, test, num_classes, names, reported)
 
 
 def _checked_name(spec: DataSpec) -> tuple[str, str]:
@@ -121,15 +122,18 @@ def _checked_name(spec: DataSpec) -> tuple[str, str]:
     return name, scheme
 
 
-def _common_classes(spec: DataSpec, train: Images, test: Images) -> tuple[int, tuple[str, ...] | None]:
+def _common_classes(spec: DataSpec, train: Images, test: Images, reported: str) -> tuple[int, tuple[str, ...] | None]:
     """(num_classes, class names in label order) of both. Raises UserError where they differ."""
     names, test_names = train.source.class_names, test.source.class_names
     if names != test_names:
         raise UserError(
-            f"{spec.dataset}: training and test classes differ: {_difference(names or (), test_names or ())}"
+            f"{spec.dataset}: training images and {reported} have other classes:"
+            f" {_difference(names or (), test_names or (), reported)}"
         )
     if not len(train) or not len(test):
-        raise UserError(f"{spec.dataset}: {len(train)} training and {len(test)} test images; both must have some")
+        raise UserError(
+            f"{spec.dataset}: {len(train)} training images, {len(test)} in the {reported}; both must have some"
+        )
     labels = np.concatenate([train.labels, test.labels])
     num_classes = len(names) if names else spec.num_classes or int(labels.max()) + 1
     if spec.num_classes not in (None, num_classes):
@@ -142,8 +146,8 @@ def _common_classes(spec: DataSpec, train: Images, test: Images) -> tuple[int, t
     return num_classes, names
 
 
-def _difference(train: Sequence[str], test: Sequence[str]) -> str:
-    parts = (("training", set(train) - set(test)), ("test", set(test) - set(train)))
+def _difference(train: Sequence[str], test: Sequence[str], reported: str) -> str:
+    parts = (("training", set(train) - set(test)), (f"the {reported}", set(test) - set(train)))
     return "; ".join(f"only in {where}: {few(sorted(only))}" for where, only in parts if only) or "in their order"
 
 

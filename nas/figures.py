@@ -183,7 +183,10 @@ def curves_figure(
     """
     import pandas as pd
 
-    log = log.apply(pd.to_numeric, errors="coerce").dropna(axis=1, how="all").rename(columns=EARLIER)
+    log = log.apply(pd.to_numeric, errors="coerce").dropna(axis=1, how="all")
+    for old, new in EARLIER.items():
+        if old in log:
+            log[new] = log[old].combine_first(log[new]) if new in log else log[old]
     if "epoch" not in log.columns:
         return None
     log = log.dropna(subset=["epoch"]).sort_values("epoch")

@@ -40,7 +40,9 @@ def open_folders(
     one = train_at or test_at
     if one or name != "folder":
         found = f"only {one.name}" if one else "neither"
-        raise UserError(f"{root}: looked for training and test images, found {found}; expected {layout(name, root)}")
+        raise UserError(
+            f"{root}: looked for training and validation images, found {found}; expected {layout(name, root)}"
+        )
     whole = _read_folder(root, name, classes)
     _refuse_shared_names(root, whole)
     return *Images(whole).split(test_fraction), None

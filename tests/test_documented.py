@@ -15,6 +15,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+from nas.config import parse_key_values
 from nas.imagenet100 import CLASSES as IMAGENET100
 from search_spaces.registry import get_space
 from supernets import t2t_vit  # noqa: F401  registers T2T-ViT with timm
@@ -80,8 +81,7 @@ def test_each_exception_is_still_printed_somewhere() -> None:
 
 def built(family: str, num_classes: int) -> Any:
     model, kwargs = SMALL[family]
-    pairs = (pair.split("=") for pair in kwargs.split())
-    return timm.create_model(model, num_classes=num_classes, **{k: eval(v) for k, v in pairs})
+    return timm.create_model(model, num_classes=num_classes, **parse_key_values(tuple(kwargs.split())))
 
 
 class Workshop:
@@ -92,6 +92,7 @@ class Workshop:
         for name in ("search.py", "retrain.py", "nas", "search_spaces", "supernets", "benchmarks", "docs"):
             (folder / name).symlink_to(ROOT / name)
         self.variables: list[str] = []
+        self.mine()
 
     def pictures(self, name: str, classes: list[str], train: int, val: int) -> Path:
         root = self.data / name
@@ -196,7 +197,6 @@ class Workshop:
         if "--arch small" in text:
             return f"{text} --checkpoint {self.weights('deit')}"
         if name is None or "$NET" in text or "--alphas 1 2" in text:  # networks that are small already
-            self.mine()
             return text
         space = get_space(name[1])
         if space.nano and "--sweep" not in text:
@@ -236,8 +236,8 @@ class Workshop:
         network = built("deit", FLOWERS)
         network.load_state_dict(load_file(self.weights("deit")))
         supernet, (model, kwargs) = Supernet(network).eval(), SMALL["deit"]
-        options = {k: eval(v) for k, v in (pair.split("=") for pair in kwargs.split())}
-        arch = describe(supernet, "deit-dan", model, options, [{"alpha": 2 - i % 2} for i in range(2)])
+        picks = [{"alpha": 2 - i % 2} for i in range(2)]
+        arch = describe(supernet, "deit-dan", model, parse_key_values(tuple(kwargs.split())), picks)
         save_compact(cut(network, slices_of(arch, supernet.shapes)), self.folder / "small", arch)
 
 

@@ -386,7 +386,10 @@ class TestBrokenFolders:
     def test_other_classes_in_the_test_set(self, tmp_path):
         write_split(tmp_path / "train", ["a", "b"], 3)
         write_split(tmp_path / "val", ["a", "c"], 3)
-        self.refuse(tmp_path, "training and test classes differ: only in training: b; only in test: c")
+        self.refuse(
+            tmp_path,
+            "training images and validation split have other classes: only in training: b; only in the validation",
+        )
 
     def test_flat_folder(self, tmp_path):
         write_split(tmp_path / "train", ["a", "b"], 3)
