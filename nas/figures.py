@@ -232,6 +232,9 @@ def _line(axes: Axes, log: pd.DataFrame, column: str, label: str, i: int, **styl
     # Markers start at different epochs, so that lines on top of each other can be told apart.
     own: dict[str, Any] = {"color": PALETTE[i % 6], "linestyle": STROKES[i % 6], "marker": MARKERS[i % 6]}
     own |= {"linewidth": 1.5, "markersize": 4, "markevery": (i % every, every)}
+    if len(log) == 1:  # a line of one point is seen by its marker alone
+        style.pop("marker", None)
+        own["markevery"] = 1
     axes.plot(log["epoch"], log[column], label=label, **(own | style))
 
 

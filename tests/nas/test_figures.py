@@ -77,6 +77,13 @@ def test_a_candidate_reads_the_same_from_csv_and_json(value, text):
 # --- curves ---
 
 
+def test_a_single_epoch_is_seen_in_every_panel():
+    figure = curves_figure(log_rows().iloc[:1], "run")
+    drawn = [line for axes in figure.axes for line in axes.get_lines() if len(line.get_xdata()) == 1]
+    assert len(drawn) > 8
+    assert all(line.get_marker() not in ("", "None") and line.get_markevery() == 1 for line in drawn)
+
+
 def test_the_accuracies_are_called_after_their_images_in_older_logs_too():
     log = log_rows().rename(columns=lambda name: name.removeprefix("held_out_"))
     log["held_out_subnet_top1"] = log["subnet_top1"].where(log["epoch"] > 20)  # a run that went on with this version
