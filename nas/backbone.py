@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nas.checkpoint import load_weights
 from nas.folders import few
+from nas.split_names import trained_before
 from search_spaces.errors import UserError
 from supernets import t2t_vit  # noqa: F401  registers T2T-ViT with timm
 
@@ -41,7 +42,7 @@ class Start:
 
     def name(self) -> str | None:
         """The weights that were trained before, in words; None where they are drawn."""
-        return "checkpoint" if self.checkpoint is not None else "pretrained weights" if self.pretrained else None
+        return trained_before(self.pretrained, self.checkpoint)
 
 
 def check_model_name(model: str) -> None:

@@ -13,8 +13,14 @@ from search_spaces.errors import UserError
 PAGE = "index.html"
 TEMPLATE = Path(__file__).with_name("page.html")
 COSTS = {"gflops": "GFLOPs (MACs)", "params": "parameters", "images_per_s": "images/s at batch 32"}
-LABELS = {"top1": "top-1 (%)", "top5": "top-5 (%)", "held_out_top1": "held-out top-1 (%)", **COSTS}
-WORDS = ("trial", "status", "stage", "split", "error")  # never numbers, whatever they look like
+LABELS = {
+    "top1": "top-1 (%)",
+    "top5": "top-5 (%)",
+    "held_out_top1": "held-out top-1 (%)",
+    "held_out": "held out",
+    **COSTS,
+}
+WORDS = ("trial", "status", "stage", "split", "held_out", "error")  # never numbers, whatever they look like
 HIDDEN = ("search", "retrain")  # they become links
 FILES = {"choices.png": "choices", "curves.png": "curves", "arch.json": "arch"}
 

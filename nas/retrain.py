@@ -39,6 +39,7 @@ from nas.setup import (
     start_of,
 )
 from nas.speed import Network, images_per_second
+from nas.split_names import trained_before
 from nas.training import make_training
 from search_spaces.architecture import Architecture, load_architecture, save_architecture
 from search_spaces.errors import UserError
@@ -132,8 +133,7 @@ def seen_by(config: RetrainConfig, arch: Architecture, start: Start, origin: str
     """
     if origin != SUPERNET or arch.search.get("val_fraction") != config.val_fraction:
         return start.name()
-    before = Start(bool(arch.search.get("pretrained")), arch.search.get("checkpoint"))
-    return before.name()
+    return trained_before(arch.search.get("pretrained"), arch.search.get("checkpoint"))
 
 
 def run_retrain(config: RetrainConfig, on_epoch: OnEpoch | None = None) -> Path:
@@ -252,7 +252,8 @@ def conclude(
     supernet = objective.supernet.eval()
     networks: dict[str, Network] = objective.networks()
     facts: dict[str, Any] = {"stage": "retrain", "train": config.train, "space": arch.space, "dataset": config.dataset}
-    facts |= {"seed": config.seed, "split": loaders.reported, "held_out": loaders.held_out, "result": config.result}
+    facts |= {"seed": config.seed, "split": loaders.reported, "result": config.result}
+    facts |= {"held_out": None if loaders.val is None else loaders.held_out}
     table: dict[str, dict[str, Any]] = {}
     if "teacher" in networks:
         assert isinstance(objective, Distilled)

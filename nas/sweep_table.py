@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nas.config import with_defaults
 from nas.run import write_csv
-from nas.split_names import HELD_OUT
+from nas.split_names import held_out_words, trained_before
 from nas.sweep_trial import epochs_done, outcome_of
 from nas.trials import Trial, short
+from search_spaces.registry import get_space
 
 TRIALS = "trials.csv"
 MEASURES = ("top1", "top5", "held_out_top1", "gflops", "params", "images_per_s")
@@ -130,13 +132,14 @@ def trial_row(sweep: Path, trial: Trial) -> dict[str, Any]:
     row: dict[str, Any] = {"trial": trial.name}
     row |= {f"config.{option}": short_or_plain(value) for option, value in trial.values.items()}
     row |= {"status": outcome.get("status", "waiting"), "stage": "", "split": ""} | dict.fromkeys(MEASURES, "")
+    row |= {"held_out": held_out_of(trial)}
     row |= {"epochs": "", "restarts": "", "error": outcome.get("error", ""), "search": "", "retrain": ""}
     done = epochs_done(folder / "search")
     if done:
         row |= {"epochs": done[-1]["epoch"]}
         if row["status"] == "stopped":  # all there is to know of it
             row |= {k: done[-1][k] for k in ("held_out_top1", "gflops") if k in done[-1]} | {"stage": "search"}
-            row |= {"top1": row["held_out_top1"], "split": HELD_OUT}
+            row |= {"top1": row["held_out_top1"], "split": row["held_out"]}
     for stage in ("search", "retrain"):
         run = folder / stage
         if not run.is_dir():
@@ -147,6 +150,12 @@ def trial_row(sweep: Path, trial: Trial) -> dict[str, Any]:
                 row |= {k: point[k] for k in MEASURES if point[k] == point[k]}
                 row |= {"stage": stage, "split": point["split"]}
     return row
+
+
+def held_out_of(trial: Trial) -> str:
+    """What the images of `held_out_top1` are, in words."""
+    search = with_defaults(trial.search, get_space(trial.search.space), "search")
+    return held_out_words(trained_before(search.pretrained, search.checkpoint))
 
 
 def short_or_plain(value: Any) -> Any:

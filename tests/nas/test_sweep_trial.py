@@ -5,6 +5,7 @@ import json
 import os
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from nas.config import RetrainConfig, SearchConfig, SweepConfig
 from nas.run import open_run, write_csv, write_json
 from nas.split_names import HELD_OUT
 from nas.storage import Storage, exclusive, scratch, storage_of
-from nas.sweep_table import Board
+from nas.sweep_table import Board, trial_row
 from nas.sweep_trial import as_plain, epochs_done, finished, outcome_of, run_trial
 from nas.trials import Trial, make_trials
 from search_spaces.errors import UserError
@@ -237,7 +238,9 @@ def test_the_table_has_every_trial_once_whatever_happens(
     assert (done["top1"], done["stage"], done["split"], done["search"]) == (61.0, "retrain", "test fifth", "000/search")
     assert (failed["error"], failed["restarts"], failed["epochs"]) == ("no luck", 1, 2)
     assert (stopped["top1"], stopped["epochs"], stopped["gflops"]) == (52.0, 2, 0.5)  # all there is to know
-    assert stopped["split"] == HELD_OUT and stopped["held_out_top1"] == 52.0
+    assert stopped["split"] == stopped["held_out"] == HELD_OUT and stopped["held_out_top1"] == 52.0
+    begun = replace(trials[2], search=replace(trials[2].search, checkpoint=tmp_path / "mine.safetensors"))
+    assert trial_row(tmp_path, begun)["split"] == f"{HELD_OUT}, perhaps seen by the checkpoint"
     assert Board(tmp_path, trials).rows[0] == board.rows[0]
     capsys.readouterr()
     board.print_all()
