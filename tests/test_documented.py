@@ -34,8 +34,9 @@ NOT_RUN = {  # what cannot be run that way: as it begins, and why
     "python -m nas.export results/<run> --push-to-hub": "an account on the Hub; tests/nas/test_export.py goes as far"
     " as the network",
 }
+ONCE = {"seed=0,1,2": "seed=0", "--trials 20": "--trials 4", "--seeds 0 1 2": "--seeds 0"}  # each runs the same code
 FEWER = {  # run with less than they measure by default, and why
-    "benchmarks/digits.py": "--seeds 0",  # every seed runs the same code
+    "benchmarks/digits.py": "--seeds 0",  # as above
     "benchmarks/methods.py": "--seeds 0",
     "benchmarks/sweep.py": "--trials 2",
     "benchmarks/stage_options.py": "--options float32 bf16 channels-last",  # torch.compile takes ten minutes
@@ -146,6 +147,8 @@ class Workshop:
         """The line with the small model, the data at hand and one epoch."""
         text = text.removeprefix("pip install uv && ").removeprefix("uv run ")
         text = self.placed(text)
+        for many, once in ONCE.items():
+            text = text.replace(many, once)
         script = text.split()[1]
         if script.startswith("benchmarks/"):
             name = Path(script).stem
@@ -162,7 +165,7 @@ class Workshop:
         elif text in NAMED:
             text += " --help"
         if script in FEWER:
-            text = re.sub(r" --seeds( \d+)+", "", text) + f" {FEWER[script]}"
+            text = f"{text.replace(FEWER[script], '')} {FEWER[script]}"
         if script == "benchmarks/digits.py":
             text += " --search-epochs 1 --retrain-epochs 1"
         text = re.sub(r"(--(?:search-|retrain-)?epochs) [1-9]\d*", r"\1 1", text)
