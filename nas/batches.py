@@ -4,11 +4,10 @@ Every image is augmented under a seed of its own, drawn together with the epoch'
 depends on neither the number of workers nor the number of ranks, and no other random numbers are touched.
 """
 
-import itertools
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -173,17 +172,17 @@ class Stream(IterableDataset[Item]):
         worker = get_worker_info()
         assert worker is not None
         entries = islice(self.reader, self.first, None, self.step)
-        for count in itertools.count():
+        for number in count():
             doing = "reading"
             try:
                 image, label = next(entries)
-                _seed_everything(epoch_seed(self.seed, self.epoch, self.reader.dist_rank, worker.id, count))
+                _seed_everything(epoch_seed(self.seed, self.epoch, self.reader.dist_rank, worker.id, number))
                 doing = self.transform.doing
                 item: Item = self.transform(image), int(label), ()
             except StopIteration:
                 return
             except Exception as error:
-                name = f"image {count + 1} of process {worker.id + 1} of the stream"  # all that a stream says of it
+                name = f"image {number + 1} of process {worker.id + 1} of the stream"  # all that a stream says of it
                 yield None, -1, (_broken(name, doing, error),)
                 return
             yield item

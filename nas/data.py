@@ -36,7 +36,7 @@ class Corrupt:
         return len(self.files)
 
     def add(self, failures: Failures) -> None:
-        """Count and log each file once. UserError when they exceed 1 % of the set, or for any failure but reading."""
+        """Count and log each file once. UserError when they exceed 1 % of the set, or one ends the run."""
         for name, error, ends_the_run in failures:
             if ends_the_run:
                 raise UserError(f"{name}: {error}")

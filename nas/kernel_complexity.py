@@ -284,12 +284,11 @@ def _kernel_of(
     model: Any, kwargs: Mapping[str, Any], images: Any, options: argparse.Namespace
 ) -> tuple[EpochKernel, int]:
     """One pass over the images, centre crops, in float32: the kernel of the pooled features, and D."""
-    from rich.console import Console
-    from rich.progress import track
     from timm.data import resolve_data_config
 
     from nas.backbone import input_size
     from nas.data import eval_loader
+    from nas.evaluate import progress
     from nas.transforms import LoaderSpec
 
     data = resolve_data_config({"input_size": input_size(model, kwargs)}, model=model)
@@ -309,7 +308,7 @@ def _kernel_of(
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}; try --device cpu") from None
     moment: SecondMoment | None = None
-    for batch, _ in track(eval_loader(images, spec, device), "features", console=Console(stderr=True), transient=True):
+    for batch, _ in progress(eval_loader(images, spec, device), "features"):
         features_BD = model.forward_head(model.forward_features(batch), pre_logits=True)
         if features_BD.ndim != 2:
             raise UserError(

@@ -180,8 +180,9 @@ class Workshop:
             pattern = rf"--data-dir {re.escape(name)}(?= |$)"
             if re.search(pattern, text):
                 text = re.sub(pattern, f"--data-dir {self.imagenet() if imagenet else self.flowers()}", text)
-        text = text.replace("--checkpoint …", f"--checkpoint {self.nano('vit-an-nano', 10)}")
-        text = text.replace("--checkpoint large.safetensors", f"--checkpoint {self.nano('swin-dan-nano', FLOWERS)}")
+        for name, space, classes in (("…", "vit-an-nano", 10), ("large.safetensors", "swin-dan-nano", FLOWERS)):
+            if f"--checkpoint {name}" in text:
+                text = text.replace(f"--checkpoint {name}", f"--checkpoint {self.nano(space, classes)}")
         if "<run>" in text:
             small = "nas.export" in text or "nas.validate" in text
             name = "compact.safetensors" if small else "supernet.safetensors" if "retrain.py" in text else "arch.json"
