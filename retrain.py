@@ -6,7 +6,7 @@ from nas.config import RetrainConfig
 
 def run(config: RetrainConfig) -> None:
     """Import torch only once the command line is known to be good."""
-    from nas.retrain import run_retrain
+    from nas.stages.retrain import run_retrain
 
     run_retrain(config)
 

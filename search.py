@@ -13,14 +13,14 @@ def run(config: SweepConfig) -> None:
 
         list_spaces()
         return
-    from nas.trials import make_trials, single_search
+    from nas.sweeps.trials import make_trials, single_search
 
     if config.sweep:
         trials = make_trials(config)
-        from nas.sweep import run_sweep
+        from nas.sweeps.sweep import run_sweep
 
         sys.exit(run_sweep(config, trials))
-    from nas.search import run_search
+    from nas.stages.search import run_search
 
     run_search(single_search(config))
 

@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 
-from nas.compact_file import describe
 from nas.config import RetrainConfig
-from nas.retrain import run_retrain
-from nas.run import typed
-from nas.selection import flops_band
-from nas.setup import meta_supernet, search_space
+from nas.networks.compact_file import describe
+from nas.networks.opening import meta_supernet, search_space
+from nas.prices.selection import flops_band
+from nas.runs.folder import typed
+from nas.stages.retrain import run_retrain
 from search_spaces.architecture import Architecture, load_architecture, save_architecture
 from search_spaces.registry import get_space
 

@@ -23,7 +23,7 @@ import timm
 import torch
 from torch import nn
 
-from nas.speed import sample_times
+from nas.machine.timing import sample_times
 from search_spaces.kcr import channel_count
 from search_spaces.registry import SPACES
 from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice, network_slice, prefix_slice

@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nas.config import RetrainConfig, SearchConfig
-from nas.retrain import run_retrain
-from nas.search import run_search
+from nas.stages.retrain import run_retrain
+from nas.stages.search import run_search
 from search_spaces.registry import get_space
 
 

@@ -23,24 +23,17 @@ import torch
 from torch import Tensor
 
 from nas.config import RetrainConfig, parse_key_values, with_defaults
-from nas.distill import Plain
-from nas.evaluate import top_k
-from nas.loop import fit
-from nas.losses import cross_entropy
-from nas.setup import (
-    TAYLOR_BATCHES,
-    Loaders,
-    check_common,
-    dataset_of,
-    make_loaders,
-    make_supernet,
-    model_of,
-    open_data,
-    pick_device,
-    start_of,
-)
-from nas.speed import Network
-from nas.training import make_training
+from nas.data.loaders import Loaders, dataset_of, make_loaders, open_data
+from nas.machine.devices import pick_device
+from nas.machine.timing import Network
+from nas.networks.opening import make_supernet, model_of, start_of
+from nas.objectives.plain import Plain
+from nas.setup import check_common
+from nas.training.evaluate import top_k
+from nas.training.loop import fit
+from nas.training.losses import cross_entropy
+from nas.training.make import make_training
+from nas.training.order import TAYLOR_BATCHES
 from search_spaces.errors import UserError
 from search_spaces.registry import get_space
 from search_spaces.slices import BlockShape, NetworkSlice, network_slice, prefix_slice

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 
 from nas.config import RetrainConfig, SearchConfig
-from nas.retrain import run_retrain
-from nas.search import run_search
+from nas.stages.retrain import run_retrain
+from nas.stages.search import run_search
 from search_spaces.errors import UserError
 
 KC = "kc_normalised"

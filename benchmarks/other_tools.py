@@ -31,15 +31,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas.config import RetrainConfig, SearchConfig, with_defaults
-from nas.distill import Plain
-from nas.evaluate import top_k
-from nas.loop import fit
-from nas.losses import cross_entropy, kl_divergence
-from nas.objective import Step
-from nas.retrain import run_retrain
-from nas.search import run_search
-from nas.setup import check_common, dataset_of, make_loaders, make_supernet, model_of, open_data, pick_device, start_of
-from nas.training import make_training
+from nas.data.loaders import dataset_of, make_loaders, open_data
+from nas.machine.devices import pick_device
+from nas.networks.opening import make_supernet, model_of, start_of
+from nas.objectives.plain import Plain
+from nas.setup import check_common
+from nas.stages.retrain import run_retrain
+from nas.stages.search import run_search
+from nas.training.evaluate import top_k
+from nas.training.loop import fit
+from nas.training.losses import cross_entropy, kl_divergence
+from nas.training.make import make_training
+from nas.training.objective import Step
 from search_spaces.registry import get_space
 
 DISTILL = 0.5  # share of the loss that is the teacher's, as in `retrain.py --train distill`

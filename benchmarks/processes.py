@@ -22,9 +22,9 @@ import torch
 import torch.multiprocessing as mp
 
 from benchmarks.search_step import objectives
-from nas import distributed
-from nas.loop import synchronised
-from nas.objective import Step
+from nas.machine import distributed
+from nas.training.loop import synchronised
+from nas.training.objective import Step
 
 
 def seconds(module: Any, objective: Any, batch_size: int, rounds: int, exchange: bool) -> list[float]:

@@ -26,12 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.costs import SpaceCosts, space_costs
-from nas.kcr import TopK
-from nas.kernel_term import KernelTerm
-from nas.losses import cross_entropy
-from nas.objective import Adjoined, Differentiable, Step
-from nas.setup import search_space
+from nas.networks.opening import search_space
+from nas.objectives.adjoined import Adjoined
+from nas.objectives.kernel import KernelTerm
+from nas.prices.costs import SpaceCosts, space_costs
+from nas.searchers.channels import TopK
+from nas.searchers.gradient import Differentiable
+from nas.training.losses import cross_entropy
+from nas.training.objective import Step
 from search_spaces.registry import SPACES, get_space
 from search_spaces.slices import network_slice, prefix_slice
 from supernets.axes import BLOCK_AXES, block_parameters, v_widths
@@ -62,8 +64,8 @@ class Masked(Differentiable):
     """The same mixture as other toolkits compute it: every candidate at full width, the unkept part masked."""
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
-        from nas.gumbel import adjoined_weight, step_generator, temperature
-        from nas.losses import kl_divergence
+        from nas.searchers.gumbel import step_generator, temperature
+        from nas.training.losses import adjoined_weight, kl_divergence
 
         draw = self.choices.sample(temperature(step.t), step_generator(self.seed, step.number))
         p, q = self.supernet.large(images), self.masked(images, draw)

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.search_step import NETS, measure, objectives, steps
 from nas.config import SearchConfig
-from nas.optim import prepare
+from nas.training.optim import prepare
 
 OPTIONS: dict[str, dict[str, bool]] = {
     "float32": {},

@@ -28,7 +28,7 @@ from nas.config import SearchConfig  # noqa: E402
 
 def one_by_one(trials: int, epochs: int, folder: Path) -> list[float]:
     """Seconds of each search, from its options to its pictures."""
-    from nas.search import run_search
+    from nas.stages.search import run_search
 
     seconds = []
     for seed in range(trials):

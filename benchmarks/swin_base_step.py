@@ -23,9 +23,9 @@ def one(kind: str, width: str, batch_size: int) -> dict[str, float]:
     import torch
 
     from benchmarks.search_step import steps
-    from nas.costs import space_costs
-    from nas.objective import Differentiable
-    from nas.setup import search_space
+    from nas.networks.opening import search_space
+    from nas.prices.costs import space_costs
+    from nas.searchers.gradient import Differentiable
     from search_spaces.registry import get_space
     from supernets.supernet import Supernet
 

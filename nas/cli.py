@@ -10,7 +10,7 @@ import tyro
 import yaml
 
 from nas.config import Common
-from nas.launch import launched
+from nas.machine.launch import launched
 from search_spaces.errors import UserError, reason
 
 C = TypeVar("C", bound=Common)
@@ -23,7 +23,7 @@ def main(kind: type[C], run: Callable[[C], Any], program: str) -> None:
         with errors(program):
             run(parse(kind, sys.argv[1:], program))
             if launched():
-                from nas.distributed import leave
+                from nas.machine.distributed import leave
 
                 leave()
     except KeyboardInterrupt:
@@ -32,7 +32,7 @@ def main(kind: type[C], run: Callable[[C], Any], program: str) -> None:
     except Exception as error:
         if not launched():
             raise
-        from nas.distributed import lost_contact, report
+        from nas.machine.distributed import lost_contact, report
 
         if not lost_contact(error):
             raise
@@ -48,7 +48,7 @@ def errors(program: str) -> Iterator[None]:
     except UserError as error:
         fail(program, str(error))
     except RuntimeError as error:
-        from nas.data import lost_worker
+        from nas.data.loader import lost_worker
 
         words = lost_worker(error)
         if words is None:
@@ -59,7 +59,7 @@ def errors(program: str) -> Iterator[None]:
 def fail(program: str, message: str) -> None:
     """One line on stderr, exit code 2."""
     if launched():
-        from nas.distributed import report
+        from nas.machine.distributed import report
 
         report(program, message)
     else:
@@ -83,7 +83,7 @@ def parse(kind: type[C], arguments: list[str], program: str) -> C:
     elif "--resume" in arguments:
         _, output = take_option(arguments, "--output")
         if output is not None and (Path(output) / "config.yaml").is_file():
-            from nas.run import saved_config
+            from nas.runs.folder import saved_config
 
             default = saved_config(kind, Path(output))
     options: dict[str, Any] = {} if default is None else {"default": default}

@@ -47,7 +47,7 @@ def export_onnx(program: Any, path: Path) -> None:
     """Write an exported program as ONNX, in one file, atomically. Input "images", output "logits"."""
     import torch
 
-    from nas.checkpoint import write_atomically
+    from nas.machine.files import write_atomically
 
     # optimize=True takes x + 1e-8 for x, which T2T-ViT's Performer divides by; onnxruntime optimises what it loads.
     onnx = torch.onnx.export(
@@ -113,7 +113,7 @@ def measure(
     """One row per runner ("compact, ONNX"): images/s by the median, latency p50 and p95 in ms."""
     import torch
 
-    from nas.speed import sample_times
+    from nas.machine.timing import sample_times
 
     times = sample_times(runners, torch.randn(batch, *size), nullcontext, rounds, seconds, shortest=0.0)
     rows = []
@@ -155,12 +155,11 @@ def run_export(options: argparse.Namespace) -> dict[str, Any]:
     """Export, compare, measure, write export.json and the model card; returns what export.json holds."""
     import torch
 
-    from nas.card import write_card
-    from nas.checkpoint import write_atomically
     from nas.config import RetrainConfig
-    from nas.opened import large_network, open_folder, test_images
-    from nas.run import write_json
-    from nas.setup import pick_device
+    from nas.machine.devices import pick_device
+    from nas.machine.files import write_atomically, write_json
+    from nas.runs.card import write_card
+    from nas.runs.opened import large_network, open_folder, test_images
 
     if not options.run.is_dir():
         raise UserError(
@@ -259,7 +258,7 @@ def main() -> None:
         if not options.push_only:
             run_export(options)
         if options.push_to_hub:
-            from nas.card import push_to_hub
+            from nas.runs.card import push_to_hub
 
             print(push_to_hub(options.run, options.push_to_hub, options.private))
 

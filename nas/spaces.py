@@ -1,8 +1,8 @@
 """search.py --list-spaces: every space with its model, choices, size and FLOPs range."""
 
-from nas.costs import space_costs
-from nas.selection import reachable_range
-from nas.setup import meta_supernet, search_space
+from nas.networks.opening import meta_supernet, search_space
+from nas.prices.costs import space_costs
+from nas.prices.selection import reachable_range
 from search_spaces.registry import SPACES
 from search_spaces.space import spell, uniform_alphas
 

@@ -13,7 +13,7 @@ from timm.models import register_model
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from nas.compact_file import TIMM_CONFIG, WEIGHTS, load_compact
+from nas.networks.compact_file import TIMM_CONFIG, WEIGHTS, load_compact
 from search_spaces.errors import UserError
 
 

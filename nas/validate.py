@@ -18,8 +18,8 @@ from search_spaces.errors import UserError, reason
 if TYPE_CHECKING:
     import torch
 
-    from nas.data import Loader
-    from nas.speed import Network
+    from nas.data.loader import Loader
+    from nas.machine.timing import Network
 
 DATA = ("dataset", "data_dir", "val_split", "num_classes", "class_map", "batch_size", "workers")
 IMAGES = ("interpolation", "crop_pct", "mean", "std")
@@ -44,10 +44,10 @@ def run_validate(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from nas.config import RetrainConfig
-    from nas.evaluate import print_table, top_k
-    from nas.run import write_json
-    from nas.setup import pick_device
-    from nas.speed import images_per_second
+    from nas.machine.devices import pick_device
+    from nas.machine.files import write_json
+    from nas.machine.timing import images_per_second
+    from nas.training.evaluate import print_table, top_k
 
     if min(*options.speed_batches, options.batch_size) < 1:
         raise UserError("--batch-size and --speed-batches: expected at least 1")
@@ -90,7 +90,7 @@ def run_validate(options: argparse.Namespace) -> dict[str, Any]:
 
 def of_a_run(options: argparse.Namespace, device: "torch.device") -> Subject:
     """Every network of a run's folder, or that of one of its files."""
-    from nas.opened import open_folder, test_images
+    from nas.runs.opened import open_folder, test_images
 
     given = [name for name in OF_A_MODEL if getattr(options, name)] + ["pretrained"] * (options.pretrained is not None)
     if given:
@@ -113,11 +113,11 @@ def of_a_run(options: argparse.Namespace, device: "torch.device") -> Subject:
 
 def of_a_model(options: argparse.Namespace, device: "torch.device") -> Subject:
     """Any timm network with weights of its own: what a search would start from, read as a search reads it."""
-    from nas.backbone import Start, input_size, starting_backbone
     from nas.config import RetrainConfig, parse_key_values
-    from nas.data import eval_loader
-    from nas.setup import loader_spec, open_data
-    from nas.speed import count_macs
+    from nas.data.loader import eval_loader
+    from nas.data.loaders import loader_spec, open_data
+    from nas.machine.timing import count_macs
+    from nas.networks.backbone import Start, input_size, starting_backbone
 
     model_kwargs = parse_key_values(tuple(options.model_kwargs))
     if options.checkpoint is not None and options.pretrained:
@@ -168,7 +168,7 @@ def of_a_model(options: argparse.Namespace, device: "torch.device") -> Subject:
 
 def supported(network: Any) -> str:
     """Whether it can be searched, and by which spaces; otherwise what stands in the way."""
-    from nas.backbone import FAMILY_CLASSES
+    from nas.networks.backbone import FAMILY_CLASSES
     from supernets.supernet import Supernet
 
     families = [name for name, classes in FAMILY_CLASSES.items() if type(network).__name__ in classes]

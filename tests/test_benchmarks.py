@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nas.config import SearchConfig
-from nas.search import run_search
+from nas.stages.search import run_search
 
 
 def run(name: str, arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:

@@ -234,9 +234,9 @@ def test_an_interrupt_says_how_to_go_on(shell: Shell, monkeypatch: pytest.Monkey
     def interrupted(config: SearchConfig) -> None:
         raise KeyboardInterrupt
 
-    import nas.search
+    import nas.stages.search
 
-    monkeypatch.setattr(nas.search, "run_search", interrupted)
+    monkeypatch.setattr(nas.stages.search, "run_search", interrupted)
     code, _, err = shell("search.py")
     assert code == 130
     assert "--output DIR --resume" in err

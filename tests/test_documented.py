@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nas.config import parse_key_values
-from nas.imagenet100 import CLASSES as IMAGENET100
+from nas.data.imagenet100 import CLASSES as IMAGENET100
 from search_spaces.registry import get_space
 from supernets import t2t_vit  # noqa: F401  registers T2T-ViT with timm
 from supernets.supernet import Supernet
@@ -234,7 +234,7 @@ class Workshop:
 
     def cut(self) -> None:
         """The folder that the README's library lines leave."""
-        from nas.compact_file import describe, save_compact, slices_of
+        from nas.networks.compact_file import describe, save_compact, slices_of
         from supernets.compact import cut
 
         network = built("deit", FLOWERS)

@@ -12,7 +12,7 @@ import retrain
 import search
 from nas.cli import main
 from nas.config import RetrainConfig, SweepConfig
-from nas.run import saved_config
+from nas.runs.folder import saved_config
 from search_spaces.registry import NANO, SPACES
 from supernets import t2t_vit  # noqa: F401  registers T2T-ViT with timm
 from tests.nas.runs import assert_whole

@@ -22,7 +22,7 @@ TINY = "dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4, num_
 def test_library_lines_run_and_leave_a_network(tmp_path: Path) -> None:
     from PIL import Image
 
-    from nas.compact_file import load_compact
+    from nas.networks.compact_file import load_compact
     from search_spaces.architecture import load_architecture
 
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

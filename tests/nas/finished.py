@@ -5,8 +5,8 @@ from pathlib import Path
 import timm
 import torch
 
-from nas.checkpoint import save_weights
-from nas.compact_file import describe, save_compact, slices_of
+from nas.networks.compact_file import describe, save_compact, slices_of
+from nas.networks.weights import save_weights
 from search_spaces.architecture import Architecture
 from supernets.compact import cut
 from supernets.supernet import Supernet

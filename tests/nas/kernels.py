@@ -11,12 +11,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nas.choices import one_hot
-from nas.costs import space_costs
-from nas.kcr import Bernoulli, KernelSearch, TopK
-from nas.kernel_term import KernelTerm
-from nas.loop import Training
-from nas.objective import Adjoined
+from nas.objectives.adjoined import Adjoined
+from nas.objectives.kernel import KernelTerm
+from nas.prices.costs import space_costs
+from nas.searchers.channels import Bernoulli, KernelSearch, TopK
+from nas.searchers.choices import one_hot
+from nas.training.loop import Training
 from search_spaces.method import FRACTIONS, Picks, Settings
 from search_spaces.registry import METHODS
 from search_spaces.slices import NetworkSlice, network_slice

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from nas.checkpoint import load_checkpoint
+from nas.runs.checkpoint import load_checkpoint
 from search_spaces.architecture import load_architecture
 
 PICTURES = (".png", ".pdf", ".svg")

@@ -8,8 +8,8 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from nas.choices import one_hot
-from nas.costs import SpaceCosts, space_costs
+from nas.prices.costs import SpaceCosts, space_costs
+from nas.searchers.choices import one_hot
 from search_spaces.dan import DAN
 from search_spaces.method import Picks, Settings
 from search_spaces.space import make_space

@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nas.backbone import Start, starting_backbone
-from nas.checkpoint import FORMAT, copy_atomically, load_checkpoint, load_weights, save_checkpoint, save_weights
 from nas.config import parse_key_values
-from nas.loop import CHECKPOINT, fit
+from nas.machine.files import copy_atomically
+from nas.networks.backbone import Start, starting_backbone
+from nas.networks.weights import load_weights, save_weights
+from nas.runs.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from nas.training.loop import CHECKPOINT, fit
 from search_spaces.errors import UserError
 from tests.nas import tiny
 
@@ -20,7 +22,8 @@ FULL_DISK = """
     import resource, sys
     from pathlib import Path
     import torch
-    from nas.checkpoint import save_checkpoint, save_weights
+    from nas.networks.weights import save_weights
+    from nas.runs.checkpoint import save_checkpoint
     from search_spaces.errors import UserError
 
     folder = Path(sys.argv[1])

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nas.choices import ChoiceLogits, alpha_mixture, gates
-from nas.costs import SpaceCosts
-from nas.gumbel import step_generator
-from nas.objective import Differentiable
+from nas.prices.costs import SpaceCosts
+from nas.searchers.choices import ChoiceLogits, alpha_mixture, gates
+from nas.searchers.gradient import Differentiable
+from nas.searchers.gumbel import step_generator
 from search_spaces.an import AN
 from search_spaces.method import Settings
 from search_spaces.slices import network_slice

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nas.costs import SpaceCosts, joint_probability
+from nas.prices.costs import SpaceCosts, joint_probability
 from search_spaces.slices import network_slice
 from supernets.flops import block_flops
 from supernets.supernet import Supernet

@@ -15,11 +15,11 @@ from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 
-from nas.batches import TrainBatches, epoch_seed
-from nas.data import eval_loader, mixup_fn, train_loader
-from nas.datasets import DataSpec, open_splits
-from nas.images import Images, Source
-from nas.transforms import LoaderSpec
+from nas.data.batches import TrainBatches, epoch_seed
+from nas.data.datasets import DataSpec, open_splits
+from nas.data.images import Images, Source
+from nas.data.loader import eval_loader, mixup_fn, train_loader
+from nas.data.transforms import LoaderSpec
 from search_spaces.errors import UserError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nas.datasets import DataSpec, open_splits
-from nas.imagenet100 import CLASSES as IMAGENET100
-from nas.images import Images, held_out
+from nas.data.datasets import DataSpec, open_splits
+from nas.data.imagenet100 import CLASSES as IMAGENET100
+from nas.data.images import Images, held_out
 from search_spaces.errors import UserError
 
 # A folder with train.tar and val.tar: 100 classes of 150 and 50 images each.
@@ -414,7 +414,7 @@ class TestBrokenFolders:
 
 
 def test_importing_is_cheap():
-    code = "import sys, nas.datasets; print(sorted({'torch', 'timm', 'sklearn', 'datasets'} & set(sys.modules)))"
+    code = "import sys, nas.data.datasets; print(sorted({'torch', 'timm', 'sklearn', 'datasets'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 
-import nas.search
-from nas.objective import Differentiable
+import nas.searchers.decide
+from nas.searchers.gradient import Differentiable
 from search_spaces.registry import SPACES
 from supernets.supernet import Supernet
 from tests.nas.small import small_costs
@@ -33,10 +33,10 @@ def decide(objective: Differentiable, top1: list[float] | None, monkeypatch: pyt
         assert top1 is not None
         return {f"{name}_top1": value for name, value in zip(networks, top1, strict=True)}
 
-    monkeypatch.setattr(nas.search, "top_k", measured)
+    monkeypatch.setattr(nas.searchers.decide, "top_k", measured)
     val = None if top1 is None else SimpleNamespace(num_images=n)
     training: Any = SimpleNamespace(device=torch.device("cpu"), autocast=None, held_out="held out")
-    return nas.search.decide(objective, training, SimpleNamespace(val=val), full_stage_width=False)
+    return nas.stages.search.decide(objective, training, SimpleNamespace(val=val), full_stage_width=False)
 
 
 def test_the_likeliest_within_a_standard_error_of_the_best_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from nas import describe
-from nas.compact_file import describe as architecture_of
-from nas.setup import meta_supernet, search_space
+from nas.networks.compact_file import describe as architecture_of
+from nas.networks.opening import meta_supernet, search_space
 from search_spaces.architecture import Architecture, save_architecture
 from search_spaces.kcr import KEPT
 from search_spaces.registry import SPACES

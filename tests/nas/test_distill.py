@@ -5,11 +5,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from nas.backbone import Start
-from nas.distill import Distilled, Plain, Teacher, check_distillation, make_teacher, soft_distillation
-from nas.loop import fit
-from nas.objective import Step
-from nas.retrain import make_objective, resolve
+from nas.networks.backbone import Start
+from nas.objectives.distill import Distilled, check_distillation, soft_distillation
+from nas.objectives.plain import Plain
+from nas.objectives.teacher import Teacher, make_teacher
+from nas.stages.retrain import make_objective, resolve
+from nas.training.loop import fit
+from nas.training.objective import Step
 from search_spaces.errors import UserError
 from search_spaces.registry import get_space
 from tests.nas import tiny

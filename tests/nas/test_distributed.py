@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import nas.plot
+import nas.pictures.run
 from nas.config import Common, RetrainConfig, SearchConfig
-from nas.retrain import run_retrain
-from nas.search import run_search
+from nas.stages.retrain import run_retrain
+from nas.stages.search import run_search
 from search_spaces.architecture import load_architecture
 from search_spaces.errors import UserError
 from tests.nas.runs import draw_pictures
@@ -53,7 +53,7 @@ def process(rank: int, port: int, stages: list[tuple[Any, Common]], log: Path) -
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    nas.plot.plot_run = lambda folder: None  # type: ignore[assignment, misc]
+    nas.pictures.run.plot_run = lambda folder: None  # type: ignore[assignment, misc]
     for run, config in stages:
         run(config)
         torch.distributed.barrier()  # the next run may read what process 0 wrote last
@@ -77,8 +77,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pat
         return replace(config, output=root / where / name, batch_size=batch_size, **source)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nas.plot, "plot_run", lambda folder: None)
-        patch.setattr(nas.retrain, "images_per_second", lambda networks, *_: dict.fromkeys(networks, 1.0))
+        patch.setattr(nas.pictures.run, "plot_run", lambda folder: None)
+        patch.setattr(nas.stages.retrain, "images_per_second", lambda networks, *_: dict.fromkeys(networks, 1.0))
         for name, run, config in stages:
             run(place(name, config, "one", 16))
     context = multiprocessing.get_context("forkserver")
@@ -133,24 +133,24 @@ def test_the_runs_differ_where_they_should(pairs: dict[str, tuple[Path, Path]]) 
 
 
 def test_a_resume_keeps_the_global_batch(pairs: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
-    import nas.run
+    import nas.runs.folder
 
     _, two = pairs["dan"]
-    saved = replace(nas.run.saved_config(SearchConfig, two), resume=True)
-    config = nas.run.open_run(saved, "search")
+    saved = replace(nas.runs.folder.saved_config(SearchConfig, two), resume=True)
+    config = nas.runs.folder.open_run(saved, "search")
     assert (config.batch_size, config.processes) == (16, None)
-    monkeypatch.setattr(nas.run, "world_size", lambda: 4)
-    assert nas.run.open_run(saved, "search").batch_size == 4
-    monkeypatch.setattr(nas.run, "world_size", lambda: 3)
+    monkeypatch.setattr(nas.runs.folder, "world_size", lambda: 4)
+    assert nas.runs.folder.open_run(saved, "search").batch_size == 4
+    monkeypatch.setattr(nas.runs.folder, "world_size", lambda: 3)
     with pytest.raises(UserError, match="16 images, which 3 processes cannot share"):
-        nas.run.open_run(saved, "search")
+        nas.runs.folder.open_run(saved, "search")
 
 
 def test_streams_are_refused() -> None:
     from types import SimpleNamespace
 
-    from nas.data import train_loader
-    from nas.transforms import LoaderSpec
+    from nas.data.loader import train_loader
+    from nas.data.transforms import LoaderSpec
 
     spec = LoaderSpec(8, (3, 32, 32), (0.5,), (0.5,))
     with pytest.raises(UserError, match="stream"):
@@ -223,8 +223,8 @@ def test_two_nodes_run_both_stages(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_trial_of_a_sweep_by_two_processes(tmp_path: Path) -> None:
-    from nas.sweep_trial import as_plain, outcome_of, run_trial
-    from nas.trials import Trial
+    from nas.sweeps.trial import as_plain, outcome_of, run_trial
+    from nas.sweeps.trials import Trial
 
     pictures = draw_pictures(tmp_path / "pictures")
     search = replace(SEARCHES["dan"], data_dir=pictures)

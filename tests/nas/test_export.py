@@ -13,10 +13,10 @@ import torch
 import yaml
 
 import nas.export
-from nas.card import push_to_hub
-from nas.compact_file import load_compact
 from nas.export import compiled, differences, onnx_network, parser, run_export
-from nas.run import write_json
+from nas.machine.files import write_json
+from nas.networks.compact_file import load_compact
+from nas.runs.card import push_to_hub
 from search_spaces.errors import UserError
 from tests.nas.finished import finished_run, pictures
 

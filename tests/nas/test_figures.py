@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from nas.figures import candidate_text, choices_figure, curves_figure
+from nas.pictures.figures import candidate_text, choices_figure, curves_figure
 from tests.nas.synthetic import (
     ALPHAS,
     BACKBONE,

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from nas.gumbel import adjoined_weight, gumbel_noise, gumbel_softmax, step_generator, temperature
+from nas.searchers.gumbel import gumbel_noise, gumbel_softmax, step_generator, temperature
+from nas.training.losses import adjoined_weight
 
 ETA = torch.tensor([1.0, 0.0, -1.0, 0.5])
 

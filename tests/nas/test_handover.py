@@ -8,14 +8,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
-import nas.plot
-import nas.retrain
-from nas.backbone import Start, starting_backbone
-from nas.checkpoint import load_weights
+import nas.pictures.run
+import nas.stages.retrain
 from nas.config import RetrainConfig, SearchConfig
-from nas.retrain import run_retrain
-from nas.search import run_search
-from nas.setup import meta_supernet
+from nas.networks.backbone import Start, starting_backbone
+from nas.networks.opening import meta_supernet
+from nas.networks.weights import load_weights
+from nas.stages.retrain import run_retrain
+from nas.stages.search import run_search
 from search_spaces.architecture import load_architecture
 from search_spaces.registry import get_space
 from supernets.importance import permute
@@ -49,7 +49,7 @@ def searched(tmp_path_factory):
             p.add_(0.02 * torch.randn_like(p))
     save_file(base.state_dict(), root / "base.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nas.plot, "plot_run", lambda folder: [])
+        patch.setattr(nas.pictures.run, "plot_run", lambda folder: [])
         config = SearchConfig(
             space="vit-dan-nano",
             model=VIT[0],
@@ -70,16 +70,16 @@ def searched(tmp_path_factory):
 def retrain(monkeypatch, folder, data, output, **more):
     """Run stage 2 and return the weights it began with, and what it said."""
     begun = []
-    fit = nas.retrain.fit
+    fit = nas.stages.retrain.fit
 
     def watched(training, *rest):
         backbone = training.objective.supernet.backbone
         begun.append({name: t.clone() for name, t in backbone.state_dict().items()})
         fit(training, *rest)
 
-    monkeypatch.setattr(nas.retrain, "fit", watched)
-    monkeypatch.setattr(nas.retrain, "images_per_second", lambda *a: {})
-    monkeypatch.setattr(nas.plot, "plot_run", lambda folder: [])
+    monkeypatch.setattr(nas.stages.retrain, "fit", watched)
+    monkeypatch.setattr(nas.stages.retrain, "images_per_second", lambda *a: {})
+    monkeypatch.setattr(nas.pictures.run, "plot_run", lambda folder: [])
     config = RetrainConfig(
         arch=folder, dataset="folder", data_dir=data, epochs=1, batch_size=8, workers=0, output=output, **more
     )

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from nas.compact_file import slices_of
-from nas.kcr import TopK
+from nas.networks.compact_file import slices_of
+from nas.searchers.channels import TopK
 from search_spaces.architecture import Architecture, load_architecture, save_architecture
 from search_spaces.errors import UserError
 from search_spaces.method import Settings

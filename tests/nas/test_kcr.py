@@ -17,13 +17,14 @@ from timm.models.deit import VisionTransformerDistilled
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas.config import RetrainConfig, SearchConfig, with_defaults
-from nas.kcr import top_gate
-from nas.kernel_complexity import kernel_complexity, spectrum
-from nas.kernel_term import KernelAdjoined, KernelTerm
-from nas.loop import fit
-from nas.losses import cross_entropy
-from nas.objective import Adjoined, Step
-from nas.search import resolve
+from nas.objectives.adjoined import Adjoined
+from nas.objectives.kernel import KernelAdjoined, KernelTerm
+from nas.objectives.spectrum import kernel_complexity, spectrum
+from nas.searchers.channels import top_gate
+from nas.stages.search import resolve
+from nas.training.loop import fit
+from nas.training.losses import cross_entropy
+from nas.training.objective import Step
 from search_spaces.errors import UserError
 from search_spaces.kcr import channel_count
 from search_spaces.method import Settings

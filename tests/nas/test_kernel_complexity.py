@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nas.kernel_complexity import (
+from nas.kernel_complexity import _figure, main
+from nas.objectives.spectrum import (
     SecondMoment,
-    _figure,
     kernel_complexity,
-    main,
     separable_tnn,
     spectrum,
     spectrum_of_second_moment,
@@ -362,7 +361,7 @@ def test_the_command_measures_what_enters_the_classifier(tmp_path: Path, capsys:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    from nas.datasets import DataSpec, open_splits
+    from nas.data.datasets import DataSpec, open_splits
 
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, embed_dim=24, num_heads=3, num_classes=7

@@ -17,31 +17,31 @@ from tests.nas.runs import assert_same_run, assert_whole, draw_pictures, visible
 
 ROOT = Path(__file__).parents[2]
 FORK = multiprocessing.get_context("forkserver")  # torch is imported once, not at each of the starts
-FORK.set_forkserver_preload(["nas.search", "nas.plot", "timm"])
+FORK.set_forkserver_preload(["nas.stages.search", "nas.plot", "timm"])
 # Where SIGKILL strikes: in the n-th call of a function, before its work or, with "half", in the middle of a write,
 # when half of the file (its second argument) is there. None: at a random moment after the next epoch was saved.
 Kill = tuple[str, str, int, str] | None
 KILLS: list[Kill] = [  # one after the other, each in the run that the one before left
     ("os", "replace", 1, ""),  # the very first file
-    ("nas.loop", "update_weights", 3, ""),  # in the first epoch
+    ("nas.training.loop", "update_weights", 3, ""),  # in the first epoch
     None,
     ("torch", "save", 1, "half"),  # half a checkpoint
     None,
-    ("nas.loop", "write_tables", 2, ""),  # the first is the resume's own, if there is a checkpoint by now
+    ("nas.training.loop", "write_tables", 2, ""),  # the first is the resume's own, if there is a checkpoint by now
     ("nas.training", "top_k", 1, ""),  # in validation
     None,
     ("torch", "save", 2, "half"),
     None,
-    ("nas.loop", "update_weights", 1, ""),  # in the first step after a resume
+    ("nas.training.loop", "update_weights", 1, ""),  # in the first step after a resume
     None,
     ("nas.training", "top_k", 2, ""),
     None,
     ("os", "replace", 5, ""),
     None,
-    ("nas.loop", "update_weights", 9, ""),
-    ("nas.search", "top_k", 1, ""),  # all epochs done
-    ("nas.checkpoint", "save_file", 1, "half"),  # half of the weights written
-    ("nas.plot", "save", 2, ""),  # among the pictures
+    ("nas.training.loop", "update_weights", 9, ""),
+    ("nas.stages.search", "top_k", 1, ""),  # all epochs done
+    ("nas.networks.weights", "save_file", 1, "half"),  # half of the weights written
+    ("nas.pictures.run", "save", 2, ""),  # among the pictures
 ]
 OPTIONS = """--space vit-dan-nano --alphas 1 2 4 --budget 0.6 --arch-lr 0.3 --drop-path 0.2 --mixup 0.5
  --model-kwargs patch_size=8 embed_dim=24 depth=2 num_heads=4 --val-fraction 0.2 --epochs 16 --batch-size 16

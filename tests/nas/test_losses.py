@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from nas.losses import accuracy, cross_entropy, kl_divergence
-from nas.objective import Adjoined, Differentiable, Step
+from nas.objectives.adjoined import Adjoined
+from nas.searchers.gradient import Differentiable
+from nas.training.losses import accuracy, cross_entropy, kl_divergence
+from nas.training.objective import Step
 from search_spaces.slices import network_slice
 from tests.nas.small import small_costs, small_supernet
 from tests.strategies import images
@@ -82,7 +84,7 @@ def test_penalty_without_a_budget_is_equation_3_7() -> None:
     costs = small_costs(supernet, "stream")
     objective = Differentiable(supernet, costs, budget=None, gamma=1e-6, seed=4, total_steps=10)
     terms = objective(images(supernet.backbone, batch=6), LABELS, Step(0.25, 2, 10))
-    from nas.gumbel import step_generator, temperature
+    from nas.searchers.gumbel import step_generator, temperature
 
     draw = objective.choices.sample(temperature(0.25), step_generator(4, 2))
     n_f = sum(

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from nas.page import page_data, write_page
-from nas.run import write_csv
+from nas.machine.files import write_csv
+from nas.sweeps.page import page_data, write_page
 from search_spaces.errors import UserError
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

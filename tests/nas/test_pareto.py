@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.pareto import Sense, hypervolume, merge, pareto_front
+from nas.pictures.pareto import Sense, hypervolume, merge, pareto_front
 from search_spaces.errors import UserError
 
 METRICS = ("gflops", "top1", "params_m", "latency")

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import nas.plot
-from nas.plot import find_runs, main, plot_all, plot_pareto, plot_run, run_points
-from nas.scatter import pareto_figure
+import nas.pictures.run
+from nas.pictures.run import find_runs, plot_pareto, plot_run, run_points
+from nas.pictures.scatter import pareto_figure
+from nas.plot import main, plot_all
 from search_spaces.errors import UserError
 from tests.nas.synthetic import BACKBONE, PUBLISHED, lines, make_run, texts
 
@@ -25,7 +26,7 @@ def drawn(monkeypatch):
         figures[path] = figure
         return [path]
 
-    monkeypatch.setattr(nas.plot, "save", record)
+    monkeypatch.setattr(nas.pictures.run, "save", record)
     return figures
 
 
@@ -124,7 +125,7 @@ def test_this_run_is_ringed_among_the_runs_beside_it_on_the_same_dataset(tmp_pat
 
 def test_the_literature_stands_behind_imagenet_runs_alone(tmp_path, drawn, monkeypatch):
     PUBLISHED.to_csv(tmp_path / "published.csv", index=False)
-    monkeypatch.setattr(nas.plot, "PUBLISHED", tmp_path / "published.csv")
+    monkeypatch.setattr(nas.pictures.run, "PUBLISHED", tmp_path / "published.csv")
     for dataset in ("imagenet", "imagenet100"):
         run = make_run(tmp_path / dataset, dataset=dataset, space="swin-dan")
         plot_run(run)

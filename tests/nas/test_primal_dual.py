@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from nas.distill import distilled_terms
-from nas.primal_dual import (
+from nas.objectives.distill import distilled_terms
+from nas.searchers.minimax import unit_prices
+from nas.searchers.primal_dual import (
     PUBLISHED_PRICE,
     PUBLISHED_STEPS,
     AveragedSGD,
@@ -28,7 +29,6 @@ from nas.primal_dual import (
     smallest_sum,
     step_counts,
 )
-from nas.uvc import unit_prices
 from search_spaces.slices import network_slice
 from search_spaces.uvc import UVC
 from tests.nas.small import FAMILIES, small_supernet

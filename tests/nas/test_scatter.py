@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nas.scatter import pareto_figure
+from nas.pictures.scatter import pareto_figure
 from tests.nas.synthetic import PUBLISHED, lines, texts
 
 

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-import nas.loop
-import nas.plot
-import nas.retrain
-import nas.search
-import nas.training
-from nas.compact_file import load_compact
+import nas.pictures.run
+import nas.stages.retrain
+import nas.stages.search
+import nas.training.loop
+import nas.training.make
 from nas.config import RetrainConfig, SearchConfig
-from nas.retrain import run_retrain
-from nas.search import run_search
+from nas.networks.compact_file import load_compact
+from nas.stages.retrain import run_retrain
+from nas.stages.search import run_search
 from search_spaces.architecture import load_architecture
 from tests.nas.runs import assert_same_run, assert_whole, draw_pictures, log_rows, visible
 
@@ -62,7 +62,7 @@ def search(
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing is two thirds of a tiny run: only the undisturbed runs, whose fixtures come before this, draw."""
-    monkeypatch.setattr(nas.plot, "plot_run", lambda folder: None)
+    monkeypatch.setattr(nas.pictures.run, "plot_run", lambda folder: None)
 
 
 one_search = partial(pytest.mark.parametrize, "search", indirect=True)
@@ -142,11 +142,11 @@ class Interrupt:
 
 
 MOMENTS = {  # module, function, call, after
-    "before anything was saved": (nas.loop, "update_weights", 3, True),
-    "in the second epoch": (nas.loop, "update_weights", 14, True),
-    "between checkpoint and tables": (nas.loop, "save_checkpoint", 1, True),
-    "in the second save": (nas.loop, "save_checkpoint", 2, False),
-    "after the last epoch": (nas.loop, "write_tables", 2, True),
+    "before anything was saved": (nas.training.loop, "update_weights", 3, True),
+    "in the second epoch": (nas.training.loop, "update_weights", 14, True),
+    "between checkpoint and tables": (nas.training.loop, "save_checkpoint", 1, True),
+    "in the second save": (nas.training.loop, "save_checkpoint", 2, False),
+    "after the last epoch": (nas.training.loop, "write_tables", 2, True),
 }
 
 
@@ -175,11 +175,11 @@ def test_7_an_interrupted_validation_resumes_to_the_same_run(
     config, undisturbed = search
     config = replace(config, output=tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(nas.training, "top_k", Interrupt(nas.training.top_k, 2))
+        patch.setattr(nas.training.make, "top_k", Interrupt(nas.training.make.top_k, 2))
         with pytest.raises(KeyboardInterrupt):
             run_search(config)
     with monkeypatch.context() as patch:  # and once more, when all is trained but nothing concluded
-        patch.setattr(nas.search, "save_weights", Interrupt(nas.search.save_weights, 1))
+        patch.setattr(nas.stages.search, "save_weights", Interrupt(nas.stages.search.save_weights, 1))
         with pytest.raises(KeyboardInterrupt):
             run_search(replace(config, resume=True))
     assert_whole(tmp_path / "run")
@@ -199,7 +199,7 @@ def test_resuming_a_finished_search_changes_nothing(search: tuple[SearchConfig, 
 def quick_speeds() -> Iterator[None]:
     """Throughput is measured elsewhere; here it would only take seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nas.retrain, "images_per_second", lambda networks, *_: dict.fromkeys(networks, 1.0))
+        patch.setattr(nas.stages.retrain, "images_per_second", lambda networks, *_: dict.fromkeys(networks, 1.0))
         yield
 
 
@@ -228,7 +228,9 @@ def test_7_and_8_of_a_retrain(
     config = replace(config, output=tmp_path / "run")
     for call, resume in ((3, False), (14, True)):  # in the first epoch, which starts anew, then in the second
         with monkeypatch.context() as patch:
-            patch.setattr(nas.loop, "update_weights", Interrupt(nas.loop.update_weights, call, after=True))
+            patch.setattr(
+                nas.training.loop, "update_weights", Interrupt(nas.training.loop.update_weights, call, after=True)
+            )
             with pytest.raises(KeyboardInterrupt):
                 run_retrain(replace(config, resume=resume))
     assert (tmp_path / "run" / "checkpoint.pt").exists()

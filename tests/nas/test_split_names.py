@@ -12,10 +12,10 @@ import timm
 from safetensors.torch import save_file
 
 from nas.config import RetrainConfig, SearchConfig
-from nas.datasets import DataSpec, open_splits
-from nas.retrain import run_retrain
-from nas.search import run_search
-from nas.split_names import HELD_OUT, held_out_words, reported_words
+from nas.data.datasets import DataSpec, open_splits
+from nas.data.split_names import HELD_OUT, held_out_words, reported_words
+from nas.stages.retrain import run_retrain
+from nas.stages.search import run_search
 from nas.validate import parser, run_validate
 from tests.photographs import class_folders
 

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from nas.storage import scratch
+from nas.sweeps.storage import scratch
 from tests.nas.runs import assert_same_run, assert_whole
 
 ROOT = Path(__file__).parents[2]

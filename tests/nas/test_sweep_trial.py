@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 import yaml
 
-import nas.retrain
-import nas.search
-import nas.storage
+import nas.stages.retrain
+import nas.stages.search
+import nas.sweeps.storage
 from nas.config import RetrainConfig, SearchConfig, SweepConfig
-from nas.run import open_run, write_csv, write_json
-from nas.split_names import HELD_OUT
-from nas.storage import Storage, exclusive, scratch, storage_of
-from nas.sweep_table import Board, trial_row
-from nas.sweep_trial import as_plain, epochs_done, finished, outcome_of, run_trial
-from nas.trials import Trial, make_trials
+from nas.data.split_names import HELD_OUT
+from nas.machine.files import write_csv, write_json
+from nas.runs.folder import open_run
+from nas.sweeps.storage import Storage, exclusive, scratch, storage_of
+from nas.sweeps.table import Board, trial_row
+from nas.sweeps.trial import as_plain, epochs_done, finished, outcome_of, run_trial
+from nas.sweeps.trials import Trial, make_trials
 from search_spaces.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -63,8 +64,8 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     stages = Fake()
-    monkeypatch.setattr(nas.search, "run_search", lambda c, e: stages("search", c, e))
-    monkeypatch.setattr(nas.retrain, "run_retrain", lambda c, e: stages("retrain", c, e))
+    monkeypatch.setattr(nas.stages.search, "run_search", lambda c, e: stages("search", c, e))
+    monkeypatch.setattr(nas.stages.retrain, "run_retrain", lambda c, e: stages("retrain", c, e))
     return stages
 
 
@@ -195,7 +196,7 @@ def test_only_what_changed_is_copied_and_what_is_cut_short_does_not_arrive(
 
 
 def test_one_process_at_a_time_works_on_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nas.storage, "WAIT", 0.3)
+    monkeypatch.setattr(nas.sweeps.storage, "WAIT", 0.3)
     with exclusive(tmp_path / "000"):
         with pytest.raises(UserError, match="another process"), exclusive(tmp_path / "000"):
             pass
@@ -249,7 +250,7 @@ def test_the_table_has_every_trial_once_whatever_happens(
 
 
 def test_asha_ends_what_falls_behind_among_networks_of_one_cost() -> None:
-    from nas.sweep_ray import AshaByCost
+    from nas.sweeps.ray_tune import AshaByCost
 
     config = SweepConfig(sweep=("budget=0.2,0.7", "seed=0,1,2,3"), epochs=9, scheduler="asha")
     trials = make_trials(config)
@@ -276,10 +277,10 @@ def test_asha_ends_what_falls_behind_among_networks_of_one_cost() -> None:
 def test_ray_is_imported_for_sweeps_alone() -> None:
     sources = [
         *ROOT.glob("*.py"),
-        *(p for room in ("nas", "supernets", "search_spaces") for p in (ROOT / room).glob("*.py")),
+        *(p for room in ("nas", "supernets", "search_spaces") for p in (ROOT / room).rglob("*.py")),
     ]
     users = {p.name for p in sources if re.search(r"^\s*(import|from) ray\b", p.read_text(), re.MULTILINE)}
-    assert users == {"sweep.py", "sweep_ray.py", "sweep_trial.py", "trials.py"}
+    assert users == {"sweep.py", "ray_tune.py", "trial.py", "trials.py"}
 
 
 def test_a_job_travels_as_plain_values(tmp_path: Path) -> None:

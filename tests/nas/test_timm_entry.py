@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import nas.timm_entry
-from nas.compact_file import load_compact
+from nas.networks.compact_file import load_compact
 from search_spaces.errors import UserError
 from tests.nas.finished import finished_run, pictures
 

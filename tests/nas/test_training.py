@@ -6,16 +6,17 @@ import types
 import pytest
 import torch
 
-import nas.loop
-import nas.setup
-from nas.checkpoint import load_checkpoint
+import nas.data.loaders
+import nas.training.loop
 from nas.cli import parse
 from nas.config import RetrainConfig
-from nas.loop import BEST, CHECKPOINT, fit, settle
-from nas.objective import Differentiable, Step
-from nas.optim import make_clip, make_optimizer, make_scheduler
+from nas.runs.checkpoint import load_checkpoint
+from nas.searchers.gradient import Differentiable
 from nas.setup import check_common
-from nas.training import make_training
+from nas.training.loop import BEST, CHECKPOINT, fit, settle
+from nas.training.make import make_training
+from nas.training.objective import Step
+from nas.training.optim import make_clip, make_optimizer, make_scheduler
 from search_spaces.errors import UserError
 from tests.nas import tiny
 from tests.nas.small import small_costs
@@ -31,8 +32,8 @@ def test_every_augmentation_flag_arrives(monkeypatch):
     def record(images, spec, **rest):
         seen["spec"] = spec
 
-    monkeypatch.setattr(nas.setup, "train_loader", record)
-    monkeypatch.setattr(nas.setup, "mixup_fn", lambda *a, **k: seen.update(mixup=(a, k)))
+    monkeypatch.setattr(nas.data.loaders, "train_loader", record)
+    monkeypatch.setattr(nas.data.loaders, "mixup_fn", lambda *a, **k: seen.update(mixup=(a, k)))
     line = (
         "--space swin-an-nano --batch-size 8 --no-aug --vflip 0.3 --ratio 0.9 1.1 --train-interpolation bilinear"
         " --interpolation nearest --recount 2 --aug-repeats 3 --crop-pct 0.7 --mean 0.1 0.2 0.3 --std 0.4 0.5 0.6"
@@ -51,9 +52,9 @@ def test_every_augmentation_flag_arrives(monkeypatch):
 
 def test_splits_and_classes_arrive(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(nas.setup, "open_splits", seen.append)
+    monkeypatch.setattr(nas.data.loaders, "open_splits", seen.append)
     options = tiny.config(tmp_path, train_split="a", val_split="b", num_classes=7)
-    nas.setup.open_data(options)
+    nas.data.loaders.open_data(options)
     assert (seen[0].train_split, seen[0].test_split, seen[0].num_classes) == ("a", "b", 7)
 
 
@@ -229,7 +230,7 @@ def test_a_kill_right_after_the_checkpoint_loses_no_best(tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(nas.loop, "keep_copies", killed)
+        patch.setattr(nas.training.loop, "keep_copies", killed)
         with pytest.raises(Killed):
             fit(scripted(tiny.training(tiny.config(tmp_path)), [30.0]), resume=False, words="test")
     fit(scripted(tiny.training(tiny.config(tmp_path)), [30.0, 10.0]), resume=True, words="test")
@@ -293,7 +294,7 @@ def test_too_many_unreadable_images_stop_the_run_and_few_are_counted(tmp_path, c
     training = make_training(options, tiny.Adjoined(net, tiny.half(net)), loaders, tiny.CPU)
     fit(training, resume=False, words="test")
     capsys.readouterr()
-    assert nas.setup.report_unreadable(loaders) == 2
+    assert nas.data.loaders.report_unreadable(loaders) == 2
     assert "2 images could not be read and were left out: image" in capsys.readouterr().out
     before = (tmp_path / CHECKPOINT).read_bytes()
     broken |= {7}

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageOps
 from timm.data import auto_augment
 
-from nas.transforms import LoaderSpec, Transform, TransformError, policy_ops
+from nas.data.transforms import LoaderSpec, Transform, TransformError, policy_ops
 from search_spaces.registry import SPACES
 from tests.photographs import photograph
 

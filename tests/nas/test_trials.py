@@ -9,8 +9,8 @@ import pytest
 
 from nas.cli import parse
 from nas.config import RetrainConfig, SearchConfig, SweepConfig
-from nas.run import open_run
-from nas.trials import Trial, make_trials, single_search
+from nas.runs.folder import open_run
+from nas.sweeps.trials import Trial, make_trials, single_search
 from search_spaces.errors import UserError
 
 

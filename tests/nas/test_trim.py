@@ -6,8 +6,8 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis import given
 
-from nas.primal_dual import Prices
-from nas.trim import Gate, Plan, Scores, fit_budget, make_plan, remove_units, restore_units
+from nas.searchers.primal_dual import Prices
+from nas.searchers.trim import Gate, Plan, Scores, fit_budget, make_plan, remove_units, restore_units
 from tests.supernets.test_invariants import few
 
 

@@ -12,20 +12,20 @@ import pytest
 import torch
 from hypothesis import given
 
-import nas.loop
-import nas.retrain
+import nas.stages.retrain
+import nas.training.loop
 from nas import describe
-from nas.compact_file import load_compact, slices_of
 from nas.config import RetrainConfig, SearchConfig
-from nas.costs import space_costs
-from nas.losses import cross_entropy
-from nas.objective import Step
-from nas.primal_dual import GATE_START
-from nas.retrain import run_retrain
-from nas.search import resolve, run_search
-from nas.steps_figure import steps_figure
-from nas.uvc import UVC
-from nas.uvc_options import check_reach
+from nas.methods.uvc import check_reach
+from nas.networks.compact_file import load_compact, slices_of
+from nas.pictures.steps_figure import steps_figure
+from nas.prices.costs import space_costs
+from nas.searchers.minimax import UVC
+from nas.searchers.primal_dual import GATE_START
+from nas.stages.retrain import run_retrain
+from nas.stages.search import resolve, run_search
+from nas.training.losses import cross_entropy
+from nas.training.objective import Step
 from search_spaces.architecture import load_architecture
 from search_spaces.errors import UserError
 from search_spaces.method import Settings
@@ -266,7 +266,7 @@ def test_a_search_ends_in_the_band_and_its_architecture_retrains_to_a_compact_ne
     assert (folder / "steps.png").stat().st_size > 10_000
     header, *lines = (folder / "steps.csv").read_text().splitlines()
     assert header.startswith("step,z,expected,hard,budget,heads_0,channels_0,neurons_0") and len(lines) == 27
-    monkeypatch.setattr(nas.retrain, "images_per_second", lambda networks, *_: dict.fromkeys(networks, 1.0))
+    monkeypatch.setattr(nas.stages.retrain, "images_per_second", lambda networks, *_: dict.fromkeys(networks, 1.0))
     data = {"dataset": "folder", "data_dir": config.data_dir, "workers": 0, "batch_size": 16, "epochs": 1}
     again = run_retrain(RetrainConfig(arch=folder, output=tmp_path / "small", **data))
     summary = json.loads((again / "summary.json").read_text())
@@ -287,7 +287,7 @@ def test_7_an_interrupted_search_resumes_to_the_same_run(
     config, undisturbed = run
     config = replace(config, output=tmp_path / "run")
     calls = iter(range(99))
-    update = nas.loop.update_weights
+    update = nas.training.loop.update_weights
 
     def interrupted(*args: Any) -> Any:
         if next(calls) == 20:  # in the third epoch
@@ -295,7 +295,7 @@ def test_7_an_interrupted_search_resumes_to_the_same_run(
         return update(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(nas.loop, "update_weights", interrupted)
+        patch.setattr(nas.training.loop, "update_weights", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_search(config)
     assert_whole(tmp_path / "run")

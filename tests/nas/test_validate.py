@@ -9,8 +9,8 @@ import timm
 import torch
 from timm.data import create_dataset, create_transform, resolve_data_config
 
-from nas.compact_file import load_compact
-from nas.opened import open_folder, test_images
+from nas.networks.compact_file import load_compact
+from nas.runs.opened import open_folder, test_images
 from nas.validate import main, parser, run_validate
 from search_spaces.errors import UserError
 from supernets.supernet import Supernet
@@ -33,7 +33,7 @@ def validate(*arguments: Any) -> dict[str, Any]:
 
 
 def test_all_three_networks_of_a_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.speed.images_per_second", lambda networks, *_: dict.fromkeys(networks, 7.0))
+    monkeypatch.setattr("nas.machine.timing.images_per_second", lambda networks, *_: dict.fromkeys(networks, 7.0))
     result = validate("--weights", run)
     rows = result["networks"]
     assert list(rows) == ["large", "subnet", "compact"]

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from nas.config import RetrainConfig
-from nas.datasets import Splits
-from nas.images import Images, Source
-from nas.loop import Training
-from nas.objective import Adjoined
-from nas.setup import Loaders, make_loaders
-from nas.training import make_training
+from nas.data.datasets import Splits
+from nas.data.images import Images, Source
+from nas.data.loaders import Loaders, make_loaders
+from nas.objectives.adjoined import Adjoined
+from nas.training.loop import Training
+from nas.training.make import make_training
 from search_spaces.slices import NetworkSlice, network_slice, prefix_slice
 from supernets.supernet import Supernet
 

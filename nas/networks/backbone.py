@@ -1,0 +1,174 @@
+"""The timm model that is compressed: made, given its starting weights, its classifier fitted to the dataset."""
+
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from nas.data.folders import few
+from nas.data.split_names import trained_before
+from nas.networks.weights import load_weights
+from search_spaces.errors import UserError
+from supernets import t2t_vit  # noqa: F401  registers T2T-ViT with timm
+
+FAMILY_CLASSES = {
+    "swin": ("SwinTransformer",),
+    "vit": ("VisionTransformer", "VisionTransformerDistilled"),
+    "deit": ("VisionTransformer", "VisionTransformerDistilled"),
+    "t2t": ("T2TViT",),
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the starting weights come from.
+
+    pretrained: timm's. checkpoint: a file. Neither: timm's initialisation, drawn from seed.
+    """
+
+    pretrained: bool = False
+    checkpoint: Path | None = None
+    seed: int = 42
+
+    def given(self) -> bool:
+        """Whether the weights were trained before."""
+        return self.pretrained or self.checkpoint is not None
+
+    def name(self) -> str | None:
+        """The weights that were trained before, in words; None where they are drawn."""
+        return trained_before(self.pretrained, self.checkpoint)
+
+
+def check_model_name(model: str) -> None:
+    """UserError with near matches when timm does not know the model."""
+    if not timm.is_model(model):
+        names = timm.list_models()
+        near = difflib.get_close_matches(model, names, n=3)
+        near = near or [n for n in names if n.startswith(model.split("_")[0])][:3]
+        raise UserError(f"unknown model {model!r}; did you mean {', '.join(near) or 'one of timm.list_models()'}?")
+
+
+def check_family(backbone: nn.Module, family: str, model: str) -> None:
+    """UserError when a model is not of the space's family."""
+    if type(backbone).__name__ not in FAMILY_CLASSES[family]:
+        raise UserError(
+            f"{model} is a {type(backbone).__name__}, the {family}-* spaces take"
+            f" {' or '.join(FAMILY_CLASSES[family])}; choose another --model or --space"
+        )
+
+
+def build(model: str, model_kwargs: Mapping[str, Any], *, pretrained: bool = False, **extra: Any) -> nn.Module:
+    """timm.create_model with one clear error per thing that can be wrong with its arguments."""
+    check_model_name(model)
+    try:
+        return timm.create_model(model, pretrained=pretrained, **dict(model_kwargs) | extra)  # type: ignore[no-any-return]
+    except (TypeError, AssertionError, ValueError, KeyError) as error:
+        raise UserError(f"timm cannot build {model} with {dict(model_kwargs)}: {error}") from None
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"the pretrained weights of {model} could not be fetched ({reason[:120]});"
+            " give --checkpoint FILE, or --no-pretrained to start from scratch"
+        ) from None
+
+
+def starting_backbone(
+    model: str,
+    model_kwargs: Mapping[str, Any],
+    num_classes: int,
+    start: Start,
+    class_names: Sequence[str] | None = None,
+    drop_path: float | None = None,
+) -> tuple[nn.Module, list[str], bool]:
+    """The backbone with its starting weights, what is worth saying about them, and whether the classifier is new.
+
+    A pretrained ImageNet classifier keeps the rows of the dataset's classes when these are ImageNet's
+    (section 2.8); any other classifier of the wrong size is made anew.
+    """
+    extra: dict[str, Any] = {} if drop_path is None else {"drop_path_rate": drop_path}
+    torch.manual_seed(start.seed)
+    if not start.given():
+        return build(model, model_kwargs, num_classes=num_classes, **extra), [], True
+    if start.checkpoint is not None:
+        backbone = build(model, model_kwargs, num_classes=num_classes, **extra)
+        return backbone, *load_into(backbone, load_weights(start.checkpoint), str(start.checkpoint), class_names)
+    source = build(model, model_kwargs, pretrained=True, **extra)
+    state = dict(source.state_dict())
+    backbone = build(model, model_kwargs, num_classes=num_classes, **extra)
+    return backbone, *load_into(backbone, state, f"timm's weights of {model}", class_names)
+
+
+def load_into(
+    backbone: nn.Module, state: Mapping[str, Tensor], source: str, class_names: Sequence[str] | None
+) -> tuple[list[str], bool]:
+    """Load weights into a backbone, classifier aside when it does not fit.
+
+    Returns what did not match, in words, and whether the classifier is new.
+
+    Raises UserError when anything but the classifier is missing or has another shape.
+    """
+    filter_fn = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    state = dict(state) if filter_fn is None else dict(filter_fn(dict(state), backbone))
+    own = backbone.state_dict()
+    lines = []
+    for name in classifier_names(backbone):
+        for leaf in (f"{name}.weight", f"{name}.bias"):
+            if leaf not in state or leaf not in own or state[leaf].shape == own[leaf].shape:
+                continue
+            rows = imagenet_rows(class_names) if state[leaf].shape[0] == 1000 else None
+            if rows is not None and len(rows) == own[leaf].shape[0]:
+                state[leaf] = state[leaf][rows]
+                lines.append(f"{leaf}: kept the rows of the dataset's {len(rows)} ImageNet classes")
+            else:
+                found = state.pop(leaf).shape[0]
+                lines.append(f"{leaf}: {found} classes in {source}, {own[leaf].shape[0]} here; made anew")
+    fresh = [n for n in own if n not in state and n.startswith(tuple(classifier_names(backbone)))]
+    missing = sorted(set(own) - set(state) - set(fresh))
+    wrong = [
+        f"{n} {tuple(state[n].shape)}, here {tuple(own[n].shape)}"
+        for n in own
+        if n in state and state[n].shape != own[n].shape
+    ]
+    if missing or wrong:
+        what = (["missing: " + few(missing, 4)] if missing else []) + (["shape: " + few(wrong, 4)] if wrong else [])
+        raise UserError(
+            f"{source} does not fit {type(backbone).__name__}: {'; '.join(what)}; check --model and --model-kwargs"
+        )
+    unexpected = sorted(set(state) - set(own))
+    if unexpected:
+        lines.append(f"not used from {source}: {few(unexpected, 4)}")
+    backbone.load_state_dict({n: state[n] for n in own if n in state}, strict=False)
+    return lines, bool(fresh)
+
+
+def input_size(backbone: Any, model_kwargs: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(C, H, W) that a timm model was made for; timm's own record ignores its constructor's arguments."""
+    channels, *size = backbone.pretrained_cfg["input_size"]
+    size = model_kwargs.get("img_size", size)
+    height, width = (size, size) if isinstance(size, int) else size
+    return model_kwargs.get("in_chans", channels), height, width
+
+
+def classifier_names(backbone: Any) -> list[str]:
+    """Module paths of the classifier layers."""
+    classifier = backbone.get_classifier()
+    layers = classifier if isinstance(classifier, tuple) else (classifier,)
+    return [name for name, module in backbone.named_modules() if any(module is layer for layer in layers)]
+
+
+def imagenet_rows(class_names: Sequence[str] | None) -> list[int] | None:
+    """ImageNet-1k indices of classes named by their wnids; None when they are not ImageNet's."""
+    if not class_names:
+        return None
+    from timm.data import ImageNetInfo
+
+    index = {wnid: i for i, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+    return [index[name] for name in class_names] if all(name in index for name in class_names) else None

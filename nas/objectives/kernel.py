@@ -1,0 +1,137 @@
+"""The kernel term of KCR and joint in both stages: eta_kc * TNN_r of the small network's features (section 2.3)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nas.config import Common
+from nas.objectives.adjoined import Adjoined
+from nas.objectives.spectrum import EpochKernel, SecondMoment, separable_tnn
+from nas.training.losses import adjoined_weight, cross_entropy, kl_divergence
+from nas.training.objective import Step
+from search_spaces.errors import UserError
+from search_spaces.registry import Space
+from search_spaces.slices import NetworkSlice
+from supernets.supernet import Supernet
+
+
+class KernelTerm(nn.Module):
+    """eta_kc * TNN_r of the small network's pooled features, and the kernel complexity of every epoch.
+
+    V is of the epoch before, so the first epoch has no term. rho: share of the spectrum that is left free.
+    """
+
+    def __init__(self, eta_kc: float, rho: float) -> None:
+        super().__init__()
+        self.eta_kc, self.rho = eta_kc, rho
+        self.kernel: EpochKernel | None = None  # of the last epoch that ended
+        self._moment: SecondMoment | None = None
+        self._state: Mapping[str, Tensor] = {}  # a checkpoint's, until the features show size and device
+        self._counted = -1
+
+    def forward(self, features: Tensor, step: Step) -> Tensor:
+        """features (B, D), or (B, 2, D/2) of a network with two classifiers -> the weighted term, a scalar."""
+        features = features.flatten(1)
+        if self._moment is None:
+            self._moment = SecondMoment(features.shape[1], features.device)
+            if self._state:
+                self._moment.load_state_dict(self._state)
+        if step.number != self._counted:  # a second forward of the same step is the logits' held-out batch
+            self._counted = step.number
+            self._moment.update(features)
+        if self._moment.previous_basis_Dr is None:
+            return torch.zeros((), device=features.device)
+        return self.eta_kc * separable_tnn(features, self._moment.previous_basis_Dr)
+
+    def finish_epoch(self) -> None:
+        """Refresh V and measure the epoch."""
+        assert self._moment is not None, "an epoch without a step"
+        self.kernel = self._moment.finish(self.rho)
+        self._counted = -1
+
+    def log(self) -> dict[str, float]:
+        """KC raw and on the trace-normalised spectrum, TNN_r and the trace it is part of."""
+        if self.kernel is None:
+            return {}
+        trace = float(self.kernel.eigenvalues.sum())
+        return {
+            "kc": self.kernel.kc,
+            "kc_normalised": self.kernel.kc_normalised,
+            "tnn": self.kernel.tnn,
+            "trace": trace,
+        }
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        return dict(self._state) if self._moment is None else self._moment.state_dict()
+
+    def set_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        self._moment, self._state = None, dict(state)
+
+
+class KernelAdjoined(Adjoined):
+    """Retraining of a KCR or joint architecture: CE(p) + lambda KL(p || q) + eta_kc TNN, or CE(q) + eta_kc TNN."""
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        subnet: NetworkSlice,
+        *,
+        kernel: KernelTerm,
+        adjoined: bool,
+        smoothing: float = 0.0,
+        detach_teacher: bool = False,
+    ) -> None:
+        super().__init__(supernet, subnet, smoothing, detach_teacher)
+        self.kernel, self.adjoined = kernel, adjoined
+
+    def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
+        q, features = self.supernet.small_with_features(images, self.subnet)
+        lam = adjoined_weight(step.t)
+        return task_terms(self, images, target, q, lam, self.adjoined) | {"tnn": self.kernel(features, step)}
+
+    def after_epoch(self) -> None:
+        self.kernel.finish_epoch()
+
+    def log(self, step: Step) -> dict[str, float]:
+        return super().log(step) | self.kernel.log()
+
+
+def task_terms(
+    objective: Adjoined, images: Tensor, target: Tensor, q: Tensor, lam: float, adjoined: bool
+) -> dict[str, Tensor]:
+    """Cross-entropy of the large network and the KL to the small one, or cross-entropy of the small one alone."""
+    if not adjoined:
+        return {"ce": cross_entropy(q, target, objective.smoothing)}
+    p = objective.supernet.large(images)
+    return {
+        "ce": cross_entropy(p, target, objective.smoothing),
+        "kl": lam * kl_divergence(p, q, objective.detach_teacher),
+    }
+
+
+def has_kernel_term(space: Space) -> bool:
+    """Whether a space's training has the truncated nuclear norm in its loss."""
+    return space.method.name in ("kcr", "joint")
+
+
+def kernel_term(config: Common) -> KernelTerm:
+    """The term that the options ask for."""
+    assert config.eta_kc is not None and config.rho is not None
+    return KernelTerm(config.eta_kc, config.rho)
+
+
+def check_kernel_options(config: Common, space: Space) -> None:
+    """Refuse options of KCR and joint that the space does not have, and values that no run can use."""
+    if not has_kernel_term(space):
+        given = [name for name in ("eta_kc", "rho") if getattr(config, name) is not None]
+        given += [] if config.adjoined else ["no_adjoined"]
+        if given:
+            raise UserError(
+                f"--{given[0].replace('_', '-')} goes with methods kcr and joint; the space is {space.name}"
+            )
+        return
+    if config.eta_kc is not None and config.eta_kc < 0:
+        raise UserError(f"--eta-kc {config.eta_kc}; expected 0 or more")
+    if config.rho is not None and not 0 <= config.rho <= 1:
+        raise UserError(f"--rho {config.rho}; expected a share of the spectrum, from 0 to 1")

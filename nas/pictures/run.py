@@ -1,0 +1,276 @@
+"""The pictures of a run, drawn from its files: choices, curves, steps, and where it stands among others."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.data.split_names import HELD_OUT
+from nas.pictures.figures import DPI, choices_figure, curves_figure
+from nas.pictures.scatter import pareto_figure
+from nas.pictures.steps_figure import steps_figure
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+RUN_FILES = ("config.yaml", "summary.json", "log.csv")  # any of them makes a folder a run's
+SWEEP_FILE = "trials.csv"
+PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published.csv"
+EARLIER = {"val": HELD_OUT, "test": "test split"}  # how older summaries named what they measured on
+# Options that say where a run ran, its seed and what it started from, not which configuration it is.
+INCIDENTAL = ("seed", "output", "resume", "device", "workers", "threads", "data_dir", "arch", "download")
+
+
+def plot_run(folder: Path, points: Sequence[Mapping[str, Any]] | None = None, x: str = "gflops") -> list[Path]:
+    """Draw what the files of a run allow, into its folder; the paths written, in order.
+
+    points: rows of `run_points` of the runs to set it among in the Pareto picture, of which those on the same
+    dataset are taken; None: of the runs in the folders beside it. x: that picture's cost, one of gflops,
+    params, images_per_s. A missing file, column or value leaves its part out. Raises UserError when a picture
+    cannot be written.
+    """
+    written: list[Path] = []
+    summary, arch = _json(folder / "summary.json"), _json(folder / "arch.json")
+    title = _title(folder, summary, arch)
+    choices = _csv(folder / "choices.csv")
+    if choices is not None:
+        blocks = arch.get("blocks")
+        picks = [b for b in blocks if isinstance(b, dict)] if isinstance(blocks, list) else []
+        figure = choices_figure(choices, picks, title)
+        written += save(figure, folder / "choices.png") if figure is not None else []
+    history = _csv(folder / "log.csv")
+    if history is not None:
+        held_out = str(summary.get("held_out") or HELD_OUT)
+        figure = curves_figure(history, title, _backbone_gflops(summary, arch), _budget(summary, arch), held_out)
+        written += save(figure, folder / "curves.png") if figure is not None else []
+    steps = _csv(folder / "steps.csv")
+    if steps is not None:
+        figure = steps_figure(steps, title)
+        written += save(figure, folder / "steps.png") if figure is not None else []
+    own = [p for p in run_points(folder) if _drawable(p, x)]
+    if own:
+        if points is None:
+            points = [p for f in folder.resolve().parent.glob("*/summary.json") for p in run_points(f.parent)]
+        others = [p for p in points if p["dataset"] == own[0]["dataset"] and p["run"] != own[0]["run"]]
+        written += _draw_points([p | {"this": True} for p in own] + others, folder / "pareto", title, x)
+    return written
+
+
+def plot_pareto(
+    points: pd.DataFrame,
+    path: Path,
+    title: str,
+    *,
+    x: str = "gflops",
+    y: str = "top1",
+    uniform: pd.DataFrame | None = None,
+    published: pd.DataFrame | None = None,
+) -> list[Path]:
+    """Draw nas.pictures.scatter.pareto_figure and write it as path.png (150 dpi) and path.pdf (vectors).
+
+    Frames as described there. Raises UserError for an unknown axis, when no point has both values, or when
+    the files cannot be written.
+    """
+    figure = pareto_figure(points, title, x=x, y=y, uniform=uniform, published=published)
+    return [p for suffix in (".png", ".pdf") for p in save(figure, path.with_name(path.name + suffix))]
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Write a figure atomically, in the format of the path's suffix; the same figure gives the same bytes."""
+    import matplotlib
+
+    from nas.machine.files import write_atomically
+
+    kind = path.suffix.removeprefix(".")
+    metadata = {"CreationDate": None} if kind == "pdf" else {}
+    with matplotlib.rc_context({"pdf.fonttype": 42}):  # text stays text
+        write_atomically(path, lambda p: figure.savefig(p, format=kind, dpi=DPI, metadata=metadata))
+    return [path]
+
+
+def run_points(folder: Path) -> list[dict[str, Any]]:
+    """The networks of a run's summary.json as rows for pareto_figure: large, and subnet or compact.
+
+    Params are a count, gflops in GFLOPs (MACs), images_per_s at batch 32, top-k in percent; absent ones are
+    NaN. Runs that differ in nothing but their seed share `config`. Empty when there is no summary.
+    """
+    summary, arch = _json(folder / "summary.json"), _json(folder / "arch.json")
+    small = "compact" if isinstance(summary.get("compact"), dict) else "subnet"
+    facts = {
+        "run": str(folder.resolve()),
+        "space": str(summary.get("space") or arch.get("space") or ""),
+        "dataset": str(summary.get("dataset", "")),
+        "seed": summary.get("seed"),
+        "split": EARLIER.get(str(summary.get("split")), summary.get("split")) or "",
+    }
+    rows = []
+    for role in ("large", small):
+        found = summary.get(role)
+        if not isinstance(found, dict):
+            continue
+        values = {name: _value(found, name) for name in ("params", "gflops", "top1", "top5", "held_out_top1")}
+        values["images_per_s"] = _value(found, "images_per_s_32")
+        # The large network is the same whatever the small one's budget; runs are its seeds.
+        alone = f"large {values['gflops']} {summary.get('train', 'adjoined')}"
+        config = alone if role == "large" else _configuration(folder, summary, arch)
+        label = "" if role == "large" else _label(summary, arch)
+        rows.append(facts | values | {"role": role, "config": config, "label": label, "alpha": _alpha(arch)})
+    return rows
+
+
+def find_runs(root: Path) -> list[Path]:
+    """Every run folder at or below `root`, hidden ones aside, in the order of their names."""
+    folders = {f.parent for name in RUN_FILES for f in root.rglob(name) if not _hidden(f, root)}
+    return sorted(f for f in folders if not (f / SWEEP_FILE).exists())
+
+
+def plot_together(folder: Path, points: Sequence[Mapping[str, Any]], x: str) -> list[Path]:
+    """A Pareto picture of all these points into the folder; one for each dataset."""
+    written: list[Path] = []
+    drawn = [p for p in points if _drawable(p, x)]
+    datasets = sorted({p["dataset"] for p in drawn})
+    for dataset in datasets:
+        name = "pareto" if len(datasets) == 1 else f"pareto-{dataset.replace('/', '-')}"
+        chosen = [p for p in drawn if p["dataset"] == dataset]
+        written += _draw_points(chosen, folder / name, f"{folder.resolve().name}: all runs on {dataset}", x)
+    return written
+
+
+def _draw_points(rows: Sequence[Mapping[str, Any]], path: Path, title: str, x: str) -> list[Path]:
+    """Split the rows into points and the line of uniform alpha, fetch the literature, draw."""
+    import pandas as pd
+
+    frame = pd.DataFrame([{"this": False, **row} for row in rows])
+    an = frame["space"].str.split("-").str[1].eq("an") & frame["role"].ne("large") & frame["this"].ne(True)
+    line = frame[an] if frame[an]["alpha"].nunique() > 1 else None
+    others = frame.drop(line.index) if line is not None else frame
+    published = _published() if frame["dataset"].eq("imagenet").any() else None
+    name = path if x == "gflops" else path.with_name(f"{path.name}-{x}")
+    return plot_pareto(others, name, title, x=x, uniform=line, published=published)
+
+
+def _published() -> pd.DataFrame | None:
+    """The literature's points: of this checkout, or of the results/ one stands above."""
+    found = [frame for path in (PUBLISHED, Path("results/published.csv")) if (frame := _csv(path)) is not None]
+    return found[0] if found else None
+
+
+def _title(folder: Path, summary: Mapping[str, Any], arch: Mapping[str, Any]) -> str:
+    """The space, the dataset, and what else tells this run from its siblings."""
+    options = _yaml(folder / "config.yaml")
+    space = summary.get("space") or arch.get("space") or options.get("space") or folder.name
+    dataset, seed = (summary.get(k, options.get(k)) for k in ("dataset", "seed"))
+    parts = [str(summary["stage"])] if summary.get("stage") else []
+    parts += [_label(summary, arch)] if summary or arch else []
+    parts += [f"seed {seed}"] if seed is not None else []
+    return f"{space}" + (f" on {dataset}" if dataset else "") + (f" ({', '.join(parts)})" if parts else "")
+
+
+def _label(summary: Mapping[str, Any], arch: Mapping[str, Any]) -> str:
+    """What its search aimed at."""
+    if arch.get("method") == "an" and (alpha := _alpha(arch)) is not None:
+        return f"α = {alpha:g}"
+    budget = _budget(summary, arch)
+    return f"budget {budget:.3g}" if budget is not None else "no budget"
+
+
+def _alpha(arch: Mapping[str, Any]) -> float | None:
+    """The compression factor, where every block has the same."""
+    blocks = arch.get("blocks")
+    factors = {_value(b, "alpha") for b in blocks if isinstance(b, dict)} if isinstance(blocks, list) else set()
+    return factors.pop() if len(factors) == 1 and all(map(_number, factors)) else None
+
+
+def _budget(summary: Mapping[str, Any], arch: Mapping[str, Any]) -> float | None:
+    """The share of the backbone's FLOPs asked for; None when there was no budget."""
+    search = arch.get("search")
+    budget = _value(summary, "budget")
+    if not _number(budget) and isinstance(search, dict):
+        budget = _value(search, "budget")
+    return budget if _number(budget) and budget > 0 else None
+
+
+def _backbone_gflops(summary: Mapping[str, Any], arch: Mapping[str, Any]) -> float | None:
+    large = summary.get("large")
+    gflops = _value(large, "gflops") if isinstance(large, dict) else float("nan")
+    gflops = gflops if _number(gflops) else _value(arch, "backbone_flops") / 1e9
+    return gflops if _number(gflops) else None
+
+
+def _configuration(folder: Path, summary: Mapping[str, Any], arch: Mapping[str, Any]) -> str:
+    """Equal for runs that differ in their seed alone; a run without options is like no other."""
+    options, search = _yaml(folder / "config.yaml"), arch.get("search")
+    if not options:
+        return str(folder)
+    searched = {k: v for k, v in search.items() if k != "seed"} if isinstance(search, dict) else {}
+    own = {k: v for k, v in options.items() if k not in INCIDENTAL}
+    same = [
+        summary.get("stage"),
+        summary.get("space"),
+        _label(summary, arch),
+        arch.get("width"),
+        searched,
+        own,
+    ]
+    return json.dumps(same, sort_keys=True, default=str)
+
+
+def _value(values: Mapping[str, Any], key: str) -> float:
+    """A number, NaN when absent or none."""
+    value = values.get(key)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
+
+
+def _number(value: float) -> bool:
+    return value == value
+
+
+def _drawable(point: Mapping[str, Any], x: str) -> bool:
+    return _number(point[x]) and _number(point["top1"])
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """An object, empty when there is no such file or it is damaged: a picture is no reason to fail a run."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        log.warning("%s: not readable (%s); drawn without it", path, error)
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        log.warning("%s: not readable (%s); drawn without it", path, str(error).splitlines()[0])
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _csv(path: Path) -> pd.DataFrame | None:
+    """A table, None when there is no such file or it is empty or damaged."""
+    import pandas as pd
+
+    try:
+        return pd.read_csv(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # pandas' parser and empty-file errors are ValueErrors
+        log.warning("%s: not readable (%s); drawn without it", path, error)
+        return None

@@ -1,0 +1,167 @@
+"""FLOPs of a search space: of every option of every block, expected under probabilities, and as a selection problem."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nas.prices.selection import Candidate, SelectionProblem
+from search_spaces.method import Picks
+from search_spaces.slices import BlockSlice
+from search_spaces.space import SearchSpace
+from supernets.flops import NetworkCosts, block_flops
+
+Probabilities = Sequence[Mapping[str, Tensor]]  # per block, choice name -> (candidates,)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to take all choices of one block."""
+
+    picks: Picks
+    slice: BlockSlice
+    flops: int
+
+
+@dataclass(frozen=True)
+class SpaceCosts:
+    """options[l]: every option of block l, in the order of the product of its choices' candidates."""
+
+    space: SearchSpace
+    network: NetworkCosts
+    options: tuple[tuple[Option, ...], ...]
+    full_flops: int
+    full_stage_width: bool
+
+    def stage_options(self, stage: int) -> list[int]:
+        """Indices of the blocks of a stage."""
+        return [i for i, shape in enumerate(self.space.shapes) if shape.stage == stage]
+
+    def block_penalty(self, weights: Probabilities) -> Tensor:
+        """n_f of equation (3.8): the sum over blocks of g_j * FLOPs(block, j). MACs, float64."""
+        return torch.stack([self._block(i, weights[i]) for i in range(len(self.options))]).sum()
+
+    def expected(self, probabilities: Probabilities) -> Tensor:
+        """E[F] in MACs, differentiable: blocks, and stem, merging and classifier at expected stage widths (2.6).
+
+        Stages are independent, so the expectation of a product of neighbouring widths is the product of theirs.
+        """
+        stages = range(1 + max(shape.stage for shape in self.space.shapes))
+        widths = [self._expected_width(stage, probabilities) for stage in stages]
+        per = self.network.flops
+        total = self.block_penalty(probabilities) + per.constant + per.first * widths[0] + per.last * widths[-1]
+        for s, (pair, single) in enumerate(zip(per.merge_pair, per.merge_in, strict=True)):
+            total = total + pair * widths[s] * widths[s + 1] + single * widths[s]
+        return total
+
+    def _block(self, block: int, weights: Mapping[str, Tensor]) -> Tensor:
+        p = joint_probability(weights, self.space.candidates[block])
+        flops = torch.tensor([float(o.flops) for o in self.options[block]], dtype=torch.float64, device=p.device)
+        return (p.double() * flops).sum()
+
+    def stage_gates(self, weights: Probabilities) -> list[Tensor] | None:
+        """Per stage (E,): how much of each channel of the stream exists at these weights, float32, differentiable.
+
+        The probability that the stage is wider, so that their sums are the stage widths that `expected` charges for.
+        None where no pick narrows a stage.
+        """
+        if self.full_stage_width or all(
+            option.slice.stream == shape.embed_dim
+            for shape, options in zip(self.space.shapes, self.options, strict=True)
+            for option in options
+        ):
+            return None
+        return [self._exists(stage, weights).float() for stage in range(1 + self.space.shapes[-1].stage)]
+
+    def _expected_width(self, stage: int, probabilities: Probabilities) -> Tensor:
+        return self._exists(stage, probabilities).sum()
+
+    def _exists(self, stage: int, probabilities: Probabilities) -> Tensor:
+        """P(stage width > c) of every channel c, (E,), float64: a stage is as wide as the widest of its blocks."""
+        blocks = self.stage_options(stage)
+        embed_dim = self.space.shapes[blocks[0]].embed_dim
+        joint = [joint_probability(probabilities[b], self.space.candidates[b]).double() for b in blocks]
+        if self.full_stage_width:
+            return joint[0].new_ones(embed_dim)
+        streams = [[o.slice.stream for o in self.options[b]] for b in blocks]
+        widths = sorted({w for row in streams for w in row})
+        fits = [torch.tensor([[s <= w for w in widths] for s in row], device=joint[0].device) for row in streams]
+        at_most = torch.stack([p @ f.double() for p, f in zip(joint, fits, strict=True)]).prod(0)
+        runs = [e - w for w, e in itertools.pairwise([*widths, embed_dim])]
+        wider = [(1 - p).expand(run) for p, run in zip(at_most, runs, strict=True)]
+        return torch.cat([at_most.new_ones(widths[0]), *wider])
+
+    def problem(self, probabilities: Probabilities) -> SelectionProblem:
+        """The exact selection of section 2.6, scored by log-probability."""
+        blocks = []
+        for i, options in enumerate(self.options):
+            p = joint_probability(probabilities[i], self.space.candidates[i]).detach().double()
+            scores = p.clamp_min(1e-300).log().tolist()
+            blocks.append(tuple(Candidate(o.flops, o.slice.stream, s) for o, s in zip(options, scores, strict=True)))
+        per, shapes = self.network.flops, self.space.shapes
+        stages = range(shapes[-1].stage + 1)
+        full = tuple(shapes[self.stage_options(s)[0]].embed_dim for s in stages)
+        return SelectionProblem(
+            blocks=tuple(blocks),
+            stages=tuple(shape.stage for shape in shapes),
+            constant=per.constant,
+            stem_per_channel=per.first,
+            merge_per_pair=per.merge_pair,
+            head_per_channel=per.last,
+            fixed_widths=full if self.full_stage_width else None,
+        )
+
+    def uniform(self) -> "SelectionProblem":
+        """The selection problem with every option equally likely, for ranges."""
+        return self.problem(
+            [
+                {name: torch.full((len(c),), 1.0 / len(c)) for name, c in choices.items()}
+                for choices in self.space.candidates
+            ]
+        )
+
+
+class EndsOnly(SpaceCosts):
+    """Costs of a space too fine to list (UVC's counts): options[l] are block l whole and block l skipped."""
+
+    def uniform(self) -> SelectionProblem:
+        blocks = [{"end": torch.full((len(options),), 1.0 / len(options))} for options in self.options]
+        ends = replace(self.space, candidates=tuple({"end": tuple(range(len(o)))} for o in self.options))
+        return SpaceCosts(ends, self.network, self.options, self.full_flops, True).problem(blocks)
+
+
+def joint_probability(weights: Mapping[str, Tensor], candidates: Mapping[str, tuple[object, ...]]) -> Tensor:
+    """Probability of every option of a block, its choices being independent: (prod of their sizes,)."""
+    joint: Tensor | None = None
+    for name in candidates:
+        p = weights[name]
+        joint = p if joint is None else (joint[:, None] * p[None, :]).flatten()
+    assert joint is not None, "a block without choices"
+    return joint
+
+
+def space_costs(
+    space: SearchSpace, network: NetworkCosts, full_flops: int, full_stage_width: bool = False
+) -> SpaceCosts:
+    """Price every option of every block; of UVC, whose counts are too many, the ends."""
+    if space.method.name == "uvc":
+        ends = []
+        for shape, costs, choices in zip(space.shapes, network.blocks, space.candidates, strict=True):
+            whole, skipped = ({name: pick(c) for name, c in choices.items()} for pick in (max, min))
+            slices = [space.method.block_slice(shape, space.settings, p, {}) for p in (whole, skipped)]
+            flops = [block_flops(shape, costs, s) for s in slices]
+            ends.append((Option(whole, slices[0], flops[0]), Option(skipped, slices[1], flops[1])))
+        return EndsOnly(space, network, tuple(ends), full_flops, True)
+    options = []
+    for shape, costs, choices in zip(space.shapes, network.blocks, space.candidates, strict=True):
+        row = []
+        for combination in itertools.product(*choices.values()):
+            picks = dict(zip(choices, combination, strict=True))
+            kept = space.method.block_slice(shape, space.settings, picks, {})
+            row.append(Option(picks, kept, block_flops(shape, costs, kept)))
+        assert len(row) == math.prod(len(c) for c in choices.values())
+        options.append(tuple(row))
+    return SpaceCosts(space, network, tuple(options), full_flops, full_stage_width)

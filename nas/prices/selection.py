@@ -1,0 +1,375 @@
+"""The best architecture that fits a budget: exact selection by integer programming (design section 2.6).
+
+One binary x per (block, candidate). Stage widths are maxima over a stage's picks and patch merging multiplies
+neighbouring widths, so a unit flow runs through a layered graph of nodes (stage, width) whose edges carry the
+stem, merging and classifier costs. The solver works in floats and only proposes: what counts is checked in
+integers, and a proposal that fails is forbidden and the program solved again.
+
+Ties. Scores are compared in whole steps of 1e-6, about what float32 logits resolve, so that "equal" means
+equal and not the order of a sum. Among architectures of equal score the lexicographically smallest picks win:
+the first block takes the earliest candidate of its list that it can, then the second block, and so on.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from search_spaces.errors import UserError
+
+SCORE_STEP = 1e-6
+ROW_LIMIT = 1e5  # largest coefficient handed to HiGHS, whose tolerances (1e-7 to 1e-6) are absolute
+RADIX_LIMIT = 4096  # largest lexicographic weight of one program: an exact order well inside those tolerances
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate of one block.
+
+    flops: MACs of the block at this candidate. width: stream channels it reads and writes.
+    score: its log softmax(eta).
+    """
+
+    flops: int
+    width: int
+    score: float
+
+
+@dataclass(frozen=True)
+class SelectionProblem:
+    """What a selection needs to know: every block's candidates and what the stage widths cost.
+
+    stages: the stage of each block, non-decreasing from 0. constant: MACs that no choice changes.
+    stem_per_channel: MACs per channel of the first stage; head_per_channel: of the last stage.
+    merge_per_pair[s]: MACs per (width of stage s) x (width of stage s + 1).
+    fixed_widths: the stage widths, where they do not follow the picks (`--stage-width full`).
+    """
+
+    blocks: tuple[tuple[Candidate, ...], ...]
+    stages: tuple[int, ...]
+    constant: int
+    stem_per_channel: int
+    merge_per_pair: tuple[int, ...]
+    head_per_channel: int
+    fixed_widths: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.blocks or not all(self.blocks) or len(self.blocks) != len(self.stages):
+            raise ValueError(f"{len(self.blocks)} blocks, one of them empty, or {len(self.stages)} stages")
+        if list(self.stages) != sorted(self.stages) or set(self.stages) != set(range(self.num_stages)):
+            raise ValueError(f"stages must rise from 0 without a gap: {self.stages}")
+        if len(self.merge_per_pair) != self.num_stages - 1:
+            raise ValueError(f"{len(self.merge_per_pair)} patch mergings for {self.num_stages} stages")
+        if self.fixed_widths is not None and len(self.fixed_widths) != self.num_stages:
+            raise ValueError(f"{len(self.fixed_widths)} fixed widths for {self.num_stages} stages")
+        if not all(math.isfinite(candidate.score) for block in self.blocks for candidate in block):
+            raise ValueError("a candidate's score is not finite")
+
+    @property
+    def num_stages(self) -> int:
+        return self.stages[-1] + 1
+
+    def stage_widths(self, picks: Sequence[int]) -> tuple[int, ...]:
+        """Stream channels that exist in each stage: the widest pick, or the fixed widths."""
+        if self.fixed_widths is not None:
+            return self.fixed_widths
+        widths = [0] * self.num_stages
+        for stage, block, pick in zip(self.stages, self.blocks, picks, strict=True):
+            widths[stage] = max(widths[stage], block[pick].width)
+        return tuple(widths)
+
+    def flops(self, picks: Sequence[int]) -> int:
+        """MACs of the whole network when block b takes candidate picks[b]; exact."""
+        total = sum(block[pick].flops for block, pick in zip(self.blocks, picks, strict=True))
+        return self.constant + total + self.width_flops(self.stage_widths(picks))
+
+    def width_flops(self, widths: Sequence[int]) -> int:
+        """MACs of stem, patch merging and classifier at these stage widths."""
+        merging = sum(m * a * b for m, a, b in zip(self.merge_per_pair, widths[:-1], widths[1:], strict=True))
+        return self.stem_per_channel * widths[0] + merging + self.head_per_channel * widths[-1]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen candidate of each block, its exact MACs, and whether they lie in the band asked for."""
+
+    picks: tuple[int, ...]
+    flops: int
+    in_band: bool
+
+
+def reachable_range(problem: SelectionProblem) -> tuple[int, int]:
+    """The fewest and the most MACs any architecture has, exactly: a shortest path through stage widths."""
+    return _extreme(problem, 1), -_extreme(problem, -1)
+
+
+def check_budget(problem: SelectionProblem, full_flops: int, budget: float) -> None:
+    """Refuse a budget that nothing can meet; cheap, so that a search can ask before it trains.
+
+    full_flops: MACs of the backbone. budget: fraction of them. Raises UserError.
+    """
+    if not 0 < budget <= 1:
+        raise UserError(f"budget {budget:g}: expected a fraction of the backbone's FLOPs, above 0, at most 1")
+    low, high = reachable_range(problem)
+    if low > _exact(budget) * full_flops:
+        smallest = math.ceil(Fraction(low, full_flops) * 10_000) / 10_000  # up: what we name must work
+        raise UserError(
+            f"budget {budget:g} ({budget * full_flops / 1e9:.4g} GFLOPs) cannot be met: this search space "
+            f"reaches {smallest:.4f} to {high / full_flops:.4f} of the backbone "
+            f"({low / 1e9:.4g} to {high / 1e9:.4g} GFLOPs); ask for at least {smallest:.4f}"
+        )
+
+
+def select(problem: SelectionProblem, full_flops: int, budget: float, band: float = 0.02) -> Selection:
+    """The architecture of highest total score with (budget - band) * full_flops <= F <= budget * full_flops.
+
+    If none lies in the band, the best with F <= budget * full_flops, and in_band is False. Never above.
+    full_flops: MACs of the backbone. Budget and band are read as the decimals they print as: 0.3 of 10 MACs
+    is 3. Ties go by the rule at the top of this file. Raises UserError when every architecture is above the
+    budget, with the range that can be reached.
+    """
+    return finalists(problem, full_flops, budget, band, most=1)[0]
+
+
+def finalists(
+    problem: SelectionProblem, full_flops: int, budget: float, band: float = 0.02, most: int = 16
+) -> list[Selection]:
+    """The best architecture of each combination of stage widths, highest score first, at most `most` of them.
+
+    Arguments, band and errors as in `select`; all lie in the band, or none does. A score is a sum over blocks and
+    knows nothing of what a narrower stage does to the whole network: these are what is worth measuring.
+    """
+    check_budget(problem, full_flops, budget)
+    low, high = flops_band(full_flops, budget, band)
+    for floor in (low, 0):
+        found: list[Selection] = []
+        while len(found) < most:
+            picks = _Program(problem, floor, high, [problem.stage_widths(s.picks) for s in found]).best()
+            if picks is None:
+                break
+            flops = problem.flops(picks)
+            found.append(Selection(picks, flops, in_band=flops >= low))
+            if problem.fixed_widths is not None:
+                break
+        if found:
+            return found
+    raise RuntimeError("the solver found no architecture although the budget can be reached")
+
+
+def flops_band(full_flops: int, budget: float, band: float = 0.02) -> tuple[int, int]:
+    """The fewest and the most MACs from (budget - band) to budget, as fractions of the backbone's."""
+    return math.ceil((_exact(budget) - _exact(band)) * full_flops), math.floor(_exact(budget) * full_flops)
+
+
+def _exact(fraction: float) -> Fraction:
+    return Fraction(repr(float(fraction)))
+
+
+def _nodes(problem: SelectionProblem, stage: int) -> list[int]:
+    """The widths a stage can have: candidates' widths that no block's narrowest candidate exceeds."""
+    if problem.fixed_widths is not None:
+        return [problem.fixed_widths[stage]]
+    blocks = [block for block, s in zip(problem.blocks, problem.stages, strict=True) if s == stage]
+    narrowest = max(min(candidate.width for candidate in block) for block in blocks)
+    return sorted({c.width for block in blocks for c in block if c.width >= narrowest})
+
+
+def _extreme(problem: SelectionProblem, sign: int) -> int:
+    """The least sign * F over all architectures, in integers."""
+
+    def blocks_at(stage: int, width: int) -> int:
+        blocks = [block for block, s in zip(problem.blocks, problem.stages, strict=True) if s == stage]
+        if problem.fixed_widths is not None:
+            return sum(min(sign * c.flops for c in block) for block in blocks)
+        total, extra = 0, []  # extra: what it costs that this block is the one as wide as the stage
+        for block in blocks:
+            least = min(sign * c.flops for c in block if c.width <= width)
+            extra += [sign * c.flops - least for c in block if c.width == width]
+            total += least
+        return total + min(extra)
+
+    costs = {  # width of the current stage -> least cost up to and including its blocks
+        w: sign * problem.stem_per_channel * w + blocks_at(0, w) for w in _nodes(problem, 0)
+    }
+    for stage, merge in enumerate(problem.merge_per_pair, start=1):
+        costs = {
+            w: blocks_at(stage, w) + min(cost + sign * merge * v * w for v, cost in costs.items())
+            for w in _nodes(problem, stage)
+        }
+    return sign * problem.constant + min(c + sign * problem.head_per_channel * w for w, c in costs.items())
+
+
+class _Program:
+    """The integer program of one band low <= F <= high, and the architectures it has been forbidden.
+
+    Variables: first x per (block, candidate), then a flow per (stage, width) and a flow per pair of widths of
+    neighbouring stages. Only x needs to be integer: it forces the flow.
+    """
+
+    def __init__(self, problem: SelectionProblem, low: int, high: int, without: Sequence[tuple[int, ...]] = ()) -> None:
+        """without: combinations of stage widths that are not to be taken, where widths follow the picks."""
+        self.problem, self.low, self.high = problem, low, high
+        sizes = [len(block) for block in problem.blocks]
+        self.first = [sum(sizes[:b]) for b in range(len(sizes))]  # index of each block's first x
+        self.num_x = sum(sizes)
+        self.scores = self._integer_scores()
+        self.flops = [c.flops for block in problem.blocks for c in block]  # grows by the costs of the flow
+        self.rows: list[tuple[dict[int, float], float, float]] = []  # coefficients, lower and upper bound
+        for first, size in zip(self.first, sizes, strict=True):
+            self.rows.append((dict.fromkeys(range(first, first + size), 1.0), 1, 1))
+        if problem.fixed_widths is None:
+            self.base = problem.constant
+            self._add_flow(without)
+        else:
+            self.base = problem.constant + problem.width_flops(problem.fixed_widths)
+        self._add_band()
+
+    def best(self) -> tuple[int, ...] | None:
+        """The picks of highest score in the band, ties by the fixed rule; None if the band is empty."""
+        picks = self._solve(self.scores)
+        if picks is None:
+            return None
+        rows = len(self.rows)
+        while True:  # is there another as good? Usually not, and the proof takes one more program
+            self.rows[rows:] = [self._all_but(picks)]
+            other = self._solve(self.scores)
+            if other is None or self._score(other) < self._score(picks):
+                return picks
+            if self._score(other) == self._score(picks):
+                break
+            picks = other  # the solver's gap had hidden a better one
+        self.rows[rows:] = [self._at_least(self._score(picks))]
+        return self._first_in_order()
+
+    def _first_in_order(self) -> tuple[int, ...]:
+        """The lexicographically smallest picks the rows allow, a few blocks at a time."""
+        sizes = [len(block) for block in self.problem.blocks]
+        start = 0
+        while True:
+            stop, radix = start + 1, 1  # as many blocks as one exact order holds
+            while stop < len(sizes) and radix * math.prod(sizes[start : stop + 1]) <= RADIX_LIMIT:
+                stop += 1
+            order = [0] * self.num_x
+            for b in reversed(range(start, stop)):
+                for pick in range(sizes[b]):
+                    order[self.first[b] + pick] = -radix * pick
+                radix *= sizes[b]
+            picks = self._solve(order)
+            if picks is None:
+                raise RuntimeError("the solver lost the best architecture while ordering its equals")
+            if stop == len(sizes):
+                return picks
+            self.rows += [({self.first[b] + picks[b]: 1.0}, 1, 1) for b in range(start, stop)]
+            start = stop
+
+    def _solve(self, gains: Sequence[int]) -> tuple[int, ...] | None:
+        """Picks that maximise the sum of gains (one per x) under the rows; None if there are none."""
+        size = len(self.flops)
+        cost: NDArray[np.float64] = np.zeros(size)
+        cost[: self.num_x] = -np.array(gains, dtype=np.float64) * _scale(gains)
+        integrality = (np.arange(size) < self.num_x).astype(int)
+        forbidden: list[tuple[dict[int, float], float, float]] = []
+        while True:
+            rows = self.rows + forbidden
+            entries = [(r, column, value) for r, row in enumerate(rows) for column, value in row[0].items()]
+            r, columns, values = zip(*entries, strict=True)
+            matrix = csr_array((values, (r, columns)), shape=(len(rows), size))
+            result = _milp(
+                cost, integrality, LinearConstraint(matrix, [row[1] for row in rows], [row[2] for row in rows])
+            )
+            if result.status == 2:
+                return None
+            if result.x is None or result.status != 0:
+                raise RuntimeError(f"the integer program was not solved: {result.message}")
+            picks = tuple(
+                int(np.argmax(result.x[first : first + len(block)]))
+                for first, block in zip(self.first, self.problem.blocks, strict=True)
+            )
+            if self.low <= self.problem.flops(picks) <= self.high:
+                return picks
+            forbidden.append(self._all_but(picks))  # within the solver's tolerance, not within the band
+
+    def _score(self, picks: Sequence[int]) -> int:
+        return sum(self.scores[first + pick] for first, pick in zip(self.first, picks, strict=True))
+
+    def _integer_scores(self) -> list[int]:
+        """Each candidate's score below its block's best, in whole steps."""
+        blocks = [[c.score for c in block] for block in self.problem.blocks]
+        spread = max(max(scores) - min(scores) for scores in blocks)
+        step = max(SCORE_STEP, spread * 1e-9)  # logits that ran away: what the solver can still resolve
+        return [round((score - max(scores)) / step) for scores in blocks for score in scores]
+
+    def _all_but(self, picks: Sequence[int]) -> tuple[dict[int, float], float, float]:
+        """The row that forbids exactly these picks."""
+        chosen = [first + pick for first, pick in zip(self.first, picks, strict=True)]
+        return dict.fromkeys(chosen, 1.0), 0, len(chosen) - 1
+
+    def _at_least(self, score: int) -> tuple[dict[int, float], float, float]:
+        scale = _scale(self.scores)
+        row = {column: value * scale for column, value in enumerate(self.scores) if value}
+        return row or {0: 0.0}, (score - 0.5) * scale, math.inf
+
+    def _add_band(self) -> None:
+        # MACs share large factors (tokens, head widths); divided out, the row is often small integers. The
+        # half step on either side keeps the solver from losing an architecture exactly on the budget.
+        factor = math.gcd(*self.flops) or 1
+        steps = [flops // factor for flops in self.flops]
+        scale = _scale(steps)
+        row = {column: value * scale for column, value in enumerate(steps) if value}
+        least, most = -((self.base - self.low) // factor), (self.high - self.base) // factor
+        self.rows.append((row or {0: 0.0}, (least - 0.5) * scale, (most + 0.5) * scale))
+
+    def _add_flow(self, without: Sequence[tuple[int, ...]]) -> None:
+        problem = self.problem
+        nodes: list[dict[int, int]] = []  # per stage, width -> index of its flow
+        for stage in range(problem.num_stages):
+            possible = _nodes(problem, stage)
+            nodes.append({w: len(self.flops) + i for i, w in enumerate(possible)})
+            stem = problem.stem_per_channel if stage == 0 else 0
+            head = problem.head_per_channel if stage == problem.num_stages - 1 else 0
+            self.flops += [(stem + head) * w for w in possible]
+            self.rows.append((dict.fromkeys(nodes[-1].values(), 1.0), 1, 1))
+        for widths in without:
+            taken = [nodes[stage][width] for stage, width in enumerate(widths)]
+            self.rows.append((dict.fromkeys(taken, 1.0), 0, len(taken) - 1))
+        for stage, merge in enumerate(problem.merge_per_pair):
+            left = {w: ({node: -1.0}, 0.0, 0.0) for w, node in nodes[stage].items()}
+            right = {w: ({node: -1.0}, 0.0, 0.0) for w, node in nodes[stage + 1].items()}
+            for v in left:
+                for w in right:
+                    left[v][0][len(self.flops)] = right[w][0][len(self.flops)] = 1.0
+                    self.flops.append(merge * v * w)
+            self.rows += [*left.values(), *right.values()]
+        widest: list[dict[int, dict[int, float]]] = [{w: {n: -1.0} for w, n in at.items()} for at in nodes]
+        for first, block, stage in zip(self.first, problem.blocks, problem.stages, strict=True):
+            for i, candidate in enumerate(block):
+                if candidate.width in widest[stage]:
+                    widest[stage][candidate.width][first + i] = 1.0
+            for width in nodes[stage]:  # a pick wider than this needs a stage wider than this
+                wider = {first + i: 1.0 for i, c in enumerate(block) if c.width > width}
+                flow = {node: -1.0 for w, node in nodes[stage].items() if w > width}
+                if wider:
+                    self.rows.append((wider | flow, -math.inf, 0))
+        for at in widest:  # a stage is no wider than its widest pick, which the band's lower end would like
+            self.rows += [(row, 0, math.inf) for row in at.values()]
+
+
+def _milp(cost: NDArray[np.float64], integrality: NDArray[np.int_], constraints: LinearConstraint) -> Any:
+    """HiGHS on variables in [0, 1]. Its presolve gives some small feasible programs up (status 4): those go without."""
+    for presolve in (True, False):
+        options = {"mip_rel_gap": 0, "presolve": presolve}
+        result = milp(cost, integrality=integrality, bounds=Bounds(0, 1), constraints=constraints, options=options)
+        if result.status != 4:
+            break
+    return result
+
+
+def _scale(values: Sequence[int]) -> float:
+    """The factor that brings integer coefficients into the solver's range."""
+    return min(1.0, ROW_LIMIT / max(1, *map(abs, values)))

@@ -1,0 +1,107 @@
+"""A finished run opened again: its architecture, its networks, the images it was measured on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from nas.config import RetrainConfig, with_defaults
+from nas.data.loader import Loader, eval_loader
+from nas.data.loaders import loader_spec, open_data
+from nas.machine.timing import Network
+from nas.networks.backbone import build
+from nas.networks.compact_file import WEIGHTS, load_compact, slices_of
+from nas.networks.weights import load_weights
+from nas.runs.folder import typed
+from search_spaces.architecture import Architecture, load_architecture
+from search_spaces.errors import UserError
+from search_spaces.registry import get_space
+from search_spaces.slices import NetworkSlice
+from supernets.supernet import Supernet
+
+LARGE_FILES = ("large.safetensors", "supernet.safetensors")  # what a retrain and what a search leave
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A folder with an arch.json. supernet: None where no weights of the large network are there."""
+
+    folder: Path
+    arch: Architecture
+    subnet: NetworkSlice
+    supernet: Supernet | None
+    compact: nn.Module | None
+
+    def networks(self) -> dict[str, Network]:
+        """Those there are weights of: large, subnet, compact."""
+        found: dict[str, Network] = {}
+        supernet = self.supernet
+        if supernet is not None:
+            found = {"large": supernet.large, "subnet": lambda x: supernet.small(x, self.subnet)}
+        return found if self.compact is None else found | {"compact": self.compact}
+
+    def costs(self, name: str) -> dict[str, float]:
+        """Parameters, and GFLOPs (MACs), of one of the networks."""
+        large = name == "large"
+        params = self.arch.backbone_params if large else self.arch.params
+        return {"params": params, "gflops": (self.arch.backbone_flops if large else self.arch.flops) / 1e9}
+
+
+def open_folder(path: Path, device: torch.device) -> Opened:
+    """path: a run's folder, or a weights file in it, which then is the only one read. UserError when nothing fits."""
+    folder = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; give a run's folder, or a weights file beside its arch.json")
+    arch = load_architecture(folder)
+    names = {p.name for p in folder.iterdir()} if path.is_dir() else {path.name}
+    known = (WEIGHTS, *LARGE_FILES)
+    if not names & set(known):
+        raise UserError(f"{path}: expected {' or '.join(known)}, or a folder that holds one of them")
+    large = next((folder / name for name in LARGE_FILES if name in names), None)
+    supernet, classes = None, arch.num_classes
+    if large is not None:
+        weights = load_weights(large)
+        backbone = build(arch.model, arch.model_kwargs, num_classes=classes)
+        try:
+            backbone.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).splitlines()[1:3])
+            raise UserError(f"{large} does not belong to {folder / 'arch.json'}: {reason}") from None
+        supernet = Supernet(backbone).to(device).eval()
+    compact = load_compact(folder, device) if WEIGHTS in names else None
+    shapes = (supernet or large_network(arch)).shapes
+    return Opened(folder, arch, slices_of(arch, shapes), supernet, compact)
+
+
+def large_network(arch: Architecture, device: torch.device | str = "meta") -> Supernet:
+    """The large network of an architecture, at timm's initial weights; on the meta device in a moment."""
+    with torch.device(device):
+        return Supernet(build(arch.model, arch.model_kwargs, num_classes=arch.num_classes)).eval()
+
+
+def test_images(opened: Opened, device: torch.device, options: Mapping[str, Any]) -> tuple[Loader, str]:
+    """Batches of the reported split, prepared as in the run (config.yaml), unless options say otherwise; and its name.
+
+    options: fields of RetrainConfig; None leaves the run's own. UserError when the images have other classes.
+    """
+    config, saved = RetrainConfig(), opened.folder / "config.yaml"
+    if saved.is_file():
+        known = {k: v for k, v in yaml.safe_load(saved.read_text()).items() if hasattr(config, k)}
+        config = RetrainConfig(**typed(RetrainConfig, known, saved))
+    if options.get("dataset") or options.get("data_dir"):  # not the run's: nothing of its data applies
+        config = replace(config, dataset=None, data_dir=None, num_classes=None, class_map="")
+    config = replace(config, **{k: v for k, v in options.items() if v is not None})
+    space = get_space(opened.arch.space)
+    config = with_defaults(config, space, "retrain")
+    splits = open_data(config)
+    if splits.num_classes != opened.arch.num_classes:
+        raise UserError(
+            f"{config.dataset or config.data_dir or 'digits'} has {splits.num_classes} classes, the networks of"
+            f" {opened.folder} {opened.arch.num_classes}; give --dataset and --data-dir of what they were trained on"
+        )
+    backbone = (opened.supernet or large_network(opened.arch)).backbone
+    return eval_loader(splits.test, loader_spec(config, backbone, opened.arch.input_size), device), splits.reported

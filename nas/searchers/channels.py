@@ -1,0 +1,233 @@
+"""The searches of KCR and joint: channels by score (sections 2.3 and 2.4).
+
+Every channel j of a block's stream has a score a_j. A candidate that keeps c channels keeps the c of highest score;
+the step's mask sum_i g_i mask_(c_i) multiplies the MLP's input and output channels, so that one MLP pass serves all
+counts. The mask is hard in the scores, its gradient goes through sigmoid(a).
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nas.config import SearchConfig
+from nas.objectives.kernel import KernelTerm, has_kernel_term, task_terms
+from nas.prices.costs import SpaceCosts
+from nas.prices.selection import Selection, check_budget, flops_band
+from nas.searchers.choices import alpha_mixture, gates
+from nas.searchers.gradient import Differentiable
+from nas.searchers.gumbel import gumbel_noise, step_generator, temperature
+from nas.searchers.supernet_search import Draw, Search
+from nas.training.losses import adjoined_weight
+from nas.training.objective import Step
+from search_spaces.errors import UserError
+from search_spaces.kcr import KEPT, channel_count
+from search_spaces.method import Picks
+from search_spaces.registry import Space
+from search_spaces.slices import BlockSlice, identity_slice, prefix_slice
+from supernets.elastic import BlockMixture, Term
+from supernets.supernet import Supernet
+
+FLOPS_WEIGHT = 0.2  # w; the authors cross-validate 0.1 to 0.5
+SCORE_SPREAD = 0.1  # scores start from +0.1 at the first channel to -0.1 at the last
+
+
+class KernelSearch(Search):
+    """CE(p) + lambda(t) (KL(p || q) + penalty) + eta_kc TNN; what both forms of channel selection share.
+
+    flops_weight: w of the authors' own objective CE(q) + w E[F]/F_full + eta_kc TNN on the small network alone
+    (--no-adjoined); None for the adjoined one.
+    """
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        costs: SpaceCosts,
+        *,
+        kernel: KernelTerm,
+        flops_weight: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(supernet, costs, **options)
+        self.kernel, self.flops_weight = kernel, flops_weight
+        # After importance order (section 2.7) the first channels are the stage's best: the order to start from.
+        self.scores = nn.ParameterList(
+            nn.Parameter(torch.linspace(SCORE_SPREAD, -SCORE_SPREAD, shape.embed_dim)) for shape in supernet.shapes
+        )
+
+    def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
+        draw = self.draw(step)
+        q, features = self.supernet.small_with_features(images, self.mixtures(draw), self.costs.stage_gates(draw))
+        lam = adjoined_weight(step.t)
+        terms = task_terms(self, images, target, q, lam, self.flops_weight is None)
+        if self.flops_weight is None:
+            terms["penalty"] = lam * self.penalty(draw)
+        else:
+            terms["penalty"] = self.flops_weight * self.expected_fraction()
+        return terms | {"tnn": self.kernel(features, step)}
+
+    def pace(self, step: Step) -> float:
+        """lambda(t) for joint's factors; 1 for counts alone, which lose by waiting (docs/kcr.md).
+
+        1, too, where the small network is trained by itself: there lambda is in no gradient.
+        """
+        factors = any("alpha" in choices for choices in self.costs.space.candidates)
+        return super().pace(step) if factors and self.flops_weight is None else 1.0
+
+    @abstractmethod
+    def channel_gate(self, block: int, drawn: Mapping[str, Tensor], stream: int) -> Tensor:
+        """The step's mask over the first `stream` channels of a block: (stream,)."""
+
+    def mixtures(self, draw: Draw) -> list[BlockMixture]:
+        """DAN's mixture of alphas where the space has them, else the whole block; each MLP under its mask."""
+        space, mixtures = self.costs.space, []
+        for i, (shape, costs, drawn) in enumerate(zip(space.shapes, self.costs.network.blocks, draw, strict=True)):
+            terms: tuple[Term, ...] = (Term(identity_slice(shape)),)
+            if "alpha" in drawn:
+                slices = [prefix_slice(shape, int(a), space.settings.width) for a in space.candidates[i]["alpha"]]
+                terms = alpha_mixture(slices, drawn["alpha"], costs).terms
+            gated = [replace(t, channel_gate=self.channel_gate(i, drawn, t.slice.stream)) for t in terms]
+            mixtures.append(BlockMixture(tuple(gated)))
+        return mixtures
+
+    def architecture_parameters(self) -> list[nn.Parameter]:
+        return [*super().architecture_parameters(), *self.scores]
+
+    def kept(self, picks: list[Picks]) -> list[dict[str, list[int]]]:
+        """The channels of highest score among those of the block's slice, ascending."""
+        space = self.costs.space
+        slices = space.block_slices(picks)
+        return [{KEPT: best_channels(scores, kept)} for scores, kept in zip(self.scores, slices, strict=True)]
+
+    def after_epoch(self) -> None:
+        self.kernel.finish_epoch()
+
+    def log(self, step: Step) -> dict[str, float]:
+        return super().log(step) | self.kernel.log()
+
+
+class TopK(KernelSearch, Differentiable):
+    """The count is a Gumbel-softmax choice; a candidate keeps the channels of highest score."""
+
+    def channel_gate(self, block: int, drawn: Mapping[str, Tensor], stream: int) -> Tensor:
+        candidates = self.costs.space.candidates[block]
+        if "channels" in drawn:
+            return top_gate(self.scores[block], drawn["channels"], [int(c) for c in candidates["channels"]])
+        counts = [channel_count(stream, fraction) for fraction in candidates["fraction"]]
+        return top_gate(self.scores[block][:stream], drawn["fraction"], counts)
+
+
+class Bernoulli(KernelSearch):
+    """The authors' form: an independent two-way Gumbel-softmax per channel, and no choice among counts."""
+
+    def draw(self, step: Step) -> Draw:
+        """One hard gate per channel: sigma((a + e1 - e2)/tau) > 1/2, its gradient straight through."""
+        generator, tau = step_generator(self.seed, step.number), temperature(step.t)
+        draw: Draw = []
+        for scores in self.scores:
+            noise = gumbel_noise(len(scores), generator) - gumbel_noise(len(scores), generator)
+            soft = torch.sigmoid((scores + noise.to(scores.device)) / tau)
+            draw.append({"channels": (soft > 0.5).to(soft.dtype) + (soft - soft.detach())})
+        return draw
+
+    def channel_gate(self, block: int, drawn: Mapping[str, Tensor], stream: int) -> Tensor:
+        return drawn["channels"]
+
+    def drawn_flops(self, draw: Draw) -> Tensor:
+        return self._flops([drawn["channels"].sum() for drawn in draw], sum(row[0].flops for row in self.costs.options))
+
+    def expected_fraction(self) -> Tensor:
+        """E[F]/F_full when every channel is kept with probability sigma(a)."""
+        counts = [torch.sigmoid(scores).sum() for scores in self.scores]
+        return self._flops(counts, self.costs.full_flops) / self.costs.full_flops
+
+    def _flops(self, counts: Sequence[Tensor], full: int) -> Tensor:
+        """MACs at these counts, from those with every channel: a channel costs its two linear layers."""
+        saved = [
+            2 * costs.mlp_tokens * shape.hidden * (shape.embed_dim - count.double())
+            for shape, costs, count in zip(self.supernet.shapes, self.costs.network.blocks, counts, strict=True)
+        ]
+        return full - torch.stack(saved).sum()
+
+    @torch.no_grad()
+    def selection(self) -> tuple[list[Picks], Selection | None]:
+        """Counts of a > 0, to the nearest multiple of 8; over budget, the lowest-scored eight leave, block by block."""
+        options = [[int(o.picks["channels"]) for o in row] for row in self.costs.options]  # descending
+        ordered = [scores.sort(descending=True).values.tolist() for scores in self.scores]
+        taken = []
+        for counts, scores in zip(options, ordered, strict=True):
+            positive = sum(score > 0 for score in scores)
+            taken.append(min(range(len(counts)), key=lambda k: abs(counts[k] - positive)))
+        problem = self.costs.uniform()
+
+        def next_to_leave(block: int) -> float:
+            """Mean score of the channels that the block's next smaller count drops."""
+            k = taken[block]
+            leaving = ordered[block][options[block][k + 1] : options[block][k]]
+            return float(sum(leaving) / len(leaving))
+
+        chosen = None
+        if self.budget is not None:
+            check_budget(problem, self.costs.full_flops, self.budget)
+            low, high = flops_band(self.costs.full_flops, self.budget)
+            while problem.flops(taken) > high:
+                open_blocks = [i for i, k in enumerate(taken) if k + 1 < len(options[i])]
+                taken[min(open_blocks, key=next_to_leave)] += 1
+            flops = problem.flops(taken)
+            chosen = Selection(tuple(taken), flops, in_band=flops >= low)
+        return [row[k].picks for row, k in zip(self.costs.options, taken, strict=True)], chosen
+
+    @torch.no_grad()
+    def choice_rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for i, scores in enumerate(self.scores):
+            share = float(torch.sigmoid(scores).mean())
+            for candidate, probability in (("kept", share), ("left out", 1.0 - share)):
+                rows.append({"block": i, "choice": "channel", "candidate": candidate, "probability": probability})
+        return rows
+
+
+def check_selection_options(config: SearchConfig, space: Space) -> None:
+    """Refuse options of a search over channels that the space does not have, and values that no run can use."""
+    if not has_kernel_term(space) and config.fractions is not None:
+        raise UserError(f"--fractions goes with methods kcr and joint; the space is {space.name}")
+    if config.flops_weight is not None and config.adjoined:
+        raise UserError("--flops-weight goes with --no-adjoined; the adjoined objective has --gamma or --budget")
+    if config.flops_weight is not None and config.flops_weight < 0:
+        raise UserError(f"--flops-weight {config.flops_weight}; expected 0 or more")
+    if config.selection == "bernoulli":
+        if space.method.name != "kcr":
+            raise UserError(f"--selection bernoulli goes with method kcr; the space is {space.name}")
+        if config.fractions is not None:
+            raise UserError("--fractions offers counts to choose from; --selection bernoulli has none")
+    if space.method.name == "kcr":
+        if config.alphas is not None:
+            raise UserError(f"--alphas: {space.name} has no compression factor; offer channel counts with --fractions")
+        if config.width != "stream":
+            raise UserError(f"--width {config.width}: {space.name} keeps the whole stream in every block; leave it out")
+
+
+def ranking(scores: Tensor) -> Tensor:
+    """Channels from the highest score to the lowest, (channels,); of equals the first comes first."""
+    return scores.detach().argsort(descending=True, stable=True)
+
+
+def top_gate(scores: Tensor, weights: Tensor, counts: Sequence[int]) -> Tensor:
+    """sum_i g_i mask_(c_i), (channels,): mask_c is 1 on the c highest scores, its gradient that of sigmoid(a).
+
+    weights g: (candidates,), summing to one. counts: c of each candidate.
+    """
+    by_rank = gates(weights, counts)
+    by_rank = F.pad(by_rank, (0, len(scores) - len(by_rank)))
+    rank = ranking(scores).argsort()
+    soft = torch.sigmoid(scores)
+    return by_rank[rank] + (soft - soft.detach())  # the weights sum to one, so does the soft part's factor
+
+
+def best_channels(scores: Tensor, kept: BlockSlice) -> list[int]:
+    """Indices of the channels that the MLP of a slice keeps, ascending."""
+    return sorted(ranking(scores[: kept.stream])[: kept.num_mlp_stream()].tolist())

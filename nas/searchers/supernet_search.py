@@ -1,0 +1,123 @@
+"""A search whose parameters train with the supernet's weights, and stand for an architecture at every step."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nas.objectives.adjoined import Adjoined
+from nas.prices.costs import SpaceCosts
+from nas.prices.selection import Selection
+from nas.searchers.gumbel import temperature
+from nas.searchers.primal_dual import ascend, price_of_flops
+from nas.training.losses import adjoined_weight
+from nas.training.objective import Step
+from search_spaces.method import Picks
+from search_spaces.slices import NetworkSlice, network_slice
+from supernets.elastic import BlockMixture
+from supernets.supernet import Supernet
+
+Draw = list[dict[str, Tensor]]  # per block, choice name -> what one step drew for it
+
+
+DAMPING = 10.0  # large enough beside the multiplier's rate that E[F] settles at the budget within a run of 300 steps
+
+
+class Search(Adjoined, ABC):
+    """What every search shares: the price of FLOPs, and the architecture that its parameters stand for.
+
+    penalty: gamma * n_f, or with a budget a price * E[F]/F_full, from the multiplier z of E[F]/F_full <= B
+    (section 2.6). multiplier_rate is per step: a violation of 0.1 raises z by 0.6 in a tenth of the run.
+    """
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        costs: SpaceCosts,
+        *,
+        budget: float | None,
+        gamma: float,
+        seed: int,
+        total_steps: int,
+        smoothing: float = 0.0,
+        detach_teacher: bool = False,
+    ) -> None:
+        super().__init__(supernet, supernet.identity(), smoothing, detach_teacher)
+        self.costs = costs
+        self.budget, self.gamma, self.seed = budget, gamma, seed
+        self.multiplier_rate = 60.0 / max(total_steps, 1)
+        self.multiplier: Tensor
+        self.register_buffer("multiplier", torch.zeros((), dtype=torch.float64))
+
+    @abstractmethod
+    def draw(self, step: Step) -> Draw:
+        """What a step's small path takes of every choice."""
+
+    @abstractmethod
+    def mixtures(self, draw: Draw) -> list[BlockMixture]:
+        """What each block of the small path computes at a draw."""
+
+    @abstractmethod
+    def drawn_flops(self, draw: Draw) -> Tensor:
+        """n_f of equation (3.8): MACs of the blocks at a draw, differentiable."""
+
+    @abstractmethod
+    def expected_fraction(self) -> Tensor:
+        """E[F]/F_full, differentiable."""
+
+    @abstractmethod
+    def selection(self) -> tuple[list[Picks], Selection | None]:
+        """The architecture that the parameters stand for; within the budget, when there is one."""
+
+    def finalists(self) -> list[tuple[list[Picks], Selection | None]]:
+        """The architectures among which accuracy on held-out images decides; `selection` is the first."""
+        return [self.selection()]
+
+    def kept(self, picks: list[Picks]) -> list[dict[str, list[int]]]:
+        """Per block the kept indices of a choice that is no prefix, by their name in arch.json."""
+        return [{} for _ in picks]
+
+    def found(self) -> dict[str, Any]:
+        """What the search has to say about its result, for arch.json."""
+        return {}
+
+    def penalty(self, draw: Draw) -> Tensor:
+        """gamma * n_f of the draw, or under a budget max(0, z + DAMPING * (E[F]/F_full - B)) * E[F]/F_full.
+
+        As in an augmented Lagrangian: z alone swings about the budget for longer than a short run lasts.
+        """
+        if self.budget is None:
+            return self.gamma * self.drawn_flops(draw)
+        fraction = self.expected_fraction()
+        return price_of_flops(self.multiplier, fraction - self.budget, DAMPING).clamp_min(0.0) * fraction
+
+    def pace(self, step: Step) -> float:
+        """lambda(t): it is in their gradients, but Adam divides it out again.
+
+        Unscaled, they would be settled while lambda has hardly let the small network learn: by what a slice does
+        before any training, which of a trained network is least harm, the widest and the narrowest of all.
+        """
+        return adjoined_weight(step.t)
+
+    @torch.no_grad()
+    def after_step(self, step: Step) -> None:
+        """z <- max(0, z + rate * pace * (E[F]/F_full - B))."""
+        if self.budget is not None:
+            violation = self.expected_fraction() - self.budget
+            self.multiplier.copy_(ascend(self.multiplier, violation, self.multiplier_rate * self.pace(step)))
+
+    def current_subnet(self) -> NetworkSlice:
+        space = self.costs.space
+        picks, _ = self.selection()
+        return network_slice(space.shapes, space.block_slices(picks, self.kept(picks)), self.costs.full_stage_width)
+
+    @torch.no_grad()
+    def log(self, step: Step) -> dict[str, float]:
+        return {
+            "lam": adjoined_weight(step.t),
+            "tau": temperature(step.t),
+            "multiplier": float(self.multiplier),
+            "expected_gflops": float(self.expected_fraction()) * self.costs.full_flops / 1e9,
+            "selected_gflops": self.supernet.flops(self.current_subnet()) / 1e9,
+        }

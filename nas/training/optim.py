@@ -1,0 +1,140 @@
+"""timm's optimiser, schedule and weight average, from the options that timm's train.py has for them."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nas.config import Common
+from nas.networks.backbone import classifier_names
+from search_spaces.errors import UserError
+from supernets.supernet import Gates, Small, Supernet
+
+
+def total_epochs(config: Common) -> int:
+    """Epochs of the run: --epochs and the cool-down, as in timm."""
+    assert config.epochs is not None
+    return config.epochs + config.cooldown_epochs
+
+
+def updates_per_epoch(config: Common, loader: Any) -> int:
+    """Optimiser steps of an epoch: one per --grad-accum-steps batches, one for what is left over."""
+    return -(-len(loader) // config.grad_accum_steps)
+
+
+def make_optimizer(config: Common, backbone: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimiser on the backbone, its no_weight_decay names and layer groups respected."""
+    from timm.optim import create_optimizer_v2
+
+    own = {"eps": config.opt_eps, "betas": config.opt_betas, "layer_decay": config.layer_decay}
+    try:
+        return create_optimizer_v2(  # type: ignore[no-any-return]
+            backbone,
+            opt=config.opt or "adamw",
+            lr=config.lr,
+            weight_decay=config.weight_decay or 0.0,
+            momentum=config.momentum,
+            **{name: value for name, value in own.items() if value is not None},
+        )
+    except (AssertionError, ValueError, TypeError) as error:
+        raise UserError(f"--opt {config.opt}: timm cannot make this optimiser ({error})") from None
+
+
+def make_scheduler(config: Common, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
+    """timm's schedule, stepped at every update; None for a constant rate.
+
+    A constant rate with a warm-up or layer decay is timm's step schedule at factor 1, which applies both.
+    """
+    from timm.scheduler import create_scheduler_v2
+
+    constant = config.sched in (None, "none")
+    if constant and not config.warmup_epochs and config.layer_decay is None:
+        return None
+    assert config.epochs is not None
+    decay = {} if config.decay_epochs is None else {"decay_epochs": config.decay_epochs}
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched="step" if constant else config.sched,
+            num_epochs=config.epochs,
+            min_lr=config.min_lr or 0.0,
+            warmup_lr=1e-6 if config.warmup_lr is None else config.warmup_lr,
+            warmup_epochs=min(config.warmup_epochs or 0, max(config.epochs - 1, 0)),
+            cooldown_epochs=config.cooldown_epochs,
+            decay_rate=1.0 if constant else config.decay_rate,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+            **decay,
+        )
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"--sched {config.sched}: timm cannot make this schedule ({error})") from None
+    if scheduler is None:
+        raise UserError(f"--sched {config.sched}; expected cosine, step, multistep, poly, tanh or none")
+    return scheduler
+
+
+def make_ema(config: Common, backbone: nn.Module) -> Any:
+    """timm's average of the weights, when asked for."""
+    if not config.model_ema:
+        return None
+    decay = 0.9998 if config.model_ema_decay is None else config.model_ema_decay
+    if not 0 < decay < 1:
+        raise UserError(f"--model-ema-decay {decay}; expected between 0 and 1")
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(backbone, decay=decay, use_warmup=config.model_ema_warmup)
+
+
+def make_clip(config: Common, backbone: nn.Module) -> Callable[[], None] | None:
+    """timm's gradient clipping of the weights; adaptive clipping leaves the classifier out, as in timm."""
+    if config.clip_grad is None:
+        return None
+    from timm.utils import dispatch_clip_grad
+
+    value, mode = config.clip_grad, config.clip_mode
+    left_out = tuple(f"{name}." for name in classifier_names(backbone)) if mode == "agc" else ()
+    weights = [p for name, p in backbone.named_parameters() if not (left_out and name.startswith(left_out))]
+    return lambda: dispatch_clip_grad([p for p in weights if p.grad is not None], value, mode=mode)
+
+
+def prepare(config: Common, supernet: Supernet) -> None:
+    """--channels-last and --compile, before the optimiser is made."""
+    if config.channels_last:
+        supernet.backbone.to(memory_format=torch.channels_last)
+    if config.compile:
+        compile_forwards(supernet)
+
+
+def compile_forwards(supernet: Supernet) -> None:
+    """Let training run torch.compile's versions of the large and of the small forward; evaluation stays eager.
+
+    A search evaluates another subnet every epoch, and each would be compiled anew. The forwards are compiled and
+    not the objective, whose schedules change with every step.
+    """
+    large, small = supernet.large, supernet.small_with_features
+    fast_large, fast_small = torch.compile(large), torch.compile(small)
+
+    def run_large(images: Tensor) -> Tensor:
+        with compile_errors():
+            return (fast_large if supernet.training else large)(images)
+
+    def run_small(images: Tensor, kept: Small, gates: Gates = None) -> tuple[Tensor, Tensor]:
+        with compile_errors():
+            return (fast_small if supernet.training else small)(images, kept, gates)
+
+    supernet.large, supernet.small_with_features = run_large, run_small  # type: ignore[method-assign, assignment]
+
+
+@contextlib.contextmanager
+def compile_errors() -> Any:
+    """UserError when torch cannot compile, for instance where there is no C++ compiler."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    try:
+        yield
+    except (TorchDynamoException, InductorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--compile: torch cannot compile this network here ({reason}); leave --compile off") from None
