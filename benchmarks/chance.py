@@ -24,13 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 
 from nas.config import RetrainConfig
-from nas.networks.compact_file import describe
-from nas.networks.opening import meta_supernet, search_space
-from nas.prices.selection import flops_band
+from nas.networks.architecture import architecture_of
+from nas.networks.backbone import TimmModel
+from nas.networks.opening import meta_supernet
+from nas.prices.selection import cost_band
 from nas.runs.folder import typed
 from nas.stages.retrain import run_retrain
 from search_spaces.architecture import Architecture, load_architecture, save_architecture
+from search_spaces.method import Settings
 from search_spaces.registry import get_space
+from search_spaces.space import make_space
 
 SHARED = ("dataset", "data_dir", "hflip", "scale", "batch_size", "amp", "workers", "threads")
 DRAWS = 200_000
@@ -41,14 +44,15 @@ def at_random(arch: Architecture, budget: float, alphas: list[int] | None, count
     space = get_space(arch.space)
     if space.method.name != "dan":
         raise SystemExit(f"{arch.space}: only architectures of DAN are drawn")
-    meta = meta_supernet(arch.model, dict(arch.model_kwargs), arch.num_classes, space)
-    offered = [c["alpha"] for c in search_space(space, meta, arch.width, alphas).candidates]
-    low, high = flops_band(arch.backbone_flops, budget)
+    meta = meta_supernet(TimmModel(arch.model, arch.model_kwargs), arch.num_classes, space)
+    settings = Settings(arch.width, space.alphas if alphas is None else tuple(alphas))
+    offered = [c["alpha"] for c in make_space(space.name, space.method, settings, meta.shapes).candidates]
+    low, high = cost_band(arch.backbone_flops, budget)
     draw, found = random.Random(seed), dict[tuple[Any, ...], Architecture]()
     for _ in range(DRAWS):
         factors = tuple(draw.choice(candidates) for candidates in offered)
         picks: list[Any] = [{"alpha": alpha} for alpha in factors]
-        other = describe(meta, arch.space, arch.model, arch.model_kwargs, picks, arch.width)
+        other = architecture_of(meta, arch.space, arch.model, arch.model_kwargs, picks, arch.width)
         if low <= other.flops <= high and other.blocks != arch.blocks:
             found[factors] = replace(other, permutation=arch.permutation, search=arch.search)
         if len(found) == count:

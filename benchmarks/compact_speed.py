@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from nas.machine.timing import sample_times
-from search_spaces.kcr import channel_count
+from search_spaces.channels import channel_count
 from search_spaces.registry import SPACES
 from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice, network_slice, prefix_slice
 from supernets.compact import cut

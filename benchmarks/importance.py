@@ -22,13 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from nas.config import RetrainConfig, parse_key_values, with_defaults
-from nas.data.loaders import Loaders, dataset_of, make_loaders, open_data
+from nas.config import RetrainConfig, with_defaults
+from nas.data.loaders import Loaders, open_data
 from nas.machine.devices import pick_device
 from nas.machine.timing import Network
-from nas.networks.opening import make_supernet, model_of, start_of
+from nas.networks.key_values import parse_key_values
+from nas.networks.opening import model_of, start_of
 from nas.objectives.plain import Plain
-from nas.setup import check_common
+from nas.stages.prepare import Beginning, prepare
 from nas.training.evaluate import top_k
 from nas.training.loop import fit
 from nas.training.losses import cross_entropy
@@ -48,14 +49,12 @@ def trained(config: RetrainConfig, epochs: int) -> tuple[Supernet, Loaders, torc
     """The large network after its epochs (none: as it starts), its loaders, the device."""
     assert config.space is not None
     space, device = get_space(config.space), pick_device(config)
-    splits = open_data(config)
-    start = start_of(config)
-    supernet, lines, _ = make_supernet(model_of(config, space), splits, start, space, config.drop_path, device)
-    print("\n".join(lines), end="\n" if lines else "")
-    loaders = make_loaders(config, splits, supernet, device)
+    model, start = model_of(config, space), start_of(config, config.seed)
+    config, prepared = prepare(config, Beginning("importance", space, model, open_data(config), start, device))
+    supernet = prepared.supernet
     if epochs:
-        fit(make_training(config, Plain(supernet, config.smoothing or 0.0), loaders, device), False, "large network")
-    return supernet.eval(), loaders, device
+        fit(make_training(config, Plain(supernet, config.smoothing or 0.0), prepared), False, "large network")
+    return supernet.eval(), prepared.loaders, device
 
 
 def ordered(supernet: Supernet, kind: str, batches: list[tuple[Tensor, Tensor]]) -> Supernet:
@@ -101,8 +100,8 @@ def main() -> None:
         )
         parse_key_values(config.model_kwargs)
         config = with_defaults(config, get_space(options.space), "retrain")
-        check_common(config)
-        print(f"{options.space} on {dataset_of(config)}, {options.epochs} epochs, seed {config.seed}")
+        config.check()
+        print(f"{options.space} on {config.dataset_name()}, {options.epochs} epochs, seed {config.seed}")
         supernet, loaders, device = trained(config, options.epochs)
     loaders.train.set_epoch(0)
     batches = list(itertools.islice(loaders.train, TAYLOR_BATCHES))

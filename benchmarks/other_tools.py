@@ -31,11 +31,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas.config import RetrainConfig, SearchConfig, with_defaults
-from nas.data.loaders import dataset_of, make_loaders, open_data
+from nas.data.loaders import open_data
 from nas.machine.devices import pick_device
-from nas.networks.opening import make_supernet, model_of, start_of
+from nas.networks.opening import model_of, start_of
 from nas.objectives.plain import Plain
-from nas.setup import check_common
+from nas.stages.prepare import Beginning, prepare
 from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
 from nas.training.evaluate import top_k
@@ -139,20 +139,19 @@ def pruned(args: argparse.Namespace, start: Path, seed: int, budget: float, kind
     epochs = args.search_epochs + args.retrain_epochs
     config = RetrainConfig(space=space.name, checkpoint=start, seed=seed, threads=args.threads, epochs=epochs)
     config = with_defaults(RetrainConfig(**vars(config) | data(args) | {"output": folder}), space, "retrain")
-    config = RetrainConfig(**vars(config) | {"dataset": dataset_of(config)})
-    check_common(config)
+    config = RetrainConfig(**vars(config) | {"dataset": config.dataset_name()})
+    config.check()
     device = pick_device(config)
-    splits = open_data(config)
-    supernet, _, _ = make_supernet(model_of(config, space), splits, start_of(config), space, config.drop_path, device)
-    loaders = make_loaders(config, splits, supernet, device)
+    beginning = Beginning("pruned", space, model_of(config, space), open_data(config), start_of(config, seed), device)
+    config, prepared = prepare(config, beginning)
+    supernet, loaders = prepared.supernet, prepared.loaders
     size = supernet.adapter.input_size
     loaders.train.set_epoch(0)
     batches = [batch for batch, _ in zip(loaders.train, range(TAYLOR_BATCHES), strict=False)]
     network = within(supernet.backbone, batches, size, budget, kind.split("-")[0])
     teacher = supernet.backbone.eval() if kind.endswith("distilled") else None
-    folder.mkdir(parents=True)
     began = time.perf_counter()
-    fit(make_training(config, Finetune(network, teacher, config.smoothing or 0.0), loaders, device), False, kind)
+    fit(make_training(config, Finetune(network, teacher, config.smoothing or 0.0), prepared), False, kind)
     seconds = time.perf_counter() - began
     scores = top_k({"network": network.eval()}, loaders.test, device, torch.no_grad)
     return {

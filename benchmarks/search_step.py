@@ -26,21 +26,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.networks.opening import search_space
 from nas.objectives.adjoined import Adjoined
 from nas.objectives.kernel import KernelTerm
-from nas.prices.costs import SpaceCosts, space_costs
+from nas.prices.costs import PricedSpace, priced
+from nas.prices.flops import FLOPS
 from nas.searchers.channels import TopK
-from nas.searchers.gradient import Differentiable
+from nas.searchers.gradient import Gradient
 from nas.training.losses import cross_entropy
-from nas.training.objective import Step
+from nas.training.objective import Objective, Step
+from search_spaces.method import Settings
 from search_spaces.registry import SPACES, get_space
 from search_spaces.slices import network_slice, prefix_slice
-from supernets.axes import BLOCK_AXES, block_parameters, v_widths
+from search_spaces.space import make_space
+from supernets.axes import BlockAxes, unit_sizes, v_widths
 from supernets.compact import cut
-from supernets.elastic import layer_scale, mlp
-from supernets.elastic import norm as sliced_norm
+from supernets.layers import layer_scale, mlp
+from supernets.layers import norm as sliced_norm
 from supernets.supernet import Supernet
+from supernets.timm_block import TimmBlockAdapter
 
 NETS: dict[str, tuple[str, str, dict[str, Any], tuple[int, ...]]] = {
     "swin": (
@@ -60,7 +63,7 @@ NETS: dict[str, tuple[str, str, dict[str, Any], tuple[int, ...]]] = {
 }
 
 
-class Masked(Differentiable):
+class Masked(Gradient):
     """The same mixture as other toolkits compute it: every candidate at full width, the unkept part masked."""
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
@@ -79,6 +82,7 @@ class Masked(Differentiable):
     def masked(self, images: Tensor, draw: list[dict[str, Tensor]]) -> Tensor:
         """Logits (B, classes) of the mixture at a draw."""
         adapter = self.supernet.adapter
+        assert isinstance(adapter, TimmBlockAdapter)
         gates = self.costs.stage_gates(draw)
         outer = adapter.outer(self.supernet.identity().stage_widths, gates)
         x, stage = adapter.stem(outer, images), 0
@@ -89,9 +93,9 @@ class Masked(Differentiable):
                 stage = shape.stage
                 x = adapter.enter_stage(stage, outer, x)
                 x = x if gates is None else x * gates[stage]
-            params = block_parameters(block)
+            params = adapter.block_parameters(block)
             slices = [option.slice for option in self.costs.options[i]]
-            masked = [mask_block(params, shape, s) for s in slices]
+            masked = [mask_block(params, adapter.block_axes, shape, s) for s in slices]
             for half in ("attn", "mlp"):
                 total = torch.zeros_like(x)
                 for s, p, weight in zip(slices, masked, g["alpha"], strict=True):
@@ -108,13 +112,13 @@ class Masked(Differentiable):
         return adapter.classify(outer, adapter.pool(outer, x))
 
 
-def mask_block(params: dict[str, Tensor], shape: Any, kept: Any) -> dict[str, Tensor]:
+def mask_block(params: dict[str, Tensor], axes: BlockAxes, shape: Any, kept: Any) -> dict[str, Tensor]:
     """The block's parameters with everything that the slice drops multiplied by zero."""
-    sizes = {"3": 3, "H": shape.num_heads, "D": shape.head_dim}
+    sizes = unit_sizes(shape)
     keep = {"S": kept.stream, "R": kept.stream, "H": kept.heads, "M": kept.hidden}
     masked = {}
     for name, p in params.items():
-        for dim, letters in enumerate(BLOCK_AXES[name]):
+        for dim, letters in enumerate(axes[name]):
             mask = torch.ones(())
             for letter in letters:
                 size = sizes.get(letter, p.shape[dim])
@@ -124,40 +128,44 @@ def mask_block(params: dict[str, Tensor], shape: Any, kept: Any) -> dict[str, Te
     return masked
 
 
-def mac_ratio(costs: SpaceCosts, gated: bool) -> float:
+def mac_ratio(costs: PricedSpace, gated: bool) -> float:
     """MACs of a search step over a plain one: the large pass plus the small pass of every candidate."""
-    blocks = sum(sum(o.flops for o in row) if not gated else max(o.flops for o in row) for row in costs.options)
-    identity = sum(max(o.flops for o in row) for row in costs.options)
-    return (2 * costs.full_flops - identity + blocks) / costs.full_flops
+    blocks = sum(sum(o.cost for o in row) if not gated else max(o.cost for o in row) for row in costs.options)
+    identity = sum(max(o.cost for o in row) for row in costs.options)
+    return (2 * costs.full - identity + blocks) / costs.full
 
 
-def objectives(net: str, width: str, size: int) -> tuple[dict[str, Adjoined], SpaceCosts]:
+def costs_of(space: str, supernet: Supernet, width: str, alphas: tuple[int, ...]) -> PricedSpace:
+    """A space over a supernet, priced in FLOPs."""
+    own = get_space(space)
+    choices = make_space(own.name, own.method, Settings(width, alphas), supernet.shapes)
+    return priced(choices, supernet.adapter.costs, FLOPS)
+
+
+def objectives(net: str, width: str, size: int) -> tuple[dict[str, Objective], PricedSpace]:
     """The searches' objectives, the masked one and the retrain's, over the same supernet."""
     name, model, model_kwargs, alphas = NETS[net]
     torch.manual_seed(0)
     extra = {} if net == "nano" else {"img_size": size, "num_classes": 100}
     supernet = Supernet(timm.create_model(model, **model_kwargs | extra))
-    space = search_space(get_space(name), supernet, width, alphas)
-    costs = space_costs(space, supernet.adapter.costs, supernet.flops())
+    costs = costs_of(name, supernet, width, alphas)
     make: dict[str, Any] = dict(budget=0.5, gamma=0.0, seed=0, total_steps=100)
     shapes = supernet.shapes
     alpha = next(a for a in range(2, 9) if all(shape.num_heads % a == 0 for shape in shapes))
     half = network_slice(shapes, [prefix_slice(shape, alpha, width) for shape in shapes])
-    kinds: dict[str, Adjoined] = {"retrain": Adjoined(supernet, half)}
-    kinds |= {"search": Differentiable(supernet, costs, **make), "masked": Masked(supernet, costs, **make)}
+    kinds: dict[str, Objective] = {"retrain": Adjoined(supernet, half)}
+    kinds |= {"search": Gradient(supernet, costs, **make), "masked": Masked(supernet, costs, **make)}
     for method in ("kcr", "joint"):
-        space = search_space(get_space(name.replace("dan", method)), supernet, width, alphas)
-        priced = space_costs(space, supernet.adapter.costs, supernet.flops())
-        kinds[method] = TopK(supernet, priced, kernel=KernelTerm(1e-2, 0.3), **make)
+        own = costs_of(name.replace("dan", method), supernet, width, alphas)
+        kinds[method] = TopK(supernet, own, kernel=KernelTerm(1e-2, 0.3), **make)
     return kinds, costs
 
 
 def steps(
-    kinds: dict[str, Adjoined], images: Tensor, target: Tensor, autocast: Callable[[], Any]
+    kinds: dict[str, Objective], images: Tensor, target: Tensor, autocast: Callable[[], Any]
 ) -> dict[str, Callable[[], None]]:
     """One training step of each kind, weights and logits updated."""
-    retrain = kinds["retrain"]
-    backbone = retrain.supernet.backbone
+    backbone = next(iter(kinds.values())).supernet.backbone
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=1e-5, fused=True)
     at = Step(t=0.5, number=50, total=100)
 
@@ -171,7 +179,7 @@ def steps(
 
         return step
 
-    def of(objective: Adjoined) -> Callable[[], None]:
+    def of(objective: Objective) -> Callable[[], None]:
         logits = objective.architecture_parameters()
         arch = torch.optim.Adam(logits, lr=1e-3) if logits else None
 
@@ -192,11 +200,10 @@ def steps(
             with torch.no_grad(), autocast():
                 objective(images, target, Step(t=0.0, number=0, total=100))
             objective.after_epoch()  # from here on there is a V
-    compact = cut(backbone, retrain.current_subnet()).train()
-    alone = {
-        "plain": plain(backbone, optimizer),
-        "compact": plain(compact, torch.optim.AdamW(compact.parameters(), lr=1e-5, fused=True)),
-    }
+    alone = {"plain": plain(backbone, optimizer)}
+    if isinstance(retrain := kinds.get("retrain"), Adjoined):
+        compact = cut(backbone, retrain.subnet).train()
+        alone["compact"] = plain(compact, torch.optim.AdamW(compact.parameters(), lr=1e-5, fused=True))
     return alone | {kind: of(objective) for kind, objective in kinds.items()}
 
 

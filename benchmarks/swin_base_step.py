@@ -22,18 +22,14 @@ def one(kind: str, width: str, batch_size: int) -> dict[str, float]:
     import timm
     import torch
 
-    from benchmarks.search_step import steps
-    from nas.networks.opening import search_space
-    from nas.prices.costs import space_costs
-    from nas.searchers.gradient import Differentiable
-    from search_spaces.registry import get_space
+    from benchmarks.search_step import costs_of, steps
+    from nas.searchers.gradient import Gradient
     from supernets.supernet import Supernet
 
     torch.manual_seed(0)
     supernet = Supernet(timm.create_model("swin_base_patch4_window7_224", num_classes=100, drop_path_rate=0.1))
-    space = search_space(get_space("swin-dan"), supernet, width, (1, 2, 4, 8))
-    costs = space_costs(space, supernet.adapter.costs, supernet.flops())
-    objective = Differentiable(supernet, costs, budget=0.45, gamma=0.0, seed=0, total_steps=100).train()
+    costs = costs_of("swin-dan", supernet, width, (1, 2, 4, 8))
+    objective = Gradient(supernet, costs, budget=0.45, gamma=0.0, seed=0, total_steps=100).train()
     images, target = torch.randn(batch_size, 3, 224, 224), torch.randint(0, 100, (batch_size,))
     from contextlib import nullcontext
 

@@ -3,11 +3,14 @@
     python docs/tables.py
 
 Parameters and FLOPs are computed on the meta device, without weights, in seconds; options come from the
-dataclasses in nas/config.py, the only list there is. A test compares the pages with this script.
+dataclasses that nas/config.py composes, the only list there is. A test compares the pages with this script.
 """
 
 import ast
 import csv
+import dataclasses
+import inspect
+import itertools
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -20,8 +23,9 @@ sys.path.insert(0, str(ROOT))
 
 import tyro  # noqa: E402
 
-from nas import config as config_module  # noqa: E402
-from nas.config import Common, RetrainConfig, SearchConfig, SweepConfig  # noqa: E402
+from nas.config import Common, RetrainConfig, SearchConfig  # noqa: E402
+from nas.networks.key_values import KeyValues  # noqa: E402
+from nas.sweeps.options import SweepConfig  # noqa: E402
 from search_spaces.method import Settings  # noqa: E402
 from search_spaces.registry import METHODS, SPACES  # noqa: E402
 from search_spaces.slices import network_slice  # noqa: E402
@@ -107,26 +111,23 @@ def t2t_sum() -> str:
     return markdown(["part", "MACs (M)"], [[p, f"{m / 1e6:.3f}"] for p, m in [*parts, ("**sum**", total)]], right=(1,))
 
 
-def docstrings() -> dict[str, str]:
-    """The docstring that follows each field in nas/config.py, on one line."""
+def docstrings(cls: type) -> dict[str, str]:
+    """The docstring that follows each field of a dataclass and its bases, in the files where these stand."""
     found = {}
-    for cls in ast.parse(Path(str(config_module.__file__)).read_text()).body:
-        if isinstance(cls, ast.ClassDef):
-            for statement, after in zip(cls.body, [*cls.body[1:], None], strict=True):
-                if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                    text = (
-                        after.value.value
-                        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-                        else ""
-                    )
-                    found[f"{cls.name}.{statement.target.id}"] = " ".join(str(text).split())
+    for base in cls.__mro__:
+        source = inspect.getsource(base) if dataclasses.is_dataclass(base) else "class Nothing: ..."
+        body = ast.parse(source).body[0].body  # type: ignore[attr-defined]
+        for statement, after in itertools.zip_longest(body, body[1:]):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                words = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                found[statement.target.id] = " ".join(str(after.value.value).split()) if words else ""
     return found
 
 
 def values_of(field: Field[Any]) -> str:
     """What an option takes, in words."""
     kind = field.type
-    if kind is config_module.KeyValues:
+    if kind is KeyValues:
         return "KEY=VALUE …"
     kinds = [k for k in get_args(kind) if k is not type(None)] if type(None) in get_args(kind) else [kind]
     if get_origin(kinds[0]) is tuple:
@@ -137,18 +138,18 @@ def values_of(field: Field[Any]) -> str:
     return {"bool": "flag", "Path": "path"}.get(kinds[0].__name__, kinds[0].__name__)
 
 
-def options(cls: type[Common]) -> str:
-    """The options that a dataclass adds to what it inherits."""
-    own = cls.__annotations__
-    text = docstrings()
+def options(cls: type, without: type | None = None) -> str:
+    """The options of a dataclass, but for those of another that it adds to."""
+    left_out = set() if without is None else {field.name for field in fields(without)}
+    text = docstrings(cls)
     rows = []
     for field in fields(cls):
-        if field.name not in own or tyro.conf.Suppress in get_args(field.type):  # written by the run, not an option
+        if field.name in left_out or tyro.conf.Suppress in get_args(field.type):  # written by the run, not an option
             continue
         flag = "--" + field.name.replace("_", "-")
         assert field.default is not MISSING
         default = "" if field.default in (None, "", ()) else f"`{field.default}`"
-        words = text[f"{cls.__name__}.{field.name}"].replace("|", "\\|").replace("<", "\\<")
+        words = text[field.name].replace("|", "\\|").replace("<", "\\<")
         rows.append([f"`{flag}`", values_of(field), default, words])
     return markdown(["option", "value", "default", ""], rows)
 
@@ -177,9 +178,9 @@ def sections() -> dict[str, dict[str, str]]:
         "numbers.md": {"an": numbers(), "t2t": t2t_sum()},
         "options.md": {
             "both": options(Common),
-            "search": options(SearchConfig),
-            "sweep": options(SweepConfig),
-            "retrain": options(RetrainConfig),
+            "search": options(SearchConfig, Common),
+            "sweep": options(SweepConfig, SearchConfig),
+            "retrain": options(RetrainConfig, Common),
             "spaces": space_defaults(),
         },
     }

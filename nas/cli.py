@@ -17,8 +17,12 @@ C = TypeVar("C", bound=Common)
 SPACES_FLAGS = ("pretrained", "amp", "model-ema")  # booleans whose default is the space's
 
 
-def main(kind: type[C], run: Callable[[C], Any], program: str) -> None:
-    """Parse, run, and turn what the user can cause into one line and exit code 2."""
+def main(kind: type[C], run: Callable[[C], Any]) -> None:
+    """Parse, run, and turn what the user can cause into one line and exit code 2.
+
+    The program is called in its messages what it was started as: search.py, vit-nas-search.
+    """
+    program = Path(sys.argv[0]).name
     try:
         with errors(program):
             run(parse(kind, sys.argv[1:], program))

@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 
 def rows_of(arch: Architecture) -> list[Row]:
     """The rows of an architecture; their FLOPs add up to the network's. UserError when it does not fit its backbone."""
-    from nas.networks.compact_file import slices_of
+    from nas.networks.architecture import slices_of
+    from nas.networks.backbone import TimmModel
     from nas.networks.opening import meta_supernet
     from search_spaces.registry import METHODS, get_space
     from supernets.flops import block_flops
 
-    supernet = meta_supernet(arch.model, dict(arch.model_kwargs), arch.num_classes, get_space(arch.space))
+    supernet = meta_supernet(TimmModel(arch.model, arch.model_kwargs), arch.num_classes, get_space(arch.space))
     subnet, costs = slices_of(arch, supernet.shapes), supernet.adapter.costs
     names = METHODS[arch.method].choice_names
     rows = []
@@ -105,7 +106,7 @@ def print_rows(arch: Architecture, rows: Sequence[Row]) -> None:
     )
 
 
-def describe(path: Path, output: Path | None) -> Path:
+def show(path: Path, output: Path | None) -> Path:
     """Print the table, draw the picture; its path."""
     from nas.pictures.run import save
 
@@ -127,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.output is not None and options.output.suffix not in (".png", ".pdf"):
             raise UserError(f"--output {options.output}: expected a name that ends in .png or .pdf")
-        print(describe(options.arch, options.output))
+        print(show(options.arch, options.output))
     except UserError as error:
         print(f"python -m nas.describe: error: {error}", file=sys.stderr)
         return 2

@@ -1,8 +1,8 @@
-"""Kernel complexity and the truncated nuclear norm of pooled features (design section 2.3).
+"""Kernel complexity and the truncated nuclear norm of pooled features (section 2.3).
 
 F (n, D) holds the pooled features that enter the classifier, one row per training image; lam_1 >= lam_2 >= …
 are the eigenvalues of the Gram matrix FF^T/n. They are those of F^T F/n, so nothing of size n x n is formed.
-Source: Compression of Vision Transformer by Reduction of Kernel Complexity (KCR-Transformer).
+Source: Compression of Vision Transformer by Reduction of Kernel Complexity; section 2.3.
 
     python -m nas.kernel_complexity --model vit_tiny_patch16_224 --pretrained --dataset digits
 
@@ -81,9 +81,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure(options: argparse.Namespace) -> None:
     import supernets.t2t_vit  # noqa: F401 - enters T2T-ViT into timm's registry
-    from nas.config import parse_key_values
     from nas.data.datasets import DataSpec, open_splits
     from nas.networks.backbone import Start, starting_backbone
+    from nas.networks.key_values import parse_key_values
     from nas.pictures.run import save
 
     if options.pretrained and options.checkpoint:
@@ -121,7 +121,7 @@ def _kernel_of(
     from nas.training.evaluate import progress
 
     data = resolve_data_config({"input_size": input_size(model, kwargs)}, model=model)
-    crop_pct = 1.0 if data["input_size"][1] <= 64 else data["crop_pct"]  # as in training: nas.setup
+    crop_pct = 1.0 if data["input_size"][1] <= 64 else data["crop_pct"]  # as in training: nas.data.loaders
     spec = LoaderSpec(
         batch_size=options.batch_size,
         input_size=data["input_size"],

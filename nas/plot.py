@@ -3,7 +3,7 @@
     python -m nas.plot results/
 
 draws, in every run folder below: choices.png (which candidate each block leans to), curves.png (losses,
-accuracy, cost, schedules), steps.png (UVC's search, step by step), pareto.png and pareto.pdf (accuracy against
+accuracy, cost, schedules), steps.png (a minimax search, step by step), pareto.png and pareto.pdf (accuracy against
 cost, among the other runs on the same dataset); and in the folder itself, and in every sweep's, the Pareto picture
 of all its runs, and a sweep's page. What a run's files do not hold is left out; nothing but pictures and pages is
 written.

@@ -1,10 +1,15 @@
 """search.py --list-spaces: every space with its model, choices, size and FLOPs range."""
 
-from nas.networks.opening import meta_supernet, search_space
-from nas.prices.costs import space_costs
+from collections.abc import Sequence
+
+from nas.networks.backbone import TimmModel
+from nas.networks.opening import meta_supernet
+from nas.prices.costs import PricedSpace, priced
+from nas.prices.flops import FLOPS
 from nas.prices.selection import reachable_range
-from search_spaces.registry import SPACES
-from search_spaces.space import spell, uniform_alphas
+from search_spaces.method import Settings
+from search_spaces.registry import Space, all_spaces
+from search_spaces.space import make_space, spell, uniform_alphas
 
 
 def list_spaces() -> None:
@@ -15,33 +20,36 @@ def list_spaces() -> None:
     table = Table(title="search spaces (GFLOPs are MACs; stream width)", title_justify="left")
     for column in ("space", "method", "model", "choices per block", "size", "GFLOPs"):
         table.add_column(column, overflow="fold")
-    for space in SPACES.values():
-        supernet = meta_supernet(space.model, dict(space.model_kwargs), 10 if space.nano else 1000, space)
-        choices = search_space(space, supernet, "stream", None)
-        costs = space_costs(choices, supernet.adapter.costs, supernet.flops())
-        size = float(choices.size())
-        if space.method.name == "an":
-            options = uniform_alphas(choices)
-            words, size = f"alpha {_list(options)}, the same everywhere", float(len(options))
-        else:
-            kinds = dict.fromkeys(
-                "; ".join(f"{name} {spell(c)}" for name, c in block.items()) for block in choices.candidates
-            )
-            words = " or ".join(kinds)
-        low, high = reachable_range(costs.uniform())
-        if space.method.name == "an":
-            picks = [[o.picks["alpha"] for o in row].index(options[-1]) for row in costs.options]
-            low = costs.uniform().flops(picks)
-        table.add_row(
-            space.name,
-            space.method.name,
-            space.model,
-            words,
-            f"{size:.3g}",
-            f"{low / 1e9:.4g} to {high / 1e9:.4g}",
-        )
+    for space in all_spaces().values():
+        costs = costs_of(space)
+        words, size, (low, high) = uniform_choice(costs) if space.method.uniform else free_choice(costs)
+        reach = f"{low / 1e9:.4g} to {high / 1e9:.4g}"
+        table.add_row(space.name, space.method.name, space.model, words, f"{size:.3g}", reach)
     Console().print(table)
 
 
-def _list(values: list[int] | list[int | float]) -> str:
+def costs_of(space: Space) -> PricedSpace:
+    """The space over its default model."""
+    supernet = meta_supernet(TimmModel(space.model, space.model_kwargs), 10 if space.nano else 1000, space)
+    choices = make_space(space.name, space.method, Settings(alphas=space.alphas), supernet.shapes)
+    return priced(choices, supernet.adapter.costs, FLOPS)
+
+
+def free_choice(costs: PricedSpace) -> tuple[str, float, tuple[int, int]]:
+    """What every block chooses from, how many architectures that makes, and what they cost."""
+    kinds = dict.fromkeys(
+        "; ".join(f"{name} {spell(c)}" for name, c in block.items()) for block in costs.space.candidates
+    )
+    return " or ".join(kinds), float(costs.space.size()), reachable_range(costs.uniform())
+
+
+def uniform_choice(costs: PricedSpace) -> tuple[str, float, tuple[int, int]]:
+    """The same where one factor serves all blocks."""
+    alphas = uniform_alphas(costs.space)
+    picks = [[o.picks["alpha"] for o in row].index(alphas[-1]) for row in costs.options]
+    least, (_, most) = costs.uniform().cost(picks), reachable_range(costs.uniform())
+    return f"alpha {_list(alphas)}, the same everywhere", float(len(alphas)), (least, most)
+
+
+def _list(values: Sequence[int]) -> str:
     return ", ".join(map(str, values))

@@ -90,7 +90,8 @@ def run_validate(options: argparse.Namespace) -> dict[str, Any]:
 
 def of_a_run(options: argparse.Namespace, device: "torch.device") -> Subject:
     """Every network of a run's folder, or that of one of its files."""
-    from nas.runs.opened import open_folder, test_images
+    from nas.runs.opened import open_folder
+    from nas.stages.reported import reported_images
 
     given = [name for name in OF_A_MODEL if getattr(options, name)] + ["pretrained"] * (options.pretrained is not None)
     if given:
@@ -99,7 +100,7 @@ def of_a_run(options: argparse.Namespace, device: "torch.device") -> Subject:
         )
     opened = open_folder(options.weights, device)
     networks = opened.networks()
-    images, reported = test_images(opened, device, _options(options, *DATA, *IMAGES))
+    images, reported = reported_images(opened, device, _options(options, *DATA, *IMAGES))
     return Subject(
         title=f"{opened.arch.space}, {options.weights}",
         networks=networks,
@@ -113,11 +114,12 @@ def of_a_run(options: argparse.Namespace, device: "torch.device") -> Subject:
 
 def of_a_model(options: argparse.Namespace, device: "torch.device") -> Subject:
     """Any timm network with weights of its own: what a search would start from, read as a search reads it."""
-    from nas.config import RetrainConfig, parse_key_values
+    from nas.config import RetrainConfig
     from nas.data.loader import eval_loader
     from nas.data.loaders import loader_spec, open_data
     from nas.machine.timing import count_macs
     from nas.networks.backbone import Start, input_size, starting_backbone
+    from nas.networks.key_values import parse_key_values
 
     model_kwargs = parse_key_values(tuple(options.model_kwargs))
     if options.checkpoint is not None and options.pretrained:
@@ -140,7 +142,7 @@ def of_a_model(options: argparse.Namespace, device: "torch.device") -> Subject:
         )
     network = network.to(device).eval()
     size = input_size(network, model_kwargs)
-    spec = loader_spec(config, network, size)
+    spec = loader_spec(config, network, size, options.batch_size)
     images = eval_loader(splits.test, spec, device)
     print(f"{options.model}, {source}: {supported(network)}")
     print(
@@ -168,10 +170,10 @@ def of_a_model(options: argparse.Namespace, device: "torch.device") -> Subject:
 
 def supported(network: Any) -> str:
     """Whether it can be searched, and by which spaces; otherwise what stands in the way."""
-    from nas.networks.backbone import FAMILY_CLASSES
+    from supernets.families import ADAPTED
     from supernets.supernet import Supernet
 
-    families = [name for name, classes in FAMILY_CLASSES.items() if type(network).__name__ in classes]
+    families = [name for name, family in ADAPTED.items() if family.takes(network)]
     try:
         shapes = Supernet(network).shapes
     except UserError as error:

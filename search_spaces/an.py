@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 
-from search_spaces.method import Candidate, Picks, Settings, divisors
+from search_spaces.method import Candidate, Method, Picks, Settings, divisors
 from search_spaces.slices import BlockShape, BlockSlice, prefix_slice
 
 
-class AN:
+class AN(Method):
     """Nothing to search inside a block: alpha is given, or is the smallest that fits a budget."""
 
     name = "an"
-    choice_names: tuple[str, ...] = ("alpha",)
-    kept_names: tuple[str, ...] = ()
+    choice_names = ("alpha",)
+    uniform = True
 
     def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:
         return {"alpha": tuple(divisors(shape, settings))}, []

@@ -41,6 +41,11 @@ class Architecture:
     version: str = "0.1.0"
     schema: int = SCHEMA
 
+    @classmethod
+    def load(cls, path: str | Path) -> "Architecture":
+        """That of an arch.json, or of the folder that holds one; errors as in load_architecture."""
+        return load_architecture(Path(path))
+
 
 def to_json(arch: Architecture) -> str:
     """The text of arch.json: one line per field, one per block, one per permuted dimension."""

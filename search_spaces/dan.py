@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 
-from search_spaces.method import Candidate, Picks, Settings, alpha_candidates
+from search_spaces.method import Candidate, Method, Picks, Settings, alpha_candidates
 from search_spaces.slices import BlockShape, BlockSlice, prefix_slice
 
 
-class DAN:
+class DAN(Method):
     """Per block a Gumbel-softmax choice of alpha among the offered factors that divide its heads."""
 
     name = "dan"
-    choice_names: tuple[str, ...] = ("alpha",)
-    kept_names: tuple[str, ...] = ()
+    choice_names = ("alpha",)
 
     def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:
         candidates, dropped = alpha_candidates(shape, settings)

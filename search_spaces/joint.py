@@ -3,17 +3,21 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from search_spaces.kcr import KEPT, channel_count, kept_channels
-from search_spaces.method import Candidate, Picks, Settings, alpha_candidates
+from search_spaces.channels import KEPT, KERNEL, NANO_KERNEL, channel_count, kept_channels
+from search_spaces.defaults import Defaults
+from search_spaces.method import Candidate, Method, Picks, Settings, alpha_candidates
 from search_spaces.slices import BlockShape, BlockSlice, prefix_slice
 
 
-class Joint:
-    """DAN's alpha, and within the channels that it leaves KCR's count, as a fraction of them."""
+class Joint(Method):
+    """A factor, and within the channels that it leaves a count, as a fraction of them."""
 
     name = "joint"
-    choice_names: tuple[str, ...] = ("alpha", "fraction")
-    kept_names: tuple[str, ...] = (KEPT,)
+    choice_names = ("alpha", "fraction")
+    kept_names = (KEPT,)
+    offers = "--alphas and --fractions"
+    defaults = Defaults(training=KERNEL)
+    nano_defaults = Defaults(training=NANO_KERNEL)
 
     def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:
         alphas, dropped = alpha_candidates(shape, settings)

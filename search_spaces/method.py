@@ -1,9 +1,11 @@
 """What a method says about a block: its choices, and the slice that a candidate stands for."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
+from search_spaces.defaults import Defaults
 from search_spaces.slices import BlockShape, BlockSlice
 
 Candidate = int | float  # one option of a choice
@@ -18,8 +20,8 @@ class Settings:
     """What the user may set about a search space.
 
     width: "stream" or "inner" (section 2.1). alphas: compression factors offered to every block; None: the
-    space's own. fractions: channel fractions offered to every block (KCR, joint); None: every multiple of 8
-    channels (KCR by Bernoulli gates, where counts are not candidates but outcomes).
+    space's own. fractions: channel fractions offered to every block; None: every multiple of 8 channels
+    (Bernoulli gates, where counts are not candidates but outcomes).
     """
 
     width: str = "stream"
@@ -27,23 +29,31 @@ class Settings:
     fractions: tuple[float, ...] | None = FRACTIONS
 
 
-class Method(Protocol):
-    """One search method. A file of its own in search_spaces/."""
+class Method(ABC):
+    """One search method: what it may choose about a block, and the defaults that belong to it. One file each.
 
-    @property
-    def name(self) -> str: ...
+    choice_names: the choices of a block, by their names in arch.json; kept_names: the index lists beside them.
+    uniform: one candidate serves all blocks, so that there is nothing to search inside one. listed: whether all
+    combinations of a block's candidates are few enough to be listed; otherwise their ends stand for them.
+    offers: the flags that offer candidates. models: where a family's default model is another one for this method.
+    defaults: of its full-size spaces; nano_defaults: of its -nano ones.
+    """
 
-    @property
-    def choice_names(self) -> tuple[str, ...]:
-        """The choices of a block, by their names in arch.json."""
+    name: ClassVar[str]
+    choice_names: ClassVar[tuple[str, ...]]
+    kept_names: ClassVar[tuple[str, ...]] = ()
+    uniform: ClassVar[bool] = False
+    listed: ClassVar[bool] = True
+    offers: ClassVar[str] = "--alphas"
+    models: ClassVar[Mapping[str, str]] = {}
+    defaults: ClassVar[Defaults] = Defaults()
+    nano_defaults: ClassVar[Defaults] = Defaults()
 
-    @property
-    def kept_names(self) -> tuple[str, ...]:
-        """The index lists that a block's entry in arch.json holds beside its choices."""
-
+    @abstractmethod
     def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:
         """Each choice's candidates for a block, and what was left out, in words."""
 
+    @abstractmethod
     def block_slice(
         self, shape: BlockShape, settings: Settings, picks: Picks, kept: Mapping[str, Sequence[int]]
     ) -> BlockSlice:

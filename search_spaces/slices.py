@@ -38,9 +38,9 @@ class BlockSlice:
         taken over exactly these. The others pass by.
     heads, hidden: kept heads and kept hidden neurons of the MLP.
     mlp_stream: the channels, among the first `stream`, that the MLP reads (after the norm over all of
-        `stream`) and writes. None: all of them. (KCR, section 2.3)
+        `stream`) and writes. None: all of them. (section 2.3)
     v_channels: for each kept head, the kept channels of V and of the output projection, one or more; Q and K
-        keep their shape. None: all of them. (UVC, section 2.5)
+        keep their shape. None: all of them. (section 2.5)
     attn, mlp: False when the half-block is skipped altogether.
     """
 

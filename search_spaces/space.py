@@ -50,14 +50,15 @@ class SearchSpace:
         """Picks of a sample {"block3/alpha": 2, ...}; nni validates it against the grammar."""
         return list(self.mutable().freeze(dict(sample)))
 
+    def validated(self, picks: Sequence[Picks]) -> list[dict[str, Candidate]]:
+        """Picks of every block, checked against the grammar."""
+        return self.freeze({label(i, name): option for i, pick in enumerate(picks) for name, option in pick.items()})
+
     def random(self, seed: int) -> list[dict[str, Candidate]]:
         """Picks drawn uniformly."""
         import numpy as np
 
         return list(self.mutable().random(random_state=np.random.RandomState(seed)))
-
-
-OFFERS = {"kcr": "--fractions", "joint": "--alphas and --fractions"}
 
 
 def spell(candidates: Sequence[Candidate]) -> str:
@@ -121,7 +122,7 @@ def require_search(space: SearchSpace) -> None:
     if space.size() < 2:
         raise UserError(
             f"{space.name}: no block has two candidates, there is nothing to search; offer more with"
-            f" {OFFERS.get(space.method.name, '--alphas')} (block 0 has {space.shapes[0].num_heads} heads,"
+            f" {space.method.offers} (block 0 has {space.shapes[0].num_heads} heads,"
             f" {space.shapes[0].embed_dim} channels)"
         )
 

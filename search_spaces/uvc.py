@@ -5,14 +5,15 @@ The method of "Unified Visual Transformer Compression" (ICLR 2022). The residual
 
 from collections.abc import Mapping, Sequence
 
-from search_spaces.method import Candidate, Picks, Settings
+from search_spaces.defaults import Defaults
+from search_spaces.method import Candidate, Method, Picks, Settings
 from search_spaces.slices import BlockShape, BlockSlice
+from search_spaces.units import KEPT_HIDDEN, KEPT_V
 
-KEPT_V, KEPT_HIDDEN = "kept_v", "kept_hidden"  # the indices' names in a block's entry of arch.json
-SKIPS = {"block": 1, "attention": 1, "mlp": 1, "halves": 2, "none": 0}  # what gates skip -> gates of a block
+GATES_LR = 0.01  # a tenth of the published rate, at which gates do nearly all of the work (docs/uvc.md)
 
 
-class UVC:
+class UVC(Method):
     """Per block the number of heads, of V's channels in all of them, and of neurons; 0: that half is skipped.
 
     Which ones follows from the norms of their weights: kept_v are flat indices into V's (H, d), kept_hidden are
@@ -20,8 +21,20 @@ class UVC:
     """
 
     name = "uvc"
-    choice_names: tuple[str, ...] = ("heads", "v_channels", "hidden")
-    kept_names: tuple[str, ...] = (KEPT_V, KEPT_HIDDEN)
+    choice_names = ("heads", "v_channels", "hidden")
+    kept_names = (KEPT_V, KEPT_HIDDEN)
+    listed = False
+    models = {"deit": "deit_tiny_patch16_224"}  # noqa: RUF012
+    # The published recipe (section 2.5); warm-up, search and retrain in epochs.
+    defaults = Defaults(
+        training=dict(
+            lr=1e-4, weight_decay=0.05, sched="cosine", warmup_epochs=5, batch_size=256, importance="none",
+            distill_weight=0.1,
+        ),
+        search=dict(epochs=30, arch_lr=GATES_LR, budget=0.5),
+        retrain=dict(epochs=120),
+    )  # fmt: skip
+    nano_defaults = Defaults(training=dict(importance="none", distill_weight=0.1), search=dict(arch_lr=GATES_LR))
 
     def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:
         sizes = (shape.num_heads, shape.num_heads * shape.head_dim, shape.hidden)

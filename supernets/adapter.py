@@ -1,4 +1,4 @@
-"""What a backbone family must tell the supernet, and which family a timm model belongs to."""
+"""What a backbone family must tell the supernet. Its own adapter is one file, and one line of families.py."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from search_spaces.errors import UserError
-from search_spaces.slices import BlockShape
-from supernets.axes import take_axis
-from supernets.flops import NetworkCosts
+from search_spaces.slices import BlockShape, BlockSlice
+from supernets.axes import BlockAxes, Params, take_axis
+from supernets.compact_block import CompactBlock
+from supernets.flops import BlockCosts, NetworkCosts, block_costs
 
-Params = Mapping[str, Tensor]
 OuterAxis = tuple[str, int] | None  # letters as in axes.py and the stage whose stream it is; None: not sliced
 
 
@@ -22,6 +22,8 @@ class Adapter(ABC):
     sliced by stage width and passed to every method, as a block's are by its slice.
     """
 
+    block_axes: BlockAxes  # of every parameter that its blocks may have
+    compact_block: type[CompactBlock] = CompactBlock  # in a compact network, where the backbone's own will not do
     block_names: tuple[str, ...]  # module path of each block, in order
     shapes: tuple[BlockShape, ...]
     costs: NetworkCosts
@@ -60,8 +62,19 @@ class Adapter(ABC):
         """Patch merging before stage `stage` (> 0)."""
 
     @abstractmethod
-    def attend(self, block: Any, params: Params, widths: Sequence[int], x: Tensor) -> Tensor:
-        """The block's attention on its normed slice, before LayerScale and the residual.
+    def attention_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
+        """What a block's attention adds to its slice of the stream: norm, attention, LayerScale, in their order.
+
+        params: the block's, sliced to `kept`. z_S: (B, N, S) or, in Swin, (B, H, W, S); so is the result.
+        """
+
+    @abstractmethod
+    def mlp_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
+        """What a block's MLP adds to its slice of the stream, zero in the channels outside kept.mlp_stream."""
+
+    @abstractmethod
+    def compact_attention(self, block: Any, widths: tuple[int, ...]) -> nn.Module:
+        """The attention of a block whose parameters were cut: the block's own, brought up to date, or one instead.
 
         widths: channels of V in each kept head.
         """
@@ -82,35 +95,38 @@ class Adapter(ABC):
         """The backbone's block modules, in order."""
         return [self.backbone.get_submodule(name) for name in self.block_names]
 
-    def num_stages(self) -> int:
-        return self.shapes[-1].stage + 1
+    def block_parameters(self, block: nn.Module) -> dict[str, Tensor]:
+        """A block's parameters by name; KeyError where the family's axes lack one."""
+        params: dict[str, Tensor] = dict(block.named_parameters())
+        unknown = sorted(name for name in params if name not in self.block_axes)
+        if unknown:
+            raise KeyError(f"parameters that no axis table names: {', '.join(unknown)}")
+        return params
+
+    def writers(self, block: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+        """The matrices from a block's heads and neurons to the stream: (S, H*V) and (R, M)."""
+        (proj,), (fc2,) = self.block_axes.attn.writers, self.block_axes.mlp.writers
+        return block.get_parameter(proj), block.get_parameter(fc2)
+
+    def block_costs(
+        self, block: nn.Module, shape: BlockShape, attn_tokens: int, attended: int, mlp_tokens: int
+    ) -> BlockCosts:
+        """The costs of a block that runs on so many tokens."""
+        late = {*self.block_axes.attn.late_norms, *self.block_axes.mlp.late_norms}
+        norms = [m for name, m in block.named_modules() if name in late and not isinstance(m, nn.Identity)]
+        return block_costs(
+            self.block_parameters(block),
+            self.block_axes,
+            shape,
+            attn_tokens=attn_tokens,
+            attended=attended,
+            mlp_tokens=mlp_tokens,
+            norm_after_gate=bool(norms),
+        )
 
 
 def refuse(backbone: nn.Module, feature: str, instead: str) -> UserError:
     """The error for a feature of a timm model that no adapter supports."""
     return UserError(
         f"{type(backbone).__name__}: {feature} is not supported; {instead} (docs/backbones.md lists what is supported)"
-    )
-
-
-def adapter_for(backbone: nn.Module) -> Adapter:
-    """The adapter of a timm model's family; UserError names the family or the feature that is not supported."""
-    from timm.models.deit import VisionTransformerDistilled
-    from timm.models.swin_transformer import SwinTransformer
-    from timm.models.vision_transformer import VisionTransformer
-
-    from supernets.swin import SwinAdapter
-    from supernets.t2t import T2TAdapter
-    from supernets.t2t_vit import T2TViT
-    from supernets.vit import VitAdapter
-
-    if type(backbone) in (VisionTransformer, VisionTransformerDistilled):
-        return VitAdapter(backbone)
-    if type(backbone) is SwinTransformer:
-        return SwinAdapter(backbone)
-    if type(backbone) is T2TViT:
-        return T2TAdapter(backbone)
-    raise UserError(
-        f"{type(backbone).__name__} is not a supported backbone; choose a timm model of the class"
-        " VisionTransformer (ViT, DeiT), SwinTransformer or T2TViT"
     )

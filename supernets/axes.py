@@ -1,49 +1,93 @@
-"""Which axis of which parameter is a head, a hidden neuron or a stream channel; slicing by that table.
+"""Which axis of which parameter is a head, a hidden neuron or a stream channel; slicing by that.
 
-timm gives the parameters of a block the same names in every family, so one table serves them all. An axis
-is a string of letters, outermost factor first:
+A family's adapter has the table of its blocks. An axis is a string of letters, outermost factor first:
 
     S stream channel          H head          M hidden neuron of the MLP
     R stream channel that the MLP reads or writes (a subset of the block's S)
-    D channel inside a head   3 q, k and v    4 the quadrants that patch merging concatenates
+    D channel of q and k inside a head        V channel of v, and of the attention's output, inside a head
+    2, 3, 4 so many parts side by side: both projections of a GLU; q, k and v; patch merging's quadrants
     . nothing that a slice keeps or drops
 
-What is kept of a fused axis is kept in each part: qkv rows are (3, H, D), merging columns are (4, S).
+What is kept of a fused axis is kept in each part: merging columns are (4, S). qkv rows, 3HD, are (3, H, D), of which
+the last third is v's (H, V), as wide.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from search_spaces.slices import BlockShape, BlockSlice, Kept, count
 
-BLOCK_AXES: Mapping[str, tuple[str, ...]] = {
-    "norm1.weight": ("S",),
-    "norm1.bias": ("S",),
-    "attn.qkv.weight": ("3HD", "S"),
-    "attn.qkv.bias": ("3HD",),
-    "attn.q_norm.weight": (".",),
-    "attn.q_norm.bias": (".",),
-    "attn.k_norm.weight": (".",),
-    "attn.k_norm.bias": (".",),
-    "attn.relative_position_bias_table": (".", "H"),
-    "attn.norm.weight": ("HD",),
-    "attn.norm.bias": ("HD",),
-    "attn.proj.weight": ("S", "HD"),
-    "attn.proj.bias": ("S",),
-    "ls1.gamma": ("S",),
-    "norm2.weight": ("S",),
-    "norm2.bias": ("S",),
-    "mlp.fc1.weight": ("M", "R"),
-    "mlp.fc1.bias": ("M",),
-    "mlp.norm.weight": ("M",),
-    "mlp.norm.bias": ("M",),
-    "mlp.fc2.weight": ("R", "M"),
-    "mlp.fc2.bias": ("R",),
-    "ls2.gamma": ("R",),
-}
+Params = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class HalfAxes:
+    """The parameters of a family's attention or MLP half, by their names in the block.
+
+    axes: letters of each dimension of every parameter that the half may have.
+    outputs: modules, last first, in whose parameters what the half adds is linear; LayerScale before the projection.
+    late_norms: norms that what the heads or neurons give passes through, be they inside the half or at its end.
+    """
+
+    axes: Mapping[str, tuple[str, ...]]
+    outputs: tuple[str, ...]
+    late_norms: tuple[str, ...] = ()
+
+    @cached_property
+    def readers(self) -> tuple[str, ...]:
+        """Matrices from the stream to the half's units."""
+        return tuple(name for name, axes in self.axes.items() if len(axes) == 2 and axes[1] in ("S", "R"))
+
+    @cached_property
+    def writers(self) -> tuple[str, ...]:
+        """Matrices from the half's units to the stream."""
+        return tuple(name for name, axes in self.axes.items() if len(axes) == 2 and axes[0] in ("S", "R"))
+
+    @cached_property
+    def output_norms(self) -> tuple[str, ...]:
+        """Norms over the channels that the MLP writes."""
+        return tuple(norm for norm in self.late_norms if self.axes[f"{norm}.weight"] == ("R",))
+
+    @cached_property
+    def _by_output(self) -> list[list[str]]:
+        return [[name for name in self.axes if name.startswith(f"{module}.")] for module in self.outputs]
+
+    def output(self, params: Params) -> list[str]:
+        """The parameters that scale what the half adds: those of the first module of `outputs` that the block has."""
+        for names in self._by_output:
+            found = [name for name in names if name in params]
+            if found:
+                return found
+        raise KeyError(f"no parameters in any of {', '.join(self.outputs)}")
+
+
+@dataclass(frozen=True)
+class BlockAxes:
+    """Both halves of a family's blocks."""
+
+    attn: HalfAxes
+    mlp: HalfAxes
+
+    def __getitem__(self, name: str) -> tuple[str, ...]:
+        return self.attn.axes[name] if name in self.attn.axes else self.mlp.axes[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.attn.axes or name in self.mlp.axes
+
+    def has(self, name: str, kept: BlockSlice) -> bool:
+        """Whether a slice has the half that a parameter belongs to."""
+        return kept.attn if name in self.attn.axes else kept.mlp
+
+
+def unit_sizes(shape: BlockShape) -> dict[str, int]:
+    """The size of every letter's factor in a block; '.' is as large as its parameter says."""
+    E, d = shape.embed_dim, shape.head_dim
+    return {"S": E, "R": E, "H": shape.num_heads, "D": d, "V": d, "M": shape.hidden, "2": 2, "3": 3}
 
 
 def take(t: Tensor, dim: int, kept: Kept) -> Tensor:
@@ -70,13 +114,13 @@ def take_axis(t: Tensor, dim: int, letters: str, kept: Mapping[str, Kept], sizes
 
 
 def v_rows(shape: BlockShape, kept: BlockSlice) -> list[int]:
-    """Rows of V (and columns of the output projection) that are kept, head by head: flat indices into (H, D)."""
+    """Rows of V (and columns of the output projection) that are kept, head by head: flat indices into (H, V)."""
     assert kept.v_channels is not None
     heads = range(kept.heads) if isinstance(kept.heads, int) else kept.heads
     return [h * shape.head_dim + c for h, channels in zip(heads, kept.v_channels, strict=True) for c in channels]
 
 
-def slice_block(params: Mapping[str, Tensor], shape: BlockShape, kept: BlockSlice) -> dict[str, Tensor]:
+def slice_block(params: Params, axes: BlockAxes, shape: BlockShape, kept: BlockSlice) -> dict[str, Tensor]:
     """A block's parameters under their own names, cut to a slice.
 
     params: the block's parameters, full size. Returns views where the slice is a prefix and gathers where it
@@ -85,33 +129,29 @@ def slice_block(params: Mapping[str, Tensor], shape: BlockShape, kept: BlockSlic
     """
     mlp_stream = kept.stream if kept.mlp_stream is None else kept.mlp_stream
     keep: dict[str, Kept] = {"S": kept.stream, "R": mlp_stream, "H": kept.heads, "M": kept.hidden}
-    sizes = {"3": 3, "H": shape.num_heads, "D": shape.head_dim}
+    sizes = unit_sizes(shape)
     sliced: dict[str, Tensor] = {}
     for name, t in params.items():
-        half_kept = kept.mlp if name.startswith(("norm2", "mlp", "ls2")) else kept.attn
-        if not half_kept:
+        if not axes.has(name, kept):
             continue
-        axes = BLOCK_AXES[name]
-        if kept.v_channels is not None and "HD" in axes[-1]:
-            t = _slice_uneven(t, axes, shape, kept)
-            axes = tuple("." if "HD" in letters else letters for letters in axes)
-        elif kept.v_channels is not None and "HD" in axes[0]:
-            t = _slice_uneven(t, axes, shape, kept)
-            axes = (".", *axes[1:])
-        for dim, letters in enumerate(axes):
-            t = take_axis(t, dim, letters, keep, sizes)
+        for dim, letters in enumerate(axes[name]):
+            if kept.v_channels is not None and letters in ("3HD", "HV"):
+                t = _take_uneven(t, dim, letters, shape, kept)
+            else:
+                t = take_axis(t, dim, letters, keep, sizes)
         sliced[name] = t
     return sliced
 
 
-def _slice_uneven(t: Tensor, axes: tuple[str, ...], shape: BlockShape, kept: BlockSlice) -> Tensor:
-    """The fused qkv rows, or the projection's columns, of a block whose heads keep different V channels."""
+def _take_uneven(t: Tensor, dim: int, letters: str, shape: BlockShape, kept: BlockSlice) -> Tensor:
+    """One axis of v's channels, or of fused q, k and v, of a block whose heads keep different channels of v."""
     rows = torch.tensor(v_rows(shape, kept), device=t.device)
-    if axes[0] != "3HD":
-        return t.index_select(len(axes) - 1, rows)
-    t = t.unflatten(0, (3, shape.num_heads * shape.head_dim))
-    qk = take(t[:2].unflatten(1, (shape.num_heads, shape.head_dim)), 1, kept.heads).flatten(0, 2)
-    return torch.cat([qk, t[2].index_select(0, rows)])
+    if letters == "HV":
+        return t.index_select(dim, rows)
+    width = shape.num_heads * shape.head_dim
+    qk = t.narrow(dim, 0, 2 * width).unflatten(dim, (2, shape.num_heads, shape.head_dim))
+    qk = take(qk, dim + 1, kept.heads).flatten(dim, dim + 2)
+    return torch.cat([qk, t.narrow(dim, 2 * width, width).index_select(dim, rows)], dim)
 
 
 class _Prefixes(torch.autograd.Function):
@@ -153,23 +193,22 @@ def _is_prefix(kept: BlockSlice) -> bool:
 
 
 def slice_block_each(
-    params: Mapping[str, Tensor], shape: BlockShape, kept: Sequence[BlockSlice]
+    params: Params, axes: BlockAxes, shape: BlockShape, kept: Sequence[BlockSlice]
 ) -> list[dict[str, Tensor]]:
     """`slice_block` for several slices of one block; one gradient buffer per parameter where all are prefixes."""
     if len(kept) == 1 or not all(_is_prefix(k) for k in kept):
-        return [slice_block(params, shape, k) for k in kept]
-    sizes = {"3": 3, "H": shape.num_heads, "D": shape.head_dim}
+        return [slice_block(params, axes, shape, k) for k in kept]
+    sizes = unit_sizes(shape)
     sliced: list[dict[str, Tensor]] = [{} for _ in kept]
     for name, t in params.items():
-        axes = BLOCK_AXES[name]
-        factors = [[sizes.get(letter, t.shape[dim]) for letter in letters] for dim, letters in enumerate(axes)]
+        factors = [[sizes.get(letter, t.shape[dim]) for letter in letters] for dim, letters in enumerate(axes[name])]
         cuts = []
         for k in kept:
             keep = {"S": k.stream, "R": k.num_mlp_stream(), "H": count(k.heads), "M": count(k.hidden)}
             cuts.append(
                 tuple(
                     keep.get(letter, size)
-                    for letters, row in zip(axes, factors, strict=True)
+                    for letters, row in zip(axes[name], factors, strict=True)
                     for letter, size in zip(letters, row, strict=True)
                 )
             )
@@ -189,15 +228,6 @@ def _fused(cut: tuple[int, ...], factors: list[list[int]]) -> list[int]:
             place += 1
         shape.append(size)
     return shape
-
-
-def block_parameters(block: nn.Module) -> dict[str, Tensor]:
-    """A block's parameters by name; raises KeyError's cause early when the table lacks one."""
-    params: dict[str, Tensor] = dict(block.named_parameters())
-    unknown = sorted(set(params) - set(BLOCK_AXES))
-    if unknown:
-        raise KeyError(f"parameters that no axis table names: {', '.join(unknown)}")
-    return params
 
 
 def v_widths(kept: BlockSlice, shape: BlockShape) -> tuple[int, ...]:

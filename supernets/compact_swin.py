@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supernets.elastic import by_width, join_heads
+from supernets.layers import by_width, join_heads
 
 
 class CompactWindowAttention(nn.Module):
@@ -19,7 +19,7 @@ class CompactWindowAttention(nn.Module):
 
     Plain windows are gathered as (B*W, T). Shifted ones as (B, T, W): then q, k and v, each projected on its own, are
     views of shape (B, W*h, T, D), to which one mask of (1, W*h, T, T) applies, and the output is a view as well.
-    Heads whose V differ in width (UVC) run grouped by width, over windows gathered as (B*W, T).
+    Heads whose V differ in width (section 2.5) run grouped by width, over windows gathered as (B*W, T).
     """
 
     qkv: Any
@@ -53,7 +53,7 @@ class CompactWindowAttention(nn.Module):
         self.num_windows = block.attn_mask.shape[0] if block.attn_mask is not None else 0
         H, W = block.input_resolution
         self.padded = H % block.window_size[0] != 0 or W % block.window_size[1] != 0
-        self._bias: tuple[Tensor, Any, Tensor] | None = None
+        self._bias: tuple[nn.Parameter, Tensor, Any, Tensor] | None = None  # table, its memory, key, bias
 
     def _by_token(self, mask: Tensor | None) -> bool:
         """Whether windows are gathered token by token, (T, W)."""
@@ -68,14 +68,22 @@ class CompactWindowAttention(nn.Module):
         return bias.unsqueeze(0).to(dtype).contiguous()
 
     def _cached_bias(self, dtype: torch.dtype) -> Tensor:
-        """`bias`, computed again only when the table has changed; kept only where nothing is being differentiated."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.bias(dtype)
+        """`bias`, computed again only when the table has changed; kept only where nothing is being differentiated.
+
+        A change in place through `.data` goes unnoticed, as it does in autograd.
+        """
         table = self.relative_position_bias_table
-        key = (table.data_ptr(), table._version, dtype)
-        if self._bias is None or self._bias[0] is not table or self._bias[1] != key:
-            self._bias = table, key, self.bias(dtype)
-        return self._bias[2]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or table.is_inference():
+            return self.bias(dtype)
+        cached, key = self._bias, (table.data_ptr(), table._version, dtype)
+        if cached is None or cached[0] is not table or cached[2] != key:
+            memory = table.detach()  # as long as it is held, no other table comes to lie at this address
+            self._bias = cached = table, memory, key, self.bias(dtype)
+        return cached[3]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's table counts its versions anew: it starts without a cached bias."""
+        return self.__dict__ | {"_bias": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, S) -> (B, H, W, S)."""

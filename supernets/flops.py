@@ -4,35 +4,99 @@ FLOPs are MACs of one image as executed: convolutions, linear layers and attenti
 softmax, activations and biases are not counted, as in the ViT literature and in torch's own counter.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
-from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice, count
-from supernets.axes import num_heads, v_widths
+from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice, count, identity_slice
+from supernets.axes import BlockAxes, Params, unit_sizes
+
+Products = tuple[tuple[int, str], ...]  # the sum of each number times how many units of its letters are kept
 
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """Facts of one block that its slice does not hold.
+    """What a block costs besides its slice.
 
     attn_tokens: tokens that qkv, attention and projection run on (Swin pads after norm1). attended: T, tokens
-    each of them attends to. mlp_tokens: tokens of the MLP. fixed_params: parameters that no slice changes (q/k
-    norms). The rest counts parameters per kept unit beyond the weight matrices.
+    each of them attends to. mlp_tokens: tokens of the MLP. attn_weights, mlp_weights: entries of each half's weight
+    matrices, which are its MACs per token; attn_params, mlp_params: entries of all its parameters. Letters as in
+    axes.py, V for all of v's channels. norm_after_gate: a norm stands behind the gates of heads or neurons, so that
+    nested slices in one gated pass are not their sum.
     """
 
     attn_tokens: int
     attended: int
     mlp_tokens: int
-    qkv_bias: int  # 0 or 1, as are the next three
-    proj_bias: int
-    fc1_bias: int
-    fc2_bias: int
-    table_rows: int = 0  # rows of the relative-position table, one column per head
-    norm_params: int = 2  # parameters per channel of norm1, and of norm2
-    attn_norm: int = 0  # per channel of the attention's output (scale_attn_norm)
-    mlp_norm: int = 0  # per hidden neuron (scale_mlp_norm)
-    layer_scale: int = 0  # per channel, for each half
-    fixed_params: int = 0
+    attn_weights: Products
+    mlp_weights: Products
+    attn_params: Products
+    mlp_params: Products
+    norm_after_gate: bool
+
+
+def block_costs(
+    params: Params,
+    axes: BlockAxes,
+    shape: BlockShape,
+    *,
+    attn_tokens: int,
+    attended: int,
+    mlp_tokens: int,
+    norm_after_gate: bool,
+) -> BlockCosts:
+    """The costs of a block from the axes of its parameters."""
+    attn, mlp = ([name for name in params if name in half.axes] for half in (axes.attn, axes.mlp))
+    matrices = {*axes.attn.readers, *axes.attn.writers, *axes.mlp.readers, *axes.mlp.writers}
+
+    def entries(names: Iterable[str]) -> Products:
+        total: Counter[str] = Counter()
+        for name in names:
+            dims = zip(axes[name], params[name].shape, strict=True)
+            for parts in product(*(_kept_size(letters, size, shape).items() for letters, size in dims)):
+                total["".join(sorted(unit for unit, _ in parts))] += math.prod(number for _, number in parts)
+        return tuple((number, units) for units, number in total.items())
+
+    return BlockCosts(
+        attn_tokens=attn_tokens,
+        attended=attended,
+        mlp_tokens=mlp_tokens,
+        attn_weights=entries(name for name in attn if name in matrices),
+        mlp_weights=entries(name for name in mlp if name in matrices),
+        attn_params=entries(attn),
+        mlp_params=entries(mlp),
+        norm_after_gate=norm_after_gate,
+    )
+
+
+def _kept_size(letters: str, size: int, shape: BlockShape) -> dict[str, int]:
+    """How long a sliced axis is: unit -> number, the sum of each number times the kept units. "": none."""
+    if letters == "3HD":  # q and k, whole in a kept head, and v
+        return {"H": 2 * shape.head_dim, "V": 1}
+    if letters == "HV":
+        return {"V": 1}
+    if letters == ".":
+        return {"": size}
+    sizes = unit_sizes(shape)
+    (unit,) = (letter for letter in letters if letter in "SRHM")
+    return {unit: math.prod(sizes[letter] for letter in letters if letter != unit)}
+
+
+def _kept_units(shape: BlockShape, kept: BlockSlice) -> dict[str, int]:
+    heads = count(kept.heads)
+    v = heads * shape.head_dim if kept.v_channels is None else sum(map(len, kept.v_channels))
+    return {"S": kept.stream, "R": kept.num_mlp_stream(), "H": heads, "V": v, "M": count(kept.hidden)}
+
+
+def _sum(products: Products, kept: Mapping[str, int]) -> int:
+    total = 0
+    for number, units in products:
+        for unit in units:
+            number *= kept[unit]
+        total += number
+    return total
 
 
 @dataclass(frozen=True)
@@ -66,31 +130,38 @@ class NetworkCosts:
 
 
 def block_flops(shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
-    """MACs of one block at a slice."""
-    total = 0
+    """MACs of one block at a slice: every weight on every token, and q k^T and the scores times v in attention."""
+    units, total = _kept_units(shape, kept), 0
     if kept.attn:
-        h, d, v = num_heads(kept), shape.head_dim, sum(v_widths(kept, shape))
-        linear = kept.stream * (2 * h * d + v) + v * kept.stream
-        products = costs.attended * (h * d + v)
-        total += costs.attn_tokens * (linear + products)
+        attention = costs.attended * (units["H"] * shape.head_dim + units["V"])
+        total += costs.attn_tokens * (_sum(costs.attn_weights, units) + attention)
     if kept.mlp:
-        total += costs.mlp_tokens * 2 * kept.num_mlp_stream() * count(kept.hidden)
+        total += costs.mlp_tokens * _sum(costs.mlp_weights, units)
     return total
 
 
 def block_params(shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
     """Parameters of one block at a slice, equal to sum(p.numel()) of the compact block."""
-    total = 0
-    if kept.attn:
-        s, h, d, v = kept.stream, num_heads(kept), shape.head_dim, sum(v_widths(kept, shape))
-        total += (2 * h * d + v) * (s + costs.qkv_bias) + s * (v + costs.proj_bias)
-        total += costs.norm_params * s + costs.attn_norm * v + costs.layer_scale * s
-        total += costs.table_rows * h + costs.fixed_params
-    if kept.mlp:
-        r, m = kept.num_mlp_stream(), count(kept.hidden)
-        total += m * (r + costs.fc1_bias) + r * (m + costs.fc2_bias)
-        total += costs.norm_params * kept.stream + costs.mlp_norm * m + costs.layer_scale * r
-    return total
+    units = _kept_units(shape, kept)
+    attn, mlp = _sum(costs.attn_params, units) * kept.attn, _sum(costs.mlp_params, units) * kept.mlp
+    return attn + mlp
+
+
+@dataclass(frozen=True)
+class UnitFlops:
+    """MACs of one unit of a whole block: a channel of V in one head, a neuron."""
+
+    v_channel: int
+    neuron: int
+
+
+def unit_flops(shape: BlockShape, costs: BlockCosts) -> UnitFlops:
+    """What a block's MACs lose with one unit of each kind; they are linear in the number of each."""
+    whole = identity_slice(shape)
+    v = (tuple(range(shape.head_dim)),) * (shape.num_heads - 1) + (tuple(range(shape.head_dim - 1)),)
+    less = replace(whole, v_channels=v), replace(whole, hidden=shape.hidden - 1)
+    full = block_flops(shape, costs, whole)
+    return UnitFlops(*(full - block_flops(shape, costs, kept) for kept in less))
 
 
 def network_flops(shapes: Sequence[BlockShape], costs: NetworkCosts, subnet: NetworkSlice) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from search_spaces.errors import UserError
-from supernets.axes import BLOCK_AXES, block_parameters
+from supernets.axes import unit_sizes
 from supernets.supernet import Supernet
 
 Orders = Mapping[str, list[int]]
@@ -33,12 +33,11 @@ def _axes(supernet: Supernet) -> Iterator[tuple[nn.Parameter, int, str, dict[str
     for block_name, block, shape in zip(adapter.block_names, adapter.blocks(), supernet.shapes, strict=True):
         stream = f"stream.{shape.stage}"
         orders = {"S": stream, "R": stream, "H": f"{block_name}.heads", "M": f"{block_name}.hidden"}
-        for name, p in block_parameters(block).items():
-            for dim, letters in enumerate(BLOCK_AXES[name]):
+        sizes = unit_sizes(shape)
+        for name in adapter.block_parameters(block):
+            for dim, letters in enumerate(adapter.block_axes[name]):
                 if letters != ".":
-                    sizes = {"3": 3, "H": shape.num_heads, "D": shape.head_dim}
-                    sizes |= dict.fromkeys("SRM", p.shape[dim])
-                    yield p, dim, letters, sizes, orders  # type: ignore[misc]
+                    yield block.get_parameter(name), dim, letters, sizes, orders
 
 
 def group_scores(supernet: Supernet, weight_score: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:

@@ -1,14 +1,13 @@
 """The supernet: a timm backbone's own parameters, used at every candidate's slice at once."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape, NetworkSlice, identity_slice, network_slice
-from supernets.adapter import Adapter, adapter_for
-from supernets.axes import block_parameters
+from supernets.adapter import Adapter
 from supernets.elastic import BlockMixture, Term, mixed_block
+from supernets.families import adapter_for
 from supernets.flops import network_flops, network_params
 
 Small = NetworkSlice | Sequence[BlockMixture]
@@ -28,8 +27,6 @@ class Supernet(nn.Module):
         self.backbone = backbone
         self.adapter: Adapter = adapter_for(backbone)
         self.shapes: tuple[BlockShape, ...] = self.adapter.shapes
-        for block in self.adapter.blocks():
-            block_parameters(block)
 
     def identity(self) -> NetworkSlice:
         """The backbone itself as a slice."""
@@ -70,15 +67,9 @@ class Supernet(nn.Module):
                 x = adapter.enter_stage(stage, outer, x) if stage else adapter.stem(outer, images)
                 if gates is not None:
                     x = x * gates[stage].to(x.dtype)
-            x = self._block(block, shape, mixture, x)
+            x = mixed_block(adapter, block, shape, mixture, x)
         features = adapter.pool(outer, x)
         return adapter.classify(outer, features), features
-
-    def _block(self, block: Any, shape: BlockShape, mixture: BlockMixture, x: Tensor) -> Tensor:
-        def attend(params: Any, widths: Sequence[int], y: Tensor) -> Tensor:
-            return self.adapter.attend(block, params, widths, y)
-
-        return mixed_block(block, block_parameters(block), shape, mixture, attend, x)
 
     def forward(self, images: Tensor, small: Small | None = None, gates: Gates = None) -> tuple[Tensor, Tensor]:
         """Logits of the large network and of a small one: p and q of equation (3.4)."""

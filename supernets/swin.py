@@ -15,12 +15,14 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape
-from supernets.adapter import Adapter, OuterAxis, Params, refuse
-from supernets.elastic import by_width, norm
+from supernets.adapter import OuterAxis, refuse
+from supernets.axes import Params
+from supernets.compact_swin import CompactWindowAttention
 from supernets.flops import NetworkCosts, PerWidth
-from supernets.vit import block_costs, check_norm, num_params
+from supernets.layers import by_width, norm
+from supernets.timm_block import TimmBlockAdapter, check_norm, num_params
 
-# W windows of one image, T tokens of a window; other letters as in elastic.py
+# W windows of one image, T tokens of a window; other letters as in layers.py
 
 
 def window_attention(
@@ -82,7 +84,7 @@ def windowed(block: Any, x: Tensor, attend: Any) -> Tensor:
     return torch.roll(x, shifts=(shift_h, shift_w), dims=(1, 2)) if shift_h or shift_w else x
 
 
-class SwinAdapter(Adapter):
+class SwinAdapter(TimmBlockAdapter):
     """SwinTransformer as blocks, stem, patch merging and classifier. Turns fused attention on."""
 
     def __init__(self, backbone: Any) -> None:
@@ -102,7 +104,7 @@ class SwinAdapter(Adapter):
                 padded = (H + -H % win_h) * (W + -W % win_w)
                 names.append(f"layers.{s}.blocks.{i}")
                 shapes.append(BlockShape(s, block.dim, attn.num_heads, head_dim, block.mlp.fc1.out_features))
-                costs.append(block_costs(block, padded, win_h * win_w, H * W))
+                costs.append(self.block_costs(block, shapes[-1], padded, win_h * win_w, H * W))
         self.block_names, self.shapes = tuple(names), tuple(shapes)
         dims = [stage.blocks[0].dim for stage in backbone.layers]
         merges = [stage.downsample for stage in backbone.layers[1:]]
@@ -184,6 +186,10 @@ class SwinAdapter(Adapter):
             return window_attention(block.attn, params, widths, windows, mask)
 
         return windowed(block, x, attend_windows)
+
+    def compact_attention(self, block: Any, widths: tuple[int, ...]) -> nn.Module:
+        super().compact_attention(block, widths)
+        return CompactWindowAttention(block, widths)
 
     def pool(self, params: Params, x: Tensor) -> Tensor:
         x = norm(self.backbone.norm, params, "norm", x)

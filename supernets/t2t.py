@@ -8,16 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape
-from supernets.adapter import Adapter, Params, refuse
-from supernets.elastic import attention, norm
+from supernets.adapter import refuse
+from supernets.axes import Params
 from supernets.flops import NetworkCosts, PerWidth
+from supernets.layers import attention, norm
 from supernets.t2t_tokens import TokenPerformer, token_macs
-from supernets.vit import block_costs, num_params
+from supernets.timm_block import TimmBlockAdapter, num_params
 
 PROJECT = "tokens_to_token.project"
 
 
-class T2TAdapter(Adapter):
+class T2TAdapter(TimmBlockAdapter):
     """T2TViT as blocks, stem and classifier."""
 
     def __init__(self, backbone: Any) -> None:
@@ -45,7 +46,10 @@ class T2TAdapter(Adapter):
         self.outer_norms = {"norm": ("S", 0)}
         token_params = sum(p.numel() for name, p in tokens.named_parameters() if not name.startswith("project"))
         self.costs = NetworkCosts(
-            blocks=tuple(block_costs(b, num_tokens, num_tokens, num_tokens) for b in backbone.blocks),
+            blocks=tuple(
+                self.block_costs(block, shape, num_tokens, num_tokens, num_tokens)
+                for block, shape in zip(backbone.blocks, self.shapes, strict=True)
+            ),
             flops=PerWidth(
                 constant=token_macs(
                     tokens.img_size,

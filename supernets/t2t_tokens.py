@@ -186,7 +186,7 @@ class TokenPerformer(nn.Module):
 
 
 class T2TModule(nn.Module):
-    """Image -> tokens: soft split, attention, soft split, attention, soft split, projection (section 3.1).
+    """Image -> tokens: soft split, attention, soft split, attention, soft split, projection (Yuan et al., section 3.1).
 
     img_size: pixels, int or (H, W). tokens_type: "performer" or "transformer". drop: dropout inside the Token
     Performer; the Token Transformer has none. grid_size: (H, W) of the tokens; num_patches: their number.

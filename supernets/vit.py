@@ -5,53 +5,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, Mlp, PatchEmbed, RmsNorm
+from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape
-from supernets.adapter import Adapter, OuterAxis, Params, refuse
-from supernets.elastic import attention, norm
-from supernets.flops import BlockCosts, NetworkCosts, PerWidth
+from supernets.adapter import OuterAxis, refuse
+from supernets.axes import Params
+from supernets.flops import NetworkCosts, PerWidth
+from supernets.layers import attention, norm
+from supernets.timm_block import TimmBlockAdapter, check_norm, num_params
 
 STREAM_VECTORS = ("cls_token", "dist_token", "reg_token", "pos_embed")  # (1, n, E)
 
 
-def num_params(module: nn.Module | None, per: int) -> int:
-    """Parameters of a module divided by the size of the axis they all share."""
-    return 0 if module is None else sum(p.numel() for p in module.parameters()) // per
-
-
-def check_norm(backbone: nn.Module, module: nn.Module, where: str) -> None:
-    """Refuse norms that cannot be taken over a slice of channels."""
-    if not isinstance(module, nn.LayerNorm | RmsNorm | nn.Identity):
-        raise refuse(backbone, f"{where} of type {type(module).__name__}", "use LayerNorm or RmsNorm")
-
-
-def block_costs(block: Any, attn_tokens: int, attended: int, mlp_tokens: int) -> BlockCosts:
-    """The costs of a block with timm's Attention or WindowAttention and Mlp."""
-    attn, mlp = block.attn, block.mlp
-    table = getattr(attn, "relative_position_bias_table", None)
-    inner_norms = [m for m in (getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)) if m is not None]
-    attn_dim = attn.proj.in_features
-    return BlockCosts(
-        attn_tokens=attn_tokens,
-        attended=attended,
-        mlp_tokens=mlp_tokens,
-        qkv_bias=int(attn.qkv.bias is not None),
-        proj_bias=int(attn.proj.bias is not None),
-        fc1_bias=int(mlp.fc1.bias is not None),
-        fc2_bias=int(mlp.fc2.bias is not None),
-        table_rows=0 if table is None else table.shape[0],
-        norm_params=num_params(block.norm1, attn.qkv.in_features),
-        attn_norm=num_params(getattr(attn, "norm", None), attn_dim),
-        mlp_norm=num_params(mlp.norm, mlp.fc1.out_features),
-        layer_scale=num_params(getattr(block, "ls1", None), attn.qkv.in_features),
-        fixed_params=sum(num_params(m, 1) for m in inner_norms),
-    )
-
-
-class VitAdapter(Adapter):
+class VitAdapter(TimmBlockAdapter):
     """VisionTransformer and VisionTransformerDistilled as blocks, stem and classifier."""
 
     def __init__(self, backbone: Any) -> None:
@@ -78,7 +46,10 @@ class VitAdapter(Adapter):
         per_patch = embed.proj.weight[0].numel()
         classes = sum(c.out_features for c in classifiers)
         self.costs = NetworkCosts(
-            blocks=tuple(block_costs(b, num_tokens, num_tokens, num_tokens) for b in backbone.blocks),
+            blocks=tuple(
+                self.block_costs(block, shape, num_tokens, num_tokens, num_tokens)
+                for block, shape in zip(backbone.blocks, self.shapes, strict=True)
+            ),
             flops=PerWidth(constant=0, first=num_patches * per_patch, last=classes),
             params=PerWidth(
                 constant=sum(c.bias.numel() for c in classifiers),

@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 
-import retrain
-import search
-from nas.cli import main
-from nas.config import RetrainConfig, SearchConfig, SweepConfig
+from nas import commands
+from nas.config import SearchConfig
 
 ROOT = Path(__file__).parents[1]
 VIT = ["--space", "vit-dan-nano"]
@@ -26,12 +24,12 @@ class Shell:
 
     def __call__(self, script: str, *arguments: str) -> tuple[int, str, str]:
         """(exit code, stdout, stderr)."""
-        kind, run = {"search.py": (SweepConfig, search.run), "retrain.py": (RetrainConfig, retrain.run)}[script]
+        command = {"search.py": commands.search, "retrain.py": commands.retrain}[script]
         self.monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         self.capsys.readouterr()
         code: Any = 0
         try:
-            main(kind, run, script)
+            command()
         except SystemExit as error:
             code = error.code
         return code or 0, *self.capsys.readouterr()

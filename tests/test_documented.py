@@ -15,8 +15,8 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from nas.config import parse_key_values
 from nas.data.imagenet100 import CLASSES as IMAGENET100
+from nas.networks.key_values import parse_key_values
 from search_spaces.registry import get_space
 from supernets import t2t_vit  # noqa: F401  registers T2T-ViT with timm
 from supernets.supernet import Supernet
@@ -39,12 +39,12 @@ FEWER = {  # run with less than they measure by default, and why
     "benchmarks/digits.py": "--seeds 0",  # as above
     "benchmarks/methods.py": "--seeds 0",
     "benchmarks/sweep.py": "--trials 2",
-    "benchmarks/stage_options.py": "--options float32 bf16 channels-last",  # torch.compile takes ten minutes
+    "benchmarks/training_flags.py": "--options float32 bf16 channels-last",  # torch.compile takes ten minutes
 }
 NAMED = {"python -m nas.export", "python -m nas.kernel_complexity"}  # named without arguments: their --help is run
 # What benchmarks take as their model. compact_speed's own nets are of full size, and so are all by default.
 SMALL_NETS = {
-    "search_step": "--nets nano", "stage_options": "--nets nano", "compact_speed": "--nets nano",
+    "search_step": "--nets nano", "training_flags": "--nets nano", "compact_speed": "--nets nano",
     "processes": "--net nano", "importance": "--space vit-an-nano",
 }  # fmt: skip
 BEFORE = {  # commands of README.md that a page takes for done
@@ -234,14 +234,15 @@ class Workshop:
 
     def cut(self) -> None:
         """The folder that the README's library lines leave."""
-        from nas.networks.compact_file import describe, save_compact, slices_of
+        from nas.networks.architecture import architecture_of, slices_of
+        from nas.networks.compact_file import save_compact
         from supernets.compact import cut
 
         network = built("deit", FLOWERS)
         network.load_state_dict(load_file(self.weights("deit")))
         supernet, (model, kwargs) = Supernet(network).eval(), SMALL["deit"]
         picks = [{"alpha": 2 - i % 2} for i in range(2)]
-        arch = describe(supernet, "deit-dan", model, parse_key_values(tuple(kwargs.split())), picks)
+        arch = architecture_of(supernet, "deit-dan", model, parse_key_values(tuple(kwargs.split())), picks)
         save_compact(cut(network, slices_of(arch, supernet.shapes)), self.folder / "small", arch)
 
 

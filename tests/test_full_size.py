@@ -8,22 +8,19 @@ import pytest
 import timm
 from safetensors.torch import save_file
 
-import retrain
-import search
-from nas.cli import main
-from nas.config import RetrainConfig, SweepConfig
+from nas import commands
+from nas.config import RetrainConfig
 from nas.runs.folder import saved_config
-from search_spaces.registry import NANO, SPACES
+from nas.sweeps.options import SweepConfig
+from search_spaces.families import FAMILIES
+from search_spaces.registry import SPACES
 from supernets import t2t_vit  # noqa: F401  registers T2T-ViT with timm
 from tests.nas.runs import assert_whole
 from tests.photographs import class_folders
 
 CLASSES, EPOCHS = 20, 2
 FULL_SIZE = [space for space in SPACES.values() if not space.nano]
-COMMANDS: dict[str, tuple[Any, Any]] = {
-    "search.py": (SweepConfig, search.run),
-    "retrain.py": (RetrainConfig, retrain.run),
-}
+COMMANDS = {"search.py": commands.search, "retrain.py": commands.retrain}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +34,8 @@ SHORTER: dict[str, dict[str, Any]] = {"swin": dict(depths=(1, 1)), "t2t": dict(d
 
 def small_model(family: str, folder: Path) -> list[str]:
     """Options that name a small network of the family, with weights to start from."""
-    model, kwargs = NANO[family][0], NANO[family][1] | SHORTER.get(family, dict(depth=3, patch_size=8))
+    nano = FAMILIES[family]
+    model, kwargs = nano.nano, dict(nano.nano_kwargs) | SHORTER.get(family, dict(depth=3, patch_size=8))
     weights = folder / "small.safetensors"
     save_file(timm.create_model(model, num_classes=CLASSES, **kwargs).state_dict(), weights)
     words = [f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in kwargs.items()]
@@ -45,9 +43,8 @@ def small_model(family: str, folder: Path) -> list[str]:
 
 
 def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    kind, function = COMMANDS[script]
     monkeypatch.setattr(sys, "argv", [script, *arguments])
-    main(kind, function, script)
+    COMMANDS[script]()
 
 
 @pytest.mark.slow

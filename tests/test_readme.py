@@ -1,60 +1,86 @@
 """The README's code, run as it stands but on a tiny network, and the pages that the code writes."""
 
-import ast
-import os
+import contextlib
 import re
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import tyro
 
-from nas import config
-from nas.config import Common, RetrainConfig, SearchConfig, SweepConfig
+import nas
+from nas.config import Common, RetrainConfig, SearchConfig
+from nas.sweeps.options import SweepConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = "dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4, num_classes=7)"
+TINY = "img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4, num_classes=7"
+TINY_SWIN = "model_kwargs=dict(embed_dim=16, depths=(1, 1), num_heads=(4, 8)), epochs=1, batch_size=256"
 
 
-def test_library_lines_run_and_leave_a_network(tmp_path: Path) -> None:
+def code_of(page: str) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    return code
+
+
+def run_example(page: str, folder: Path, *changes: tuple[str, str]) -> dict[str, Any]:
+    """The page's Python code, with the changes to it, run in the folder; the names that it leaves."""
+    code = code_of(page)
+    assert not re.search(r"^(from|import) (nas\.|search_spaces|supernets)", code, re.MULTILINE)
+    for old, new in changes:
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    names: dict[str, Any] = {}
+    with contextlib.chdir(folder):
+        exec(code, names)
+    return names
+
+
+def test_the_readmes_example_leaves_a_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run_example(
+        "README.md", tmp_path, ("pretrained=True", TINY), ("picks)", f"picks, model_kwargs=dict({TINY}))")
+    )
+    assert "indices=tensor" in capsys.readouterr().out
+    arch = nas.Architecture.load(tmp_path / "small")
+    assert [b["alpha"] for b in arch.blocks] == [1, 2] and arch == names["arch"]
+    assert sum(p.numel() for p in names["network"].parameters()) == arch.params < arch.backbone_params
+
+
+def test_the_librarys_example_runs_from_the_search_to_a_prediction(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from PIL import Image
 
-    from nas.networks.compact_file import load_compact
-    from search_spaces.architecture import load_architecture
-
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    for old, new in (('"deit_small_patch16_224", {}', f'"deit_small_patch16_224", {TINY}'), ("pretrained=True, ", "")):
-        assert code.count(old) == 1
-        code = code.replace(old, new)
-    code += "\nassert p.shape == q.shape == (1, 7) and not torch.equal(p, q)\n"
     Image.new("RGB", (50, 40), (200, 30, 60)).save(tmp_path / "photo.jpg")
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
+    names = run_example(
+        "docs/library.md",
+        tmp_path,
+        ("budget=0.5, ", f"budget=0.5, {TINY_SWIN}, "),
+        ('(found, output="trained")', '(found, output="trained", epochs=1, batch_size=256)'),
     )
-    assert done.returncode == 0, done.stderr
-    assert "indices=tensor" in done.stdout
-    arch = load_architecture(tmp_path / "small")
-    network = load_compact(tmp_path / "small")
-    assert [b["alpha"] for b in arch.blocks] == [1, 2]
-    assert sum(p.numel() for p in network.parameters()) == arch.params < arch.backbone_params
+    assert [name for name in nas.__all__ if f"nas.{name}" not in code_of("docs/library.md")] == []
+    assert "of the FLOPs kept" in (said := capsys.readouterr().out) and "indices=tensor" in said
+    for folder in ("trained", "small"):
+        assert {"arch.json", "compact.safetensors", "config.json"} <= {p.name for p in (tmp_path / folder).iterdir()}
+    assert sum(p.numel() for p in names["small"].parameters()) == nas.Architecture.load(tmp_path / "found").params
+    assert isinstance(names["supernet"].backbone, type(names["network"]))
 
 
-def test_every_option_has_a_line_of_help() -> None:
-    classes = [c for c in ast.parse(Path(str(config.__file__)).read_text()).body if isinstance(c, ast.ClassDef)]
-    silent = []
-    for cls in classes:
-        for statement, after in zip(cls.body, [*cls.body[1:], ast.Pass()], strict=True):
-            text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and after.value.value
-            if isinstance(statement, ast.AnnAssign) and not text:
-                silent.append(ast.unparse(statement.target))
-    assert not silent, f"no docstring after {', '.join(silent)}"
+def tables() -> Any:
+    """docs/tables.py as a module."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import tables
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+    return tables
+
+
+@pytest.mark.parametrize("kind", [SweepConfig, RetrainConfig])
+def test_every_option_has_a_line_of_help(kind: type[Common]) -> None:
+    text = tables().docstrings(kind)
+    assert [field.name for field in fields(kind) if not text.get(field.name)] == []
 
 
 @pytest.mark.parametrize("kind", [Common, SearchConfig, SweepConfig, RetrainConfig])
@@ -66,17 +92,7 @@ def test_every_option_is_in_the_docs(kind: type[Common]) -> None:
 
 
 def test_the_tables_are_what_the_code_says() -> None:
-    sys.path.insert(0, str(ROOT / "docs"))
-    try:
-        import tables
-    finally:
-        sys.path.remove(str(ROOT / "docs"))
-    for name, parts in tables.sections().items():
+    made = tables()
+    for name, parts in made.sections().items():
         page = (ROOT / "docs" / name).read_text()
-        assert page == tables.filled(page, parts), f"docs/{name} is out of date: run python docs/tables.py"
-
-
-def test_links_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        assert page == made.filled(page, parts), f"docs/{name} is out of date: run python docs/tables.py"

@@ -34,7 +34,7 @@ from search_spaces.errors import UserError
 NAMES = ("digits", "cifar10", "cifar100", *FOLDERS)
 STREAMS = ("hfids", "tfds", "wds")
 SCHEMES = ("torch", "hfds", *STREAMS)
-TEST_FRACTION = 0.2  # of a dataset that has no test images of its own: the "test fifth" of nas.split_names
+TEST_FRACTION = 0.2  # of a dataset that has no test images of its own: the "test fifth" of nas.data.split_names
 
 
 @dataclass(frozen=True)

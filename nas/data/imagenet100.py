@@ -1,6 +1,6 @@
 """The 100 ImageNet classes of ImageNet-100, in the order of their publication.
 
-Source: Tian, Krishnan, Isola, *Contrastive Multiview Coding*, ECCV 2020. `nas.datasets` labels them in
+Source: Tian, Krishnan, Isola, *Contrastive Multiview Coding*, ECCV 2020. `nas.data.folders` labels them in
 ascending order of id, the order that timm and torchvision give a folder that holds only these classes.
 """
 

@@ -1,4 +1,4 @@
-"""Batches of the images that `nas.datasets` opens, as a pure function of (seed, epoch).
+"""Batches of the images that `nas.data.datasets` opens, as a pure function of (seed, epoch).
 
 A plain DataLoader under timm's transforms. timm's create_loader is left out: its prefetcher erases with the
 main process's random numbers, its workers outlive the epoch, its samplers shuffle without the seed and pad

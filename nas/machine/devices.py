@@ -1,19 +1,22 @@
 """The device of a run, its threads, and its precision."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
-from nas.config import Common
 from nas.machine.distributed import local_device
+from nas.machine.options import MachineOptions
 from search_spaces.errors import UserError
 
 
-def pick_device(config: Common) -> torch.device:
+def pick_device(options: MachineOptions) -> torch.device:
     """The device, with torch's threads set when asked."""
-    if config.threads is not None:
-        if config.threads < 1:
-            raise UserError(f"--threads {config.threads}; expected at least 1")
-        torch.set_num_threads(config.threads)
-    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.threads is not None:
+        if options.threads < 1:
+            raise UserError(f"--threads {options.threads}; expected at least 1")
+        torch.set_num_threads(options.threads)
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -23,10 +26,16 @@ def pick_device(config: Common) -> torch.device:
     return local_device(device)
 
 
-def amp_dtype(config: Common, device: torch.device) -> torch.dtype | None:
+def amp_dtype(options: MachineOptions, device: torch.device) -> torch.dtype | None:
     """The autocast type; None for float32."""
-    if not config.amp:
+    if not options.amp:
         return None
-    if config.amp_dtype == "float16" and device.type != "cuda":
+    if options.amp_dtype == "float16" and device.type != "cuda":
         raise UserError(f"--amp-dtype float16 needs CUDA (device is {device}); use bfloat16")
-    return torch.bfloat16 if config.amp_dtype == "bfloat16" else torch.float16
+    return torch.bfloat16 if options.amp_dtype == "bfloat16" else torch.float16
+
+
+def autocast(options: MachineOptions, device: torch.device) -> AbstractContextManager[Any]:
+    """The run's precision, as a context."""
+    dtype = amp_dtype(options, device)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)

@@ -1,64 +1,81 @@
-"""UVC's options: what they mean for the loss, and which are refused."""
+"""UVC's training: pruning, skipping and distillation under a budget, by minimax (section 2.5)."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from torch import Tensor
 
-from nas.config import SearchConfig
-from nas.objectives.distill import distill_weight, distilled_terms
-from nas.objectives.teacher import Teacher
-from nas.prices.costs import SpaceCosts
-from nas.prices.selection import Candidate, SelectionProblem, check_budget
-from nas.searchers.minimax import Loss, unit_prices
+from nas.methods.method import MethodTraining, search_arguments
+from nas.objectives.distill import distilled_terms
+from nas.objectives.options import TeacherOptions
+from nas.objectives.teacher import Teacher, make_teacher
+from nas.searchers.minimax import Loss, Minimax
+from nas.searchers.options import GateOptions, SearchOptions
+from nas.searchers.searcher import Question
 from nas.training.losses import cross_entropy
+from nas.training.prepared import Prepared
 from search_spaces.errors import UserError
 from search_spaces.registry import Space
 
 
-def make_loss(config: SearchConfig, teacher: Teacher | None, smoothing: float) -> Loss:
+class UVCTraining(MethodTraining):
+    """Its search learns from the original network."""
+
+    searchers = ("minimax",)
+    options = (GateOptions, TeacherOptions)
+    recorded = ("prune", "skip", "distill", "distill_weight", "distill_temperature", "teacher", "warmup_epochs")
+
+    def check(self, options: SearchOptions, space: Space) -> None:
+        if not options.budget and options.gflops is None:
+            raise UserError(f"{space.name} compresses to a budget; give --budget or --gflops")
+        if options.alphas is not None:
+            raise UserError(f"--alphas: {space.name} has no compression factor; it counts heads, channels and neurons")
+        if options.width != "stream":
+            raise UserError(
+                f"--width {options.width}: {space.name} keeps the whole stream in every block; leave it out"
+            )
+        if options.gamma is not None:
+            raise UserError(f"--gamma prices FLOPs where there is no budget; {space.name} always has one")
+        if options.arch_data == "val" and options.skip == "none":
+            raise UserError("--arch-data val trains gates; --skip none has none")
+
+    def resolved(self, options: SearchOptions, prepared: Prepared) -> Mapping[str, Any]:
+        return {"distill": distillation(options, prepared)}
+
+    def objective(self, options: SearchOptions, question: Question, prepared: Prepared) -> Minimax:
+        arguments = search_arguments(options, question, prepared)
+        epochs = options.total_epochs()
+        warmup = min(options.warmup_epochs or 0, epochs - 1) * (arguments["total_steps"] // epochs)
+        teacher = None
+        if options.distill != "none":
+            teacher = make_teacher(options, prepared, prepared.start, f"--distill {options.distill}")
+        loss = make_loss(options, teacher)
+        kinds: dict[str, Any] = {"loss": loss, "skip": options.skip, "prune": options.prune, "warmup_steps": warmup}
+        return Minimax(prepared.supernet, question.priced, **kinds, **arguments)
+
+    def remarks(self, found: Mapping[str, Any]) -> str:
+        return "removed by " + ", ".join(f"{name} {share:.1%}" for name, share in found["removed"].items())
+
+
+def distillation(options: TeacherOptions, prepared: Prepared) -> Literal["soft", "hard", "none"]:
+    """--distill, by default soft where there is a teacher: one that was named, or a trained original network."""
+    if options.distill is not None:
+        return options.distill
+    named = options.teacher is not None or options.teacher_checkpoint is not None
+    if named or (prepared.start.given() and not prepared.fresh_classifier):
+        return "soft"
+    print("no teacher: the original network was not trained for these classes; --teacher-checkpoint gives another")
+    return "none"
+
+
+def make_loss(options: SearchOptions, teacher: Teacher | None) -> Loss:
     """L_distill of a search: (1 - w) CE(q) + w D(teacher, q), or CE(q) without a teacher."""
+    smoothing = options.smoothing or 0.0
 
     def loss(images: Tensor, q: Tensor, target: Tensor) -> dict[str, Tensor]:
         if teacher is None:
             return {"ce": cross_entropy(q, target, smoothing)}
-        hard, weight = config.distill == "hard", distill_weight(config)
-        return distilled_terms(teacher(images), q, target, hard, weight, config.distill_temperature, smoothing)
+        hard, weight = options.distill == "hard", options.teacher_share()
+        return distilled_terms(teacher(images), q, target, hard, weight, options.distill_temperature, smoothing)
 
     return loss
-
-
-def check_uvc_options(config: SearchConfig, space: Space) -> None:
-    """Refuse options of UVC's search that the space does not have, and those that UVC has no use for."""
-    uvc = space.method.name == "uvc"
-    if not uvc:
-        for given, flag in ((not config.prune, "--no-prune"), (config.skip != "block", f"--skip {config.skip}")):
-            if given:
-                raise UserError(f"{flag} goes with method uvc; the space is {space.name}")
-        return
-    if not config.budget and config.gflops is None:
-        raise UserError(f"{space.name} compresses to a budget; give --budget or --gflops")
-    if config.alphas is not None:
-        raise UserError(f"--alphas: {space.name} has no compression factor; it counts heads, channels and neurons")
-    if config.width != "stream":
-        raise UserError(f"--width {config.width}: {space.name} keeps the whole stream in every block; leave it out")
-    if config.gamma is not None:
-        raise UserError("--gamma prices FLOPs where there is no budget; method uvc always has one")
-    if config.arch_data == "val" and config.skip == "none":
-        raise UserError("--arch-data val trains gates; --skip none has none")
-
-
-def check_reach(costs: SpaceCosts, budget: float, skip: str, prune: bool) -> None:
-    """Refuse a budget below what the mechanisms asked for can reach."""
-    blocks = []
-    for shape, block in zip(costs.space.shapes, costs.network.blocks, strict=True):
-        price = unit_prices(shape, block)
-        units = prune or skip == "none"
-        attn = price.channel * (price.head_dim + 1) if units else price.attn
-        mlp = price.neuron if units else price.mlp
-        least = attn * (skip not in ("block", "attention", "halves")) + mlp * (skip not in ("block", "mlp", "halves"))
-        ends = (price.attn + price.mlp, least)
-        blocks.append(tuple(Candidate(macs, shape.embed_dim, 0.0) for macs in ends))
-    whole = costs.uniform()
-    problem = SelectionProblem(
-        tuple(blocks), whole.stages, whole.constant, whole.stem_per_channel, whole.merge_per_pair,
-        whole.head_per_channel, whole.fixed_widths,
-    )  # fmt: skip
-    check_budget(problem, costs.full_flops, budget)

@@ -15,14 +15,15 @@ from nas.data.folders import few
 from nas.data.split_names import trained_before
 from nas.networks.weights import load_weights
 from search_spaces.errors import UserError
-from supernets import t2t_vit  # noqa: F401  registers T2T-ViT with timm
+from supernets.families import ADAPTED
 
-FAMILY_CLASSES = {
-    "swin": ("SwinTransformer",),
-    "vit": ("VisionTransformer", "VisionTransformerDistilled"),
-    "deit": ("VisionTransformer", "VisionTransformerDistilled"),
-    "t2t": ("T2TViT",),
-}
+
+@dataclass(frozen=True)
+class TimmModel:
+    """A model by timm's name and the arguments of its constructor."""
+
+    name: str
+    kwargs: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ def check_model_name(model: str) -> None:
 
 def check_family(backbone: nn.Module, family: str, model: str) -> None:
     """UserError when a model is not of the space's family."""
-    if type(backbone).__name__ not in FAMILY_CLASSES[family]:
+    if not ADAPTED[family].takes(backbone):
         raise UserError(
             f"{model} is a {type(backbone).__name__}, the {family}-* spaces take"
-            f" {' or '.join(FAMILY_CLASSES[family])}; choose another --model or --space"
+            f" {' or '.join(ADAPTED[family].names())}; choose another --model or --space"
         )
 
 

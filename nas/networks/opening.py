@@ -5,58 +5,42 @@ from typing import Any
 
 import torch
 
-from nas.config import Common, parse_key_values
-from nas.data.datasets import Splits
-from nas.networks.backbone import Start, build, check_family, starting_backbone
-from search_spaces.method import FRACTIONS, Settings
+from nas.networks.backbone import Start, TimmModel, build, check_family, starting_backbone
+from nas.networks.key_values import parse_key_values
+from nas.networks.options import NetworkOptions
 from search_spaces.registry import Space
-from search_spaces.space import SearchSpace, make_space
 from supernets.supernet import Supernet
 
 
-def model_of(config: Common, space: Space) -> tuple[str, dict[str, Any]]:
-    """timm name and constructor arguments: the space's own unless --model names another."""
-    own = dict(space.model_kwargs) if config.model is None else {}
-    return config.model or space.model, own | parse_key_values(config.model_kwargs)
+def model_of(options: NetworkOptions, space: Space) -> TimmModel:
+    """The space's own model unless --model names another."""
+    own = dict(space.model_kwargs) if options.model is None else {}
+    return TimmModel(options.model or space.model, own | parse_key_values(options.model_kwargs))
 
 
-def meta_supernet(model: str, model_kwargs: dict[str, Any], num_classes: int, space: Space) -> Supernet:
+def start_of(options: NetworkOptions, seed: int) -> Start:
+    """Where the weights start."""
+    return Start(bool(options.pretrained) and options.checkpoint is None, options.checkpoint, seed)
+
+
+def meta_supernet(model: TimmModel, num_classes: int, space: Space) -> Supernet:
     """The supernet on the meta device: shapes and costs without weights, in a moment."""
     with torch.device("meta"):
-        backbone = build(model, model_kwargs, num_classes=num_classes)
-    check_family(backbone, space.family, model)
+        backbone = build(model.name, model.kwargs, num_classes=num_classes)
+    check_family(backbone, space.family, model.name)
     return Supernet(backbone)
 
 
-def search_space(
-    space: Space,
-    supernet: Supernet,
-    width: str,
-    alphas: Sequence[int] | None,
-    fractions: tuple[float, ...] | None = FRACTIONS,
-) -> SearchSpace:
-    """The space over a supernet's blocks. fractions: as in Settings."""
-    settings = Settings(width, tuple(alphas) if alphas is not None else space.alphas, fractions)
-    return make_space(space.name, space.method, settings, supernet.shapes)
-
-
-def start_of(config: Common) -> Start:
-    """Where the weights start."""
-    return Start(bool(config.pretrained) and config.checkpoint is None, config.checkpoint, config.seed)
-
-
-def make_supernet(
-    arguments: tuple[str, dict[str, Any]],
-    splits: Splits,
+def started_supernet(
+    model: TimmModel,
+    num_classes: int,
     start: Start,
     space: Space,
-    drop_path: float | None,
-    device: torch.device,
+    class_names: Sequence[str] | None = None,
+    drop_path: float | None = None,
 ) -> tuple[Supernet, list[str], bool]:
-    """The supernet of a (model, model_kwargs) with its starting weights, on the device.
-
-    Also what is worth saying about the weights, and whether the classifier is new.
-    """
-    backbone, lines, fresh = starting_backbone(*arguments, splits.num_classes, start, splits.class_names, drop_path)
-    check_family(backbone, space.family, arguments[0])
-    return Supernet(backbone).to(device), lines, fresh
+    """The supernet with its starting weights, what is worth saying about them, and whether the classifier is new."""
+    arguments: tuple[Any, ...] = (model.name, model.kwargs, num_classes, start, class_names, drop_path)
+    backbone, lines, fresh = starting_backbone(*arguments)
+    check_family(backbone, space.family, model.name)
+    return Supernet(backbone), lines, fresh

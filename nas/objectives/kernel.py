@@ -1,17 +1,17 @@
-"""The kernel term of KCR and joint in both stages: eta_kc * TNN_r of the small network's features (section 2.3)."""
+"""The kernel term, in both stages: eta_kc * TNN_r of the small network's features (section 2.3)."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from nas.config import Common
 from nas.objectives.adjoined import Adjoined
+from nas.objectives.options import KernelOptions, LossOptions
 from nas.objectives.spectrum import EpochKernel, SecondMoment, separable_tnn
+from nas.objectives.teacher import Teacher
 from nas.training.losses import adjoined_weight, cross_entropy, kl_divergence
 from nas.training.objective import Step
-from search_spaces.errors import UserError
-from search_spaces.registry import Space
 from search_spaces.slices import NetworkSlice
 from supernets.supernet import Supernet
 
@@ -70,7 +70,7 @@ class KernelTerm(nn.Module):
 
 
 class KernelAdjoined(Adjoined):
-    """Retraining of a KCR or joint architecture: CE(p) + lambda KL(p || q) + eta_kc TNN, or CE(q) + eta_kc TNN."""
+    """Retraining under the kernel term: CE(p) + lambda KL(p || q) + eta_kc TNN, or CE(q) + eta_kc TNN."""
 
     def __init__(
         self,
@@ -85,10 +85,25 @@ class KernelAdjoined(Adjoined):
         super().__init__(supernet, subnet, smoothing, detach_teacher)
         self.kernel, self.adjoined = kernel, adjoined
 
+    @classmethod
+    def of(
+        cls, options: LossOptions, supernet: Supernet, subnet: NetworkSlice, teacher: Teacher | None
+    ) -> "KernelAdjoined":
+        """As the options ask for it."""
+        return cls(
+            supernet,
+            subnet,
+            kernel=kernel_term(options),
+            adjoined=options.adjoined,
+            smoothing=options.smoothing or 0.0,
+            detach_teacher=options.detach_teacher,
+        )
+
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
         q, features = self.supernet.small_with_features(images, self.subnet)
         lam = adjoined_weight(step.t)
-        return task_terms(self, images, target, q, lam, self.adjoined) | {"tnn": self.kernel(features, step)}
+        task = Task(self.supernet, self.smoothing, self.detach_teacher, self.adjoined)
+        return task.terms(images, target, q, lam) | {"tnn": self.kernel(features, step)}
 
     def after_epoch(self) -> None:
         self.kernel.finish_epoch()
@@ -97,41 +112,24 @@ class KernelAdjoined(Adjoined):
         return super().log(step) | self.kernel.log()
 
 
-def task_terms(
-    objective: Adjoined, images: Tensor, target: Tensor, q: Tensor, lam: float, adjoined: bool
-) -> dict[str, Tensor]:
-    """Cross-entropy of the large network and the KL to the small one, or cross-entropy of the small one alone."""
-    if not adjoined:
-        return {"ce": cross_entropy(q, target, objective.smoothing)}
-    p = objective.supernet.large(images)
-    return {
-        "ce": cross_entropy(p, target, objective.smoothing),
-        "kl": lam * kl_divergence(p, q, objective.detach_teacher),
-    }
+@dataclass(frozen=True)
+class Task:
+    """What networks are trained for. adjoined: both by KL, or the small one alone by its own cross-entropy."""
+
+    supernet: Supernet
+    smoothing: float
+    detach_teacher: bool
+    adjoined: bool
+
+    def terms(self, images: Tensor, target: Tensor, q: Tensor, lam: float) -> dict[str, Tensor]:
+        """q: logits of the small network. lam: lambda(t)."""
+        if not self.adjoined:
+            return {"ce": cross_entropy(q, target, self.smoothing)}
+        p = self.supernet.large(images)
+        return {"ce": cross_entropy(p, target, self.smoothing), "kl": lam * kl_divergence(p, q, self.detach_teacher)}
 
 
-def has_kernel_term(space: Space) -> bool:
-    """Whether a space's training has the truncated nuclear norm in its loss."""
-    return space.method.name in ("kcr", "joint")
-
-
-def kernel_term(config: Common) -> KernelTerm:
+def kernel_term(options: KernelOptions) -> KernelTerm:
     """The term that the options ask for."""
-    assert config.eta_kc is not None and config.rho is not None
-    return KernelTerm(config.eta_kc, config.rho)
-
-
-def check_kernel_options(config: Common, space: Space) -> None:
-    """Refuse options of KCR and joint that the space does not have, and values that no run can use."""
-    if not has_kernel_term(space):
-        given = [name for name in ("eta_kc", "rho") if getattr(config, name) is not None]
-        given += [] if config.adjoined else ["no_adjoined"]
-        if given:
-            raise UserError(
-                f"--{given[0].replace('_', '-')} goes with methods kcr and joint; the space is {space.name}"
-            )
-        return
-    if config.eta_kc is not None and config.eta_kc < 0:
-        raise UserError(f"--eta-kc {config.eta_kc}; expected 0 or more")
-    if config.rho is not None and not 0 <= config.rho <= 1:
-        raise UserError(f"--rho {config.rho}; expected a share of the spectrum, from 0 to 1")
+    assert options.eta_kc is not None and options.rho is not None
+    return KernelTerm(options.eta_kc, options.rho)

@@ -4,23 +4,28 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from nas.objectives.adjoined import Adjoined
+from nas.objectives.options import LossOptions
+from nas.objectives.teacher import Teacher
 from nas.training.losses import cross_entropy
-from nas.training.objective import Step
+from nas.training.objective import Objective, Step
+from search_spaces.slices import NetworkSlice
 from supernets.supernet import Supernet
 
 
-class Plain(Adjoined):
-    """L = CE(p): the large network alone, the baseline that the adjoined one is to be compared with."""
+class Plain(Objective):
+    """L = CE(p)."""
 
     def __init__(self, supernet: Supernet, smoothing: float = 0.0) -> None:
-        super().__init__(supernet, supernet.identity(), smoothing)
+        super().__init__(supernet)
+        self.smoothing = smoothing
+
+    @classmethod
+    def of(cls, options: LossOptions, supernet: Supernet, subnet: NetworkSlice, teacher: Teacher | None) -> "Plain":
+        """As the options ask for it."""
+        return cls(supernet, options.smoothing or 0.0)
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
         return {"ce": cross_entropy(self.supernet.large(images), target, self.smoothing)}
 
     def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:
         return {"large": self.supernet.large}
-
-    def log(self, step: Step) -> dict[str, float]:
-        return {}

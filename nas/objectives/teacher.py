@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nas.config import Common, parse_key_values
-from nas.data.datasets import Splits
 from nas.machine.timing import count_macs
 from nas.networks.backbone import Start, starting_backbone
+from nas.networks.key_values import parse_key_values
+from nas.objectives.options import TeacherOptions
+from nas.training.prepared import Prepared
 from search_spaces.errors import UserError, reason
-from supernets.supernet import Supernet
 
 
 @dataclass(frozen=True)
@@ -35,40 +35,28 @@ class Teacher:
         return self.network(images * self.scale + self.shift)  # type: ignore[no-any-return]
 
 
-def make_teacher(
-    config: Common,
-    supernet: Supernet,
-    model: tuple[str, dict[str, Any]],
-    base: Start,
-    origin: Start,
-    fresh_classifier: bool,
-    splits: Splits,
-    stats: tuple[Tensor, Tensor],
-    device: torch.device,
-    asked: str = "--train distill",
-) -> Teacher:
-    """The network that --teacher and --teacher-checkpoint name; by default the original one.
+def make_teacher(options: TeacherOptions, prepared: Prepared, base: Start, asked: str = "--train distill") -> Teacher:
+    """The network that --teacher and --teacher-checkpoint name; by default the original one. Says which it is.
 
-    base: the original weights. origin: those that supernet holds now, before training; it stands for the original
-    network where base was never trained (a search from scratch). stats: mean and std (C, 1, 1) that images are
-    normalised with. asked: the option that asks for a teacher.
+    base: the original weights; those that `prepared` starts from stand for them where they were never trained (a
+    search from scratch). asked: the option that asks for a teacher.
     Raises UserError when the teacher was never trained for the dataset's classes, or cannot read its images.
     """
-    mean, std = stats
-    own_mean, own_std = stats
-    if config.teacher is None and config.teacher_checkpoint is None and (origin == base or not base.given()):
-        if not origin.given():
+    mean, std = own_mean, own_std = prepared.loaders.stats()
+    model, splits, start = prepared.model, prepared.splits, prepared.start
+    named = options.teacher is not None or options.teacher_checkpoint is not None
+    if not named and (start == base or not base.given()):
+        if not start.given():
             raise UserError(f"{asked}: the original network is untrained; give --teacher-checkpoint, or --checkpoint")
-        name, network, fresh = model[0], copy.deepcopy(supernet.backbone), fresh_classifier
+        name, network, fresh = model.name, copy.deepcopy(prepared.supernet.backbone), prepared.fresh_classifier
     else:
-        name = config.teacher or model[0]
-        arguments = model[1] if config.teacher is None else parse_key_values(config.teacher_kwargs)
-        start = base
-        if config.teacher is not None or config.teacher_checkpoint is not None:
-            start = Start(config.teacher_checkpoint is None, config.teacher_checkpoint, config.seed)
-        network, lines, fresh = starting_backbone(name, arguments, splits.num_classes, start, splits.class_names)
+        name = options.teacher or model.name
+        arguments = model.kwargs if options.teacher is None else parse_key_values(options.teacher_kwargs)
+        if named:
+            base = Start(options.teacher_checkpoint is None, options.teacher_checkpoint, start.seed)
+        network, lines, fresh = starting_backbone(name, arguments, splits.num_classes, base, splits.class_names)
         print("\n".join(f"teacher: {line}" for line in lines), end="\n" if lines else "")
-        cfg = getattr(network, "pretrained_cfg", {}) if config.teacher is not None else {}
+        cfg = getattr(network, "pretrained_cfg", {}) if options.teacher is not None else {}
         if cfg.get("mean") and len(cfg["mean"]) == len(mean):
             own_mean, own_std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
     if fresh:
@@ -76,9 +64,9 @@ def make_teacher(
             f"{asked}: {name} was not trained for the dataset's {splits.num_classes} classes;"
             " give --teacher-checkpoint one that was"
         )
+    device, size = prepared.device, prepared.supernet.adapter.input_size
     network = network.to(device).eval().requires_grad_(False)
     scale, shift = (std / own_std).to(device), ((mean - own_mean) / own_std).to(device)
-    size = supernet.adapter.input_size
     try:
         macs = count_macs(network, size, device)
     except (AssertionError, RuntimeError) as error:
@@ -86,4 +74,6 @@ def make_teacher(
             f"teacher {name} cannot read images of {size[1]} x {size[2]} px ({reason(error)});"
             f" give --teacher-kwargs img_size={size[1]}, or another --teacher"
         ) from None
-    return Teacher(name, network, sum(p.numel() for p in network.parameters()), macs, scale, shift)
+    params = sum(p.numel() for p in network.parameters())
+    print(f"teacher: {name}, {params / 1e6:.3f} M, {macs / 1e9:.4g} GFLOPs (MACs)")
+    return Teacher(name, network, params, macs, scale, shift)

@@ -1,4 +1,4 @@
-"""The pictures of a run, drawn from frames: choices over epochs and curves; nas/scatter.py has accuracy against cost.
+"""The pictures of a run, drawn from frames: choices over epochs and curves; scatter.py has accuracy against cost.
 
 Colours are Okabe and Ito's, or run evenly from dark to light; every line and point also differs in stroke or
 marker, so that a greyscale print and a colour-blind reader lose nothing. No pyplot: figures are plain objects

@@ -12,6 +12,7 @@ from nas.data.split_names import HELD_OUT
 from nas.pictures.figures import DPI, choices_figure, curves_figure
 from nas.pictures.scatter import pareto_figure
 from nas.pictures.steps_figure import steps_figure
+from search_spaces.registry import METHODS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 RUN_FILES = ("config.yaml", "summary.json", "log.csv")  # any of them makes a folder a run's
 SWEEP_FILE = "trials.csv"
-PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published.csv"
+NAS = Path(__file__).resolve().parents[1]
+INSTALLED = NAS / "published" / "published.csv"  # where pyproject.toml puts a checkout's results/published.csv
+PUBLISHED = INSTALLED if INSTALLED.is_file() else NAS.parent / "results" / "published.csv"
 EARLIER = {"val": HELD_OUT, "test": "test split"}  # how older summaries named what they measured on
 # Options that say where a run ran, its seed and what it started from, not which configuration it is.
 INCIDENTAL = ("seed", "output", "resume", "device", "workers", "threads", "data_dir", "arch", "download")
@@ -146,18 +149,13 @@ def _draw_points(rows: Sequence[Mapping[str, Any]], path: Path, title: str, x: s
     import pandas as pd
 
     frame = pd.DataFrame([{"this": False, **row} for row in rows])
-    an = frame["space"].str.split("-").str[1].eq("an") & frame["role"].ne("large") & frame["this"].ne(True)
-    line = frame[an] if frame[an]["alpha"].nunique() > 1 else None
+    methods = frame["space"].str.split("-").str[1]
+    on_line = methods.map(_uniform) & frame["role"].ne("large") & frame["this"].ne(True)
+    line = frame[on_line] if frame[on_line]["alpha"].nunique() > 1 else None
     others = frame.drop(line.index) if line is not None else frame
-    published = _published() if frame["dataset"].eq("imagenet").any() else None
+    published = _csv(PUBLISHED) if frame["dataset"].eq("imagenet").any() else None
     name = path if x == "gflops" else path.with_name(f"{path.name}-{x}")
     return plot_pareto(others, name, title, x=x, uniform=line, published=published)
-
-
-def _published() -> pd.DataFrame | None:
-    """The literature's points: of this checkout, or of the results/ one stands above."""
-    found = [frame for path in (PUBLISHED, Path("results/published.csv")) if (frame := _csv(path)) is not None]
-    return found[0] if found else None
 
 
 def _title(folder: Path, summary: Mapping[str, Any], arch: Mapping[str, Any]) -> str:
@@ -173,10 +171,15 @@ def _title(folder: Path, summary: Mapping[str, Any], arch: Mapping[str, Any]) ->
 
 def _label(summary: Mapping[str, Any], arch: Mapping[str, Any]) -> str:
     """What its search aimed at."""
-    if arch.get("method") == "an" and (alpha := _alpha(arch)) is not None:
+    if _uniform(arch.get("method")) and (alpha := _alpha(arch)) is not None:
         return f"α = {alpha:g}"
     budget = _budget(summary, arch)
     return f"budget {budget:.3g}" if budget is not None else "no budget"
+
+
+def _uniform(method: object) -> bool:
+    """Whether one factor serves all blocks of a method's architectures."""
+    return method in METHODS and METHODS[str(method)].uniform
 
 
 def _alpha(arch: Mapping[str, Any]) -> float | None:

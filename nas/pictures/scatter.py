@@ -1,6 +1,6 @@
 """Accuracy against cost: points, fronts, seeds, the line of uniform compression, the literature.
 
-Drawn as nas/figures.py draws: readable in greyscale, no global state.
+Drawn as nas/pictures/figures.py draws: readable in greyscale, no global state.
 """
 
 from __future__ import annotations

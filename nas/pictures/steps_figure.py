@@ -1,4 +1,4 @@
-"""The picture of a minimax search (UVC): multiplier, FLOPs, and every block's counts and gates over the steps."""
+"""The picture of a minimax search: multiplier, FLOPs, and every block's counts and gates over the steps."""
 
 from __future__ import annotations
 

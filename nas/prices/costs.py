@@ -1,18 +1,18 @@
-"""FLOPs of a search space: of every option of every block, expected under probabilities, and as a selection problem."""
+"""What a search space costs: every option of every block, expected under probabilities, and as a selection problem."""
 
 import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from nas.prices.selection import Candidate, SelectionProblem
-from search_spaces.method import Picks
-from search_spaces.slices import BlockSlice
+from nas.prices.price import Price
+from nas.prices.selection import Item, SelectionProblem
+from search_spaces.method import Candidate, Picks
+from search_spaces.slices import BlockSlice, identity_slice, network_slice
 from search_spaces.space import SearchSpace
-from supernets.flops import NetworkCosts, block_flops
+from supernets.flops import NetworkCosts
 
 Probabilities = Sequence[Mapping[str, Tensor]]  # per block, choice name -> (candidates,)
 
@@ -23,44 +23,48 @@ class Option:
 
     picks: Picks
     slice: BlockSlice
-    flops: int
+    cost: int
 
 
 @dataclass(frozen=True)
-class SpaceCosts:
-    """options[l]: every option of block l, in the order of the product of its choices' candidates."""
+class PricedSpace:
+    """options[l]: every option of block l, in the order of the product of its choices' candidates.
+
+    full: the price of the backbone, in the units of `price`.
+    """
 
     space: SearchSpace
     network: NetworkCosts
+    price: Price
     options: tuple[tuple[Option, ...], ...]
-    full_flops: int
+    full: int
     full_stage_width: bool
 
-    def stage_options(self, stage: int) -> list[int]:
+    def blocks_of(self, stage: int) -> list[int]:
         """Indices of the blocks of a stage."""
         return [i for i, shape in enumerate(self.space.shapes) if shape.stage == stage]
 
-    def block_penalty(self, weights: Probabilities) -> Tensor:
-        """n_f of equation (3.8): the sum over blocks of g_j * FLOPs(block, j). MACs, float64."""
+    def blocks_cost(self, weights: Probabilities) -> Tensor:
+        """n_f of equation (3.8): the sum over blocks of g_j * price(block, j), float64."""
         return torch.stack([self._block(i, weights[i]) for i in range(len(self.options))]).sum()
 
     def expected(self, probabilities: Probabilities) -> Tensor:
-        """E[F] in MACs, differentiable: blocks, and stem, merging and classifier at expected stage widths (2.6).
+        """E[F], differentiable: blocks, and stem, merging and classifier at expected stage widths (section 2.6).
 
         Stages are independent, so the expectation of a product of neighbouring widths is the product of theirs.
         """
         stages = range(1 + max(shape.stage for shape in self.space.shapes))
         widths = [self._expected_width(stage, probabilities) for stage in stages]
-        per = self.network.flops
-        total = self.block_penalty(probabilities) + per.constant + per.first * widths[0] + per.last * widths[-1]
+        per = self.price.outer(self.network)
+        total = self.blocks_cost(probabilities) + per.constant + per.first * widths[0] + per.last * widths[-1]
         for s, (pair, single) in enumerate(zip(per.merge_pair, per.merge_in, strict=True)):
             total = total + pair * widths[s] * widths[s + 1] + single * widths[s]
         return total
 
     def _block(self, block: int, weights: Mapping[str, Tensor]) -> Tensor:
         p = joint_probability(weights, self.space.candidates[block])
-        flops = torch.tensor([float(o.flops) for o in self.options[block]], dtype=torch.float64, device=p.device)
-        return (p.double() * flops).sum()
+        costs = torch.tensor([float(o.cost) for o in self.options[block]], dtype=torch.float64, device=p.device)
+        return (p.double() * costs).sum()
 
     def stage_gates(self, weights: Probabilities) -> list[Tensor] | None:
         """Per stage (E,): how much of each channel of the stream exists at these weights, float32, differentiable.
@@ -81,7 +85,7 @@ class SpaceCosts:
 
     def _exists(self, stage: int, probabilities: Probabilities) -> Tensor:
         """P(stage width > c) of every channel c, (E,), float64: a stage is as wide as the widest of its blocks."""
-        blocks = self.stage_options(stage)
+        blocks = self.blocks_of(stage)
         embed_dim = self.space.shapes[blocks[0]].embed_dim
         joint = [joint_probability(probabilities[b], self.space.candidates[b]).double() for b in blocks]
         if self.full_stage_width:
@@ -100,16 +104,17 @@ class SpaceCosts:
         for i, options in enumerate(self.options):
             p = joint_probability(probabilities[i], self.space.candidates[i]).detach().double()
             scores = p.clamp_min(1e-300).log().tolist()
-            blocks.append(tuple(Candidate(o.flops, o.slice.stream, s) for o, s in zip(options, scores, strict=True)))
-        per, shapes = self.network.flops, self.space.shapes
+            blocks.append(tuple(Item(o.cost, o.slice.stream, s) for o, s in zip(options, scores, strict=True)))
+        per, shapes = self.price.outer(self.network), self.space.shapes
         stages = range(shapes[-1].stage + 1)
-        full = tuple(shapes[self.stage_options(s)[0]].embed_dim for s in stages)
+        full = tuple(shapes[self.blocks_of(s)[0]].embed_dim for s in stages)
         return SelectionProblem(
             blocks=tuple(blocks),
             stages=tuple(shape.stage for shape in shapes),
             constant=per.constant,
             stem_per_channel=per.first,
             merge_per_pair=per.merge_pair,
+            merge_per_channel=per.merge_in,
             head_per_channel=per.last,
             fixed_widths=full if self.full_stage_width else None,
         )
@@ -124,13 +129,13 @@ class SpaceCosts:
         )
 
 
-class EndsOnly(SpaceCosts):
-    """Costs of a space too fine to list (UVC's counts): options[l] are block l whole and block l skipped."""
+class EndsOnly(PricedSpace):
+    """Costs of a space too fine to list: options[l] are block l whole and block l skipped."""
 
     def uniform(self) -> SelectionProblem:
         blocks = [{"end": torch.full((len(options),), 1.0 / len(options))} for options in self.options]
         ends = replace(self.space, candidates=tuple({"end": tuple(range(len(o)))} for o in self.options))
-        return SpaceCosts(ends, self.network, self.options, self.full_flops, True).problem(blocks)
+        return PricedSpace(ends, self.network, self.price, self.options, self.full, True).problem(blocks)
 
 
 def joint_probability(weights: Mapping[str, Tensor], candidates: Mapping[str, tuple[object, ...]]) -> Tensor:
@@ -143,25 +148,20 @@ def joint_probability(weights: Mapping[str, Tensor], candidates: Mapping[str, tu
     return joint
 
 
-def space_costs(
-    space: SearchSpace, network: NetworkCosts, full_flops: int, full_stage_width: bool = False
-) -> SpaceCosts:
-    """Price every option of every block; of UVC, whose counts are too many, the ends."""
-    if space.method.name == "uvc":
-        ends = []
-        for shape, costs, choices in zip(space.shapes, network.blocks, space.candidates, strict=True):
-            whole, skipped = ({name: pick(c) for name, c in choices.items()} for pick in (max, min))
-            slices = [space.method.block_slice(shape, space.settings, p, {}) for p in (whole, skipped)]
-            flops = [block_flops(shape, costs, s) for s in slices]
-            ends.append((Option(whole, slices[0], flops[0]), Option(skipped, slices[1], flops[1])))
-        return EndsOnly(space, network, tuple(ends), full_flops, True)
+def priced(space: SearchSpace, network: NetworkCosts, price: Price, full_stage_width: bool = False) -> PricedSpace:
+    """Price every option of every block; of a space too fine to list, the ends."""
+    full = price.network(space.shapes, network, network_slice(space.shapes, [identity_slice(s) for s in space.shapes]))
     options = []
     for shape, costs, choices in zip(space.shapes, network.blocks, space.candidates, strict=True):
+        combinations: Iterable[tuple[Candidate, ...]] = itertools.product(*choices.values())
+        if not space.method.listed:
+            combinations = [tuple(map(end, choices.values())) for end in (max, min)]
         row = []
-        for combination in itertools.product(*choices.values()):
+        for combination in combinations:
             picks = dict(zip(choices, combination, strict=True))
             kept = space.method.block_slice(shape, space.settings, picks, {})
-            row.append(Option(picks, kept, block_flops(shape, costs, kept)))
-        assert len(row) == math.prod(len(c) for c in choices.values())
+            row.append(Option(picks, kept, price.block(shape, costs, kept)))
         options.append(tuple(row))
-    return SpaceCosts(space, network, tuple(options), full_flops, full_stage_width)
+    if not space.method.listed:
+        return EndsOnly(space, network, price, tuple(options), full, True)
+    return PricedSpace(space, network, price, tuple(options), full, full_stage_width)

@@ -1,4 +1,4 @@
-"""The best architecture that fits a budget: exact selection by integer programming (design section 2.6).
+"""The best architecture that fits a budget: exact selection by integer programming (section 2.6).
 
 One binary x per (block, candidate). Stage widths are maxima over a stage's picks and patch merging multiplies
 neighbouring widths, so a unit flow runs through a layered graph of nodes (stage, width) whose edges carry the
@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
+from nas.prices.flops import FLOPS
+from nas.prices.price import Price
 from search_spaces.errors import UserError
 
 SCORE_STEP = 1e-6
@@ -29,14 +31,13 @@ RADIX_LIMIT = 4096  # largest lexicographic weight of one program: an exact orde
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One candidate of one block.
+class Item:
+    """One way to take one block: what a knapsack may pack.
 
-    flops: MACs of the block at this candidate. width: stream channels it reads and writes.
-    score: its log softmax(eta).
+    cost: of the block. width: stream channels it reads and writes. score: its log softmax(eta).
     """
 
-    flops: int
+    cost: int
     width: int
     score: float
 
@@ -45,19 +46,21 @@ class Candidate:
 class SelectionProblem:
     """What a selection needs to know: every block's candidates and what the stage widths cost.
 
-    stages: the stage of each block, non-decreasing from 0. constant: MACs that no choice changes.
-    stem_per_channel: MACs per channel of the first stage; head_per_channel: of the last stage.
-    merge_per_pair[s]: MACs per (width of stage s) x (width of stage s + 1).
+    stages: the stage of each block, non-decreasing from 0. constant: a cost that no choice changes.
+    stem_per_channel: cost per channel of the first stage; head_per_channel: of the last stage.
+    merge_per_pair[s]: cost per (width of stage s) x (width of stage s + 1); merge_per_channel[s]: per channel of
+    stage s, where it is merged.
     fixed_widths: the stage widths, where they do not follow the picks (`--stage-width full`).
     """
 
-    blocks: tuple[tuple[Candidate, ...], ...]
+    blocks: tuple[tuple[Item, ...], ...]
     stages: tuple[int, ...]
     constant: int
     stem_per_channel: int
     merge_per_pair: tuple[int, ...]
     head_per_channel: int
     fixed_widths: tuple[int, ...] | None = None
+    merge_per_channel: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.blocks or not all(self.blocks) or len(self.blocks) != len(self.stages):
@@ -84,77 +87,83 @@ class SelectionProblem:
             widths[stage] = max(widths[stage], block[pick].width)
         return tuple(widths)
 
-    def flops(self, picks: Sequence[int]) -> int:
-        """MACs of the whole network when block b takes candidate picks[b]; exact."""
-        total = sum(block[pick].flops for block, pick in zip(self.blocks, picks, strict=True))
-        return self.constant + total + self.width_flops(self.stage_widths(picks))
+    def cost(self, picks: Sequence[int]) -> int:
+        """Of the whole network when block b takes item picks[b]; exact."""
+        total = sum(block[pick].cost for block, pick in zip(self.blocks, picks, strict=True))
+        return self.constant + total + self.width_cost(self.stage_widths(picks))
 
-    def width_flops(self, widths: Sequence[int]) -> int:
-        """MACs of stem, patch merging and classifier at these stage widths."""
+    def width_cost(self, widths: Sequence[int]) -> int:
+        """Of stem, patch merging and classifier at these stage widths."""
         merging = sum(m * a * b for m, a, b in zip(self.merge_per_pair, widths[:-1], widths[1:], strict=True))
-        return self.stem_per_channel * widths[0] + merging + self.head_per_channel * widths[-1]
+        return merging + sum(self.per_channel(stage) * width for stage, width in enumerate(widths))
+
+    def per_channel(self, stage: int) -> int:
+        """What a channel of a stage costs outside the blocks: in stem, merging and classifier."""
+        merge = self.merge_per_channel[stage] if stage < len(self.merge_per_channel) else 0
+        stem = self.stem_per_channel if stage == 0 else 0
+        return merge + stem + (self.head_per_channel if stage == self.num_stages - 1 else 0)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen candidate of each block, its exact MACs, and whether they lie in the band asked for."""
+    """The chosen item of each block, the network's exact cost, and whether it lies in the band asked for."""
 
     picks: tuple[int, ...]
-    flops: int
+    cost: int
     in_band: bool
 
 
 def reachable_range(problem: SelectionProblem) -> tuple[int, int]:
-    """The fewest and the most MACs any architecture has, exactly: a shortest path through stage widths."""
+    """The least and the most that any architecture costs, exactly: a shortest path through stage widths."""
     return _extreme(problem, 1), -_extreme(problem, -1)
 
 
-def check_budget(problem: SelectionProblem, full_flops: int, budget: float) -> None:
+def check_budget(problem: SelectionProblem, full: int, budget: float, price: Price = FLOPS) -> None:
     """Refuse a budget that nothing can meet; cheap, so that a search can ask before it trains.
 
-    full_flops: MACs of the backbone. budget: fraction of them. Raises UserError.
+    full: the backbone's price. budget: a fraction of it. Raises UserError.
     """
     if not 0 < budget <= 1:
-        raise UserError(f"budget {budget:g}: expected a fraction of the backbone's FLOPs, above 0, at most 1")
+        raise UserError(f"budget {budget:g}: expected a fraction of the backbone's {price.words}, above 0, at most 1")
     low, high = reachable_range(problem)
-    if low > _exact(budget) * full_flops:
-        smallest = math.ceil(Fraction(low, full_flops) * 10_000) / 10_000  # up: what we name must work
+    if low > _exact(budget) * full:
+        smallest = math.ceil(Fraction(low, full) * 10_000) / 10_000  # up: what we name must work
         raise UserError(
-            f"budget {budget:g} ({budget * full_flops / 1e9:.4g} GFLOPs) cannot be met: this search space "
-            f"reaches {smallest:.4f} to {high / full_flops:.4f} of the backbone "
-            f"({low / 1e9:.4g} to {high / 1e9:.4g} GFLOPs); ask for at least {smallest:.4f}"
+            f"budget {budget:g} ({budget * full / price.scale:.4g} {price.unit}) cannot be met: this search space "
+            f"reaches {smallest:.4f} to {high / full:.4f} of the backbone "
+            f"({low / price.scale:.4g} to {high / price.scale:.4g} {price.unit}); ask for at least {smallest:.4f}"
         )
 
 
-def select(problem: SelectionProblem, full_flops: int, budget: float, band: float = 0.02) -> Selection:
-    """The architecture of highest total score with (budget - band) * full_flops <= F <= budget * full_flops.
+def select(problem: SelectionProblem, full: int, budget: float, band: float = 0.02) -> Selection:
+    """The architecture of highest total score with (budget - band) * full <= F <= budget * full.
 
-    If none lies in the band, the best with F <= budget * full_flops, and in_band is False. Never above.
-    full_flops: MACs of the backbone. Budget and band are read as the decimals they print as: 0.3 of 10 MACs
+    If none lies in the band, the best with F <= budget * full, and in_band is False. Never above.
+    full: the backbone's price. Budget and band are read as the decimals they print as: 0.3 of 10
     is 3. Ties go by the rule at the top of this file. Raises UserError when every architecture is above the
     budget, with the range that can be reached.
     """
-    return finalists(problem, full_flops, budget, band, most=1)[0]
+    return finalists(problem, full, budget, band, most=1)[0]
 
 
 def finalists(
-    problem: SelectionProblem, full_flops: int, budget: float, band: float = 0.02, most: int = 16
+    problem: SelectionProblem, full: int, budget: float, band: float = 0.02, most: int = 16
 ) -> list[Selection]:
     """The best architecture of each combination of stage widths, highest score first, at most `most` of them.
 
     Arguments, band and errors as in `select`; all lie in the band, or none does. A score is a sum over blocks and
     knows nothing of what a narrower stage does to the whole network: these are what is worth measuring.
     """
-    check_budget(problem, full_flops, budget)
-    low, high = flops_band(full_flops, budget, band)
+    check_budget(problem, full, budget)
+    low, high = cost_band(full, budget, band)
     for floor in (low, 0):
         found: list[Selection] = []
         while len(found) < most:
             picks = _Program(problem, floor, high, [problem.stage_widths(s.picks) for s in found]).best()
             if picks is None:
                 break
-            flops = problem.flops(picks)
-            found.append(Selection(picks, flops, in_band=flops >= low))
+            cost = problem.cost(picks)
+            found.append(Selection(picks, cost, in_band=cost >= low))
             if problem.fixed_widths is not None:
                 break
         if found:
@@ -162,9 +171,9 @@ def finalists(
     raise RuntimeError("the solver found no architecture although the budget can be reached")
 
 
-def flops_band(full_flops: int, budget: float, band: float = 0.02) -> tuple[int, int]:
-    """The fewest and the most MACs from (budget - band) to budget, as fractions of the backbone's."""
-    return math.ceil((_exact(budget) - _exact(band)) * full_flops), math.floor(_exact(budget) * full_flops)
+def cost_band(full: int, budget: float, band: float = 0.02) -> tuple[int, int]:
+    """The least and the most from (budget - band) to budget, as fractions of the backbone's price."""
+    return math.ceil((_exact(budget) - _exact(band)) * full), math.floor(_exact(budget) * full)
 
 
 def _exact(fraction: float) -> Fraction:
@@ -186,23 +195,25 @@ def _extreme(problem: SelectionProblem, sign: int) -> int:
     def blocks_at(stage: int, width: int) -> int:
         blocks = [block for block, s in zip(problem.blocks, problem.stages, strict=True) if s == stage]
         if problem.fixed_widths is not None:
-            return sum(min(sign * c.flops for c in block) for block in blocks)
+            return sum(min(sign * c.cost for c in block) for block in blocks)
         total, extra = 0, []  # extra: what it costs that this block is the one as wide as the stage
         for block in blocks:
-            least = min(sign * c.flops for c in block if c.width <= width)
-            extra += [sign * c.flops - least for c in block if c.width == width]
+            least = min(sign * c.cost for c in block if c.width <= width)
+            extra += [sign * c.cost - least for c in block if c.width == width]
             total += least
         return total + min(extra)
 
     costs = {  # width of the current stage -> least cost up to and including its blocks
-        w: sign * problem.stem_per_channel * w + blocks_at(0, w) for w in _nodes(problem, 0)
+        w: sign * problem.per_channel(0) * w + blocks_at(0, w) for w in _nodes(problem, 0)
     }
     for stage, merge in enumerate(problem.merge_per_pair, start=1):
         costs = {
-            w: blocks_at(stage, w) + min(cost + sign * merge * v * w for v, cost in costs.items())
+            w: blocks_at(stage, w)
+            + sign * problem.per_channel(stage) * w
+            + min(cost + sign * merge * v * w for v, cost in costs.items())
             for w in _nodes(problem, stage)
         }
-    return sign * problem.constant + min(c + sign * problem.head_per_channel * w for w, c in costs.items())
+    return sign * problem.constant + min(costs.values())
 
 
 class _Program:
@@ -219,7 +230,7 @@ class _Program:
         self.first = [sum(sizes[:b]) for b in range(len(sizes))]  # index of each block's first x
         self.num_x = sum(sizes)
         self.scores = self._integer_scores()
-        self.flops = [c.flops for block in problem.blocks for c in block]  # grows by the costs of the flow
+        self.costs = [c.cost for block in problem.blocks for c in block]  # grows by the costs of the flow
         self.rows: list[tuple[dict[int, float], float, float]] = []  # coefficients, lower and upper bound
         for first, size in zip(self.first, sizes, strict=True):
             self.rows.append((dict.fromkeys(range(first, first + size), 1.0), 1, 1))
@@ -227,7 +238,7 @@ class _Program:
             self.base = problem.constant
             self._add_flow(without)
         else:
-            self.base = problem.constant + problem.width_flops(problem.fixed_widths)
+            self.base = problem.constant + problem.width_cost(problem.fixed_widths)
         self._add_band()
 
     def best(self) -> tuple[int, ...] | None:
@@ -270,7 +281,7 @@ class _Program:
 
     def _solve(self, gains: Sequence[int]) -> tuple[int, ...] | None:
         """Picks that maximise the sum of gains (one per x) under the rows; None if there are none."""
-        size = len(self.flops)
+        size = len(self.costs)
         cost: NDArray[np.float64] = np.zeros(size)
         cost[: self.num_x] = -np.array(gains, dtype=np.float64) * _scale(gains)
         integrality = (np.arange(size) < self.num_x).astype(int)
@@ -291,7 +302,7 @@ class _Program:
                 int(np.argmax(result.x[first : first + len(block)]))
                 for first, block in zip(self.first, self.problem.blocks, strict=True)
             )
-            if self.low <= self.problem.flops(picks) <= self.high:
+            if self.low <= self.problem.cost(picks) <= self.high:
                 return picks
             forbidden.append(self._all_but(picks))  # within the solver's tolerance, not within the band
 
@@ -316,10 +327,10 @@ class _Program:
         return row or {0: 0.0}, (score - 0.5) * scale, math.inf
 
     def _add_band(self) -> None:
-        # MACs share large factors (tokens, head widths); divided out, the row is often small integers. The
+        # Costs share large factors (tokens, head widths); divided out, the row is often small integers. The
         # half step on either side keeps the solver from losing an architecture exactly on the budget.
-        factor = math.gcd(*self.flops) or 1
-        steps = [flops // factor for flops in self.flops]
+        factor = math.gcd(*self.costs) or 1
+        steps = [cost // factor for cost in self.costs]
         scale = _scale(steps)
         row = {column: value * scale for column, value in enumerate(steps) if value}
         least, most = -((self.base - self.low) // factor), (self.high - self.base) // factor
@@ -330,10 +341,8 @@ class _Program:
         nodes: list[dict[int, int]] = []  # per stage, width -> index of its flow
         for stage in range(problem.num_stages):
             possible = _nodes(problem, stage)
-            nodes.append({w: len(self.flops) + i for i, w in enumerate(possible)})
-            stem = problem.stem_per_channel if stage == 0 else 0
-            head = problem.head_per_channel if stage == problem.num_stages - 1 else 0
-            self.flops += [(stem + head) * w for w in possible]
+            nodes.append({w: len(self.costs) + i for i, w in enumerate(possible)})
+            self.costs += [problem.per_channel(stage) * w for w in possible]
             self.rows.append((dict.fromkeys(nodes[-1].values(), 1.0), 1, 1))
         for widths in without:
             taken = [nodes[stage][width] for stage, width in enumerate(widths)]
@@ -343,8 +352,8 @@ class _Program:
             right = {w: ({node: -1.0}, 0.0, 0.0) for w, node in nodes[stage + 1].items()}
             for v in left:
                 for w in right:
-                    left[v][0][len(self.flops)] = right[w][0][len(self.flops)] = 1.0
-                    self.flops.append(merge * v * w)
+                    left[v][0][len(self.costs)] = right[w][0][len(self.costs)] = 1.0
+                    self.costs.append(merge * v * w)
             self.rows += [*left.values(), *right.values()]
         widest: list[dict[int, dict[int, float]]] = [{w: {n: -1.0} for w, n in at.items()} for at in nodes]
         for first, block, stage in zip(self.first, problem.blocks, problem.stages, strict=True):

@@ -6,18 +6,20 @@ from typing import Any, TypeVar
 
 import yaml
 
-from nas.config import Common
 from nas.machine.distributed import on_main, world_size
 from nas.machine.files import write_text
+from nas.runs.options import RunOptions
 from search_spaces.errors import UserError
 
-C = TypeVar("C", bound=Common)
+LARGE, SUPERNET = "large.safetensors", "supernet.safetensors"  # weights that a retrain and a search leave
+
+C = TypeVar("C", bound=RunOptions)
 SWEEP_PLACE = ("ray_address", "cpus_per_trial", "gpus_per_trial", "procs_per_trial", "max_concurrent")
 # may differ between a run and its resumption
 PLACE = ("output", "resume", "device", "workers", "threads", "processes", *SWEEP_PLACE)
 
 
-def plain(config: Common) -> dict[str, Any]:
+def plain(config: RunOptions) -> dict[str, Any]:
     """The options as YAML can hold them."""
     values = asdict(config)
     return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
@@ -54,12 +56,14 @@ def _open_run(config: C, name: str) -> C:
             raise UserError(f"{folder}: --resume with other options ({words}); leave them as they were")
         for half_written in folder.glob(".*.tmp*"):  # what a kill left of files it was writing
             half_written.unlink(missing_ok=True)
-        if config.batch_size is None:  # a sweep, whose trials have their own
+        size: int | None = getattr(config, "batch_size", None)
+        if size is None:  # a sweep, whose trials have their own
             return config
-        images = config.batch_size * (before.get("processes") or 1)
+        images = size * (before.get("processes") or 1)
         if images % processes:
             raise UserError(f"{folder}: its steps take {images} images, which {processes} processes cannot share")
-        return replace(config, batch_size=images // processes, processes=processes if processes > 1 else None)
+        share: dict[str, Any] = {"batch_size": images // processes}
+        return replace(config, **share, processes=processes if processes > 1 else None)
     if config.resume:
         raise UserError(f"{folder} holds no run to resume (no config.yaml)")
     if folder.exists() and not folder.is_dir():
@@ -78,7 +82,7 @@ def saved_config(kind: type[C], folder: Path) -> C:
     return kind(**typed(kind, yaml.safe_load(path.read_text()), path))
 
 
-def typed(kind: type[Common], values: Any, path: Path) -> dict[str, Any]:
+def typed(kind: type[RunOptions], values: Any, path: Path) -> dict[str, Any]:
     """YAML values as the config's types: lists become tuples, paths Paths; unknown names are refused."""
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of options to values")

@@ -1,29 +1,23 @@
 """A finished run opened again: its architecture, its networks, the images it was measured on."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
-from nas.config import RetrainConfig, with_defaults
-from nas.data.loader import Loader, eval_loader
-from nas.data.loaders import loader_spec, open_data
 from nas.machine.timing import Network
+from nas.networks.architecture import slices_of
 from nas.networks.backbone import build
-from nas.networks.compact_file import WEIGHTS, load_compact, slices_of
+from nas.networks.compact_file import WEIGHTS, load_compact
 from nas.networks.weights import load_weights
-from nas.runs.folder import typed
+from nas.runs.folder import LARGE, SUPERNET
 from search_spaces.architecture import Architecture, load_architecture
 from search_spaces.errors import UserError
-from search_spaces.registry import get_space
 from search_spaces.slices import NetworkSlice
 from supernets.supernet import Supernet
 
-LARGE_FILES = ("large.safetensors", "supernet.safetensors")  # what a retrain and what a search leave
+LARGE_FILES = (LARGE, SUPERNET)
 
 
 @dataclass(frozen=True)
@@ -81,27 +75,3 @@ def large_network(arch: Architecture, device: torch.device | str = "meta") -> Su
     """The large network of an architecture, at timm's initial weights; on the meta device in a moment."""
     with torch.device(device):
         return Supernet(build(arch.model, arch.model_kwargs, num_classes=arch.num_classes)).eval()
-
-
-def test_images(opened: Opened, device: torch.device, options: Mapping[str, Any]) -> tuple[Loader, str]:
-    """Batches of the reported split, prepared as in the run (config.yaml), unless options say otherwise; and its name.
-
-    options: fields of RetrainConfig; None leaves the run's own. UserError when the images have other classes.
-    """
-    config, saved = RetrainConfig(), opened.folder / "config.yaml"
-    if saved.is_file():
-        known = {k: v for k, v in yaml.safe_load(saved.read_text()).items() if hasattr(config, k)}
-        config = RetrainConfig(**typed(RetrainConfig, known, saved))
-    if options.get("dataset") or options.get("data_dir"):  # not the run's: nothing of its data applies
-        config = replace(config, dataset=None, data_dir=None, num_classes=None, class_map="")
-    config = replace(config, **{k: v for k, v in options.items() if v is not None})
-    space = get_space(opened.arch.space)
-    config = with_defaults(config, space, "retrain")
-    splits = open_data(config)
-    if splits.num_classes != opened.arch.num_classes:
-        raise UserError(
-            f"{config.dataset or config.data_dir or 'digits'} has {splits.num_classes} classes, the networks of"
-            f" {opened.folder} {opened.arch.num_classes}; give --dataset and --data-dir of what they were trained on"
-        )
-    backbone = (opened.supernet or large_network(opened.arch)).backbone
-    return eval_loader(splits.test, loader_spec(config, backbone, opened.arch.input_size), device), splits.reported

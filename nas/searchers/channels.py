@@ -1,4 +1,4 @@
-"""The searches of KCR and joint: channels by score (sections 2.3 and 2.4).
+"""Searches for stream channels by their scores (sections 2.3 and 2.4).
 
 Every channel j of a block's stream has a score a_j. A candidate that keeps c channels keeps the c of highest score;
 the step's mask sum_i g_i mask_(c_i) multiplies the MLP's input and output channels, so that one MLP pass serves all
@@ -14,20 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.config import SearchConfig
-from nas.objectives.kernel import KernelTerm, has_kernel_term, task_terms
-from nas.prices.costs import SpaceCosts
-from nas.prices.selection import Selection, check_budget, flops_band
-from nas.searchers.choices import alpha_mixture, gates
-from nas.searchers.gradient import Differentiable
+from nas.objectives.kernel import KernelTerm, Task
+from nas.prices.costs import PricedSpace
+from nas.prices.selection import Selection, check_budget, cost_band
+from nas.searchers.choices import gates, mixture_of
+from nas.searchers.gradient import Gradient
 from nas.searchers.gumbel import gumbel_noise, step_generator, temperature
 from nas.searchers.supernet_search import Draw, Search
 from nas.training.losses import adjoined_weight
 from nas.training.objective import Step
-from search_spaces.errors import UserError
-from search_spaces.kcr import KEPT, channel_count
+from search_spaces.channels import KEPT, channel_count
 from search_spaces.method import Picks
-from search_spaces.registry import Space
 from search_spaces.slices import BlockSlice, identity_slice, prefix_slice
 from supernets.elastic import BlockMixture, Term
 from supernets.supernet import Supernet
@@ -46,7 +43,7 @@ class KernelSearch(Search):
     def __init__(
         self,
         supernet: Supernet,
-        costs: SpaceCosts,
+        costs: PricedSpace,
         *,
         kernel: KernelTerm,
         flops_weight: float | None = None,
@@ -63,7 +60,8 @@ class KernelSearch(Search):
         draw = self.draw(step)
         q, features = self.supernet.small_with_features(images, self.mixtures(draw), self.costs.stage_gates(draw))
         lam = adjoined_weight(step.t)
-        terms = task_terms(self, images, target, q, lam, self.flops_weight is None)
+        task = Task(self.supernet, self.smoothing, self.detach_teacher, adjoined=self.flops_weight is None)
+        terms = task.terms(images, target, q, lam)
         if self.flops_weight is None:
             terms["penalty"] = lam * self.penalty(draw)
         else:
@@ -71,7 +69,7 @@ class KernelSearch(Search):
         return terms | {"tnn": self.kernel(features, step)}
 
     def pace(self, step: Step) -> float:
-        """lambda(t) for joint's factors; 1 for counts alone, which lose by waiting (docs/kcr.md).
+        """lambda(t) where factors are chosen too; 1 for counts alone, which lose by waiting (docs/kcr.md).
 
         1, too, where the small network is trained by itself: there lambda is in no gradient.
         """
@@ -83,13 +81,13 @@ class KernelSearch(Search):
         """The step's mask over the first `stream` channels of a block: (stream,)."""
 
     def mixtures(self, draw: Draw) -> list[BlockMixture]:
-        """DAN's mixture of alphas where the space has them, else the whole block; each MLP under its mask."""
+        """A mixture of factors where the space has them, else the whole block; each MLP under its mask."""
         space, mixtures = self.costs.space, []
         for i, (shape, costs, drawn) in enumerate(zip(space.shapes, self.costs.network.blocks, draw, strict=True)):
             terms: tuple[Term, ...] = (Term(identity_slice(shape)),)
             if "alpha" in drawn:
                 slices = [prefix_slice(shape, int(a), space.settings.width) for a in space.candidates[i]["alpha"]]
-                terms = alpha_mixture(slices, drawn["alpha"], costs).terms
+                terms = mixture_of(slices, drawn["alpha"], costs).terms
             gated = [replace(t, channel_gate=self.channel_gate(i, drawn, t.slice.stream)) for t in terms]
             mixtures.append(BlockMixture(tuple(gated)))
         return mixtures
@@ -97,7 +95,7 @@ class KernelSearch(Search):
     def architecture_parameters(self) -> list[nn.Parameter]:
         return [*super().architecture_parameters(), *self.scores]
 
-    def kept(self, picks: list[Picks]) -> list[dict[str, list[int]]]:
+    def kept_indices(self, picks: list[Picks]) -> list[dict[str, list[int]]]:
         """The channels of highest score among those of the block's slice, ascending."""
         space = self.costs.space
         slices = space.block_slices(picks)
@@ -110,7 +108,7 @@ class KernelSearch(Search):
         return super().log(step) | self.kernel.log()
 
 
-class TopK(KernelSearch, Differentiable):
+class TopK(KernelSearch, Gradient):
     """The count is a Gumbel-softmax choice; a candidate keeps the channels of highest score."""
 
     def channel_gate(self, block: int, drawn: Mapping[str, Tensor], stream: int) -> Tensor:
@@ -123,6 +121,14 @@ class TopK(KernelSearch, Differentiable):
 
 class Bernoulli(KernelSearch):
     """The authors' form: an independent two-way Gumbel-softmax per channel, and no choice among counts."""
+
+    def __init__(self, supernet: Supernet, costs: PricedSpace, **options: Any) -> None:
+        super().__init__(supernet, costs, **options)
+        self.channel_costs = []  # per block, of one channel that the MLP reads and writes
+        for shape, block in zip(supernet.shapes, costs.network.blocks, strict=True):
+            whole = identity_slice(shape)
+            less = replace(whole, mlp_stream=shape.embed_dim - 1)
+            self.channel_costs.append(costs.price.block(shape, block, whole) - costs.price.block(shape, block, less))
 
     def draw(self, step: Step) -> Draw:
         """One hard gate per channel: sigma((a + e1 - e2)/tau) > 1/2, its gradient straight through."""
@@ -137,19 +143,19 @@ class Bernoulli(KernelSearch):
     def channel_gate(self, block: int, drawn: Mapping[str, Tensor], stream: int) -> Tensor:
         return drawn["channels"]
 
-    def drawn_flops(self, draw: Draw) -> Tensor:
-        return self._flops([drawn["channels"].sum() for drawn in draw], sum(row[0].flops for row in self.costs.options))
+    def drawn_cost(self, draw: Draw) -> Tensor:
+        return self._cost([drawn["channels"].sum() for drawn in draw], sum(row[0].cost for row in self.costs.options))
 
     def expected_fraction(self) -> Tensor:
         """E[F]/F_full when every channel is kept with probability sigma(a)."""
         counts = [torch.sigmoid(scores).sum() for scores in self.scores]
-        return self._flops(counts, self.costs.full_flops) / self.costs.full_flops
+        return self._cost(counts, self.costs.full) / self.costs.full
 
-    def _flops(self, counts: Sequence[Tensor], full: int) -> Tensor:
-        """MACs at these counts, from those with every channel: a channel costs its two linear layers."""
+    def _cost(self, counts: Sequence[Tensor], full: int) -> Tensor:
+        """The price at these counts, from that with every channel: it is linear in their number."""
         saved = [
-            2 * costs.mlp_tokens * shape.hidden * (shape.embed_dim - count.double())
-            for shape, costs, count in zip(self.supernet.shapes, self.costs.network.blocks, counts, strict=True)
+            cost * (shape.embed_dim - count.double())
+            for shape, cost, count in zip(self.supernet.shapes, self.channel_costs, counts, strict=True)
         ]
         return full - torch.stack(saved).sum()
 
@@ -172,13 +178,13 @@ class Bernoulli(KernelSearch):
 
         chosen = None
         if self.budget is not None:
-            check_budget(problem, self.costs.full_flops, self.budget)
-            low, high = flops_band(self.costs.full_flops, self.budget)
-            while problem.flops(taken) > high:
+            check_budget(problem, self.costs.full, self.budget)
+            low, high = cost_band(self.costs.full, self.budget)
+            while problem.cost(taken) > high:
                 open_blocks = [i for i, k in enumerate(taken) if k + 1 < len(options[i])]
                 taken[min(open_blocks, key=next_to_leave)] += 1
-            flops = problem.flops(taken)
-            chosen = Selection(tuple(taken), flops, in_band=flops >= low)
+            cost = problem.cost(taken)
+            chosen = Selection(tuple(taken), cost, in_band=cost >= low)
         return [row[k].picks for row, k in zip(self.costs.options, taken, strict=True)], chosen
 
     @torch.no_grad()
@@ -189,26 +195,6 @@ class Bernoulli(KernelSearch):
             for candidate, probability in (("kept", share), ("left out", 1.0 - share)):
                 rows.append({"block": i, "choice": "channel", "candidate": candidate, "probability": probability})
         return rows
-
-
-def check_selection_options(config: SearchConfig, space: Space) -> None:
-    """Refuse options of a search over channels that the space does not have, and values that no run can use."""
-    if not has_kernel_term(space) and config.fractions is not None:
-        raise UserError(f"--fractions goes with methods kcr and joint; the space is {space.name}")
-    if config.flops_weight is not None and config.adjoined:
-        raise UserError("--flops-weight goes with --no-adjoined; the adjoined objective has --gamma or --budget")
-    if config.flops_weight is not None and config.flops_weight < 0:
-        raise UserError(f"--flops-weight {config.flops_weight}; expected 0 or more")
-    if config.selection == "bernoulli":
-        if space.method.name != "kcr":
-            raise UserError(f"--selection bernoulli goes with method kcr; the space is {space.name}")
-        if config.fractions is not None:
-            raise UserError("--fractions offers counts to choose from; --selection bernoulli has none")
-    if space.method.name == "kcr":
-        if config.alphas is not None:
-            raise UserError(f"--alphas: {space.name} has no compression factor; offer channel counts with --fractions")
-        if config.width != "stream":
-            raise UserError(f"--width {config.width}: {space.name} keeps the whole stream in every block; leave it out")
 
 
 def ranking(scores: Tensor) -> Tensor:

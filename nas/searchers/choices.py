@@ -47,7 +47,7 @@ def gated_pass_allowed(slices: Sequence[BlockSlice], costs: BlockCosts) -> bool:
     """Whether nested candidates can run as one gated pass: same stream, and no norm between gate and projection."""
     same_stream = len({s.stream for s in slices}) == 1
     prefixes = all(isinstance(s.heads, int) and isinstance(s.hidden, int) for s in slices)
-    return same_stream and prefixes and costs.attn_norm == 0 and costs.mlp_norm == 0
+    return same_stream and prefixes and not costs.norm_after_gate
 
 
 def gates(weights: Tensor, counts: Sequence[int]) -> Tensor:
@@ -57,8 +57,8 @@ def gates(weights: Tensor, counts: Sequence[int]) -> Tensor:
     return weights @ keeps.to(weights.dtype)
 
 
-def alpha_mixture(slices: Sequence[BlockSlice], weights: Tensor, costs: BlockCosts) -> BlockMixture:
-    """DAN's mixture of one block, equation (3.5). weights g: (candidates,).
+def mixture_of(slices: Sequence[BlockSlice], weights: Tensor, costs: BlockCosts) -> BlockMixture:
+    """What one block computes at a draw, equation (3.5). weights g: (candidates,).
 
     Stream width: one term per candidate, on slices. Inner width: one gated pass over the widest.
     """

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nas.prices.costs import SpaceCosts
+from nas.prices.costs import PricedSpace, joint_probability
 from nas.prices.selection import Selection, finalists
-from nas.searchers.choices import ChoiceLogits, alpha_mixture
+from nas.searchers.choices import ChoiceLogits, mixture_of
 from nas.searchers.gumbel import step_generator, temperature
 from nas.searchers.supernet_search import Draw, Search
 from nas.training.losses import adjoined_weight, cross_entropy, kl_divergence
@@ -19,10 +19,10 @@ from supernets.supernet import Supernet
 FINALISTS = 16  # architectures measured at the end of a search
 
 
-class Differentiable(Search):
+class Gradient(Search):
     """L = CE(p) + lambda(t) (KL(p || q) + penalty), q a Gumbel-softmax mixture, equations (3.5) to (3.8)."""
 
-    def __init__(self, supernet: Supernet, costs: SpaceCosts, **options: Any) -> None:
+    def __init__(self, supernet: Supernet, costs: PricedSpace, **options: Any) -> None:
         """options: those of Search."""
         super().__init__(supernet, costs, **options)
         self.choices = ChoiceLogits(costs.space)
@@ -32,8 +32,10 @@ class Differentiable(Search):
 
     def mixtures(self, draw: Draw) -> list[BlockMixture]:
         return [
-            alpha_mixture([o.slice for o in options], g["alpha"], costs)
-            for options, costs, g in zip(self.costs.options, self.costs.network.blocks, draw, strict=True)
+            mixture_of([o.slice for o in options], joint_probability(g, candidates), costs)
+            for options, candidates, costs, g in zip(
+                self.costs.options, self.costs.space.candidates, self.costs.network.blocks, draw, strict=True
+            )
         ]
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
@@ -46,12 +48,12 @@ class Differentiable(Search):
             "penalty": lam * self.penalty(draw),
         }
 
-    def drawn_flops(self, draw: Draw) -> Tensor:
-        return self.costs.block_penalty(draw)
+    def drawn_cost(self, draw: Draw) -> Tensor:
+        return self.costs.blocks_cost(draw)
 
     def expected_fraction(self) -> Tensor:
         """E[F]/F_full under softmax(eta)."""
-        return self.costs.expected(self.choices.probabilities()) / self.costs.full_flops
+        return self.costs.expected(self.choices.probabilities()) / self.costs.full
 
     def architecture_parameters(self) -> list[nn.Parameter]:
         return list(self.choices.parameters())
@@ -69,7 +71,7 @@ class Differentiable(Search):
         if self.budget is None:
             return [(self.choices.argmax(), None)]
         problem = self.costs.problem(self.choices.probabilities())
-        found = finalists(problem, self.costs.full_flops, self.budget, most=most)
+        found = finalists(problem, self.costs.full, self.budget, most=most)
         return [([self.costs.options[i][k].picks for i, k in enumerate(f.picks)], f) for f in found]
 
     @torch.no_grad()

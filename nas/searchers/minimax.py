@@ -1,4 +1,4 @@
-"""UVC's search: the minimax step of nas/primal_dual.py as an objective of the one training loop (section 2.5)."""
+"""The minimax step of nas/searchers/primal_dual.py as an objective of the one training loop (section 2.5)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nas.prices.costs import SpaceCosts
-from nas.prices.selection import Selection, flops_band
+from nas.prices.costs import PricedSpace
+from nas.prices.selection import Selection, cost_band
 from nas.searchers.gumbel import gumbel_softmax, step_generator
 from nas.searchers.primal_dual import (
     DUAL_START,
@@ -23,7 +23,7 @@ from nas.searchers.primal_dual import (
     group_scores,
     hard,
     next_score,
-    price_of_flops,
+    price_of,
     shares,
     shrink_smallest,
     smallest_sum,
@@ -34,9 +34,9 @@ from nas.searchers.trim import Gate, Plan, Scores, fit_budget, make_plan
 from nas.training.objective import Step
 from search_spaces.method import Picks
 from search_spaces.slices import BlockShape, identity_slice
-from search_spaces.uvc import KEPT_HIDDEN, KEPT_V, SKIPS
+from search_spaces.units import KEPT_HIDDEN, KEPT_V, SKIPS
 from supernets.elastic import BlockMixture, Term
-from supernets.flops import BlockCosts
+from supernets.flops import BlockCosts, block_flops, unit_flops
 from supernets.supernet import Supernet
 
 RECORDS = 200  # rows of steps.csv, about
@@ -44,17 +44,17 @@ MECHANISMS = ("skipped", "heads", "channels", "neurons")
 Loss = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]  # images, logits q, target -> weighted terms
 
 
-class UVC(Search):
+class Minimax(Search):
     """L_distill(W, gates) + z w_g (F/F_full - B) for weights and gates; s, r and the duals step after it.
 
-    loss: of the gated network. skip: what gates skip (search_spaces/uvc.py). prune: whether s and r move.
+    loss: of the gated network. skip: what gates skip (search_spaces/units.py). prune: whether s and r move.
     warmup_steps: for so long gates stand at one half and s, r and the duals as they began.
     """
 
     def __init__(
         self,
         supernet: Supernet,
-        costs: SpaceCosts,
+        costs: PricedSpace,
         *,
         loss: Loss,
         skip: str,
@@ -74,14 +74,14 @@ class UVC(Search):
         start = torch.tensor(GATE_START).expand(len(shapes), SKIPS[skip], 2)
         # (L, gates, 2): logits of skipping and of keeping
         self.gates = nn.Parameter(start.clone(), requires_grad=SKIPS[skip] > 0)
-        self.heads: Tensor  # s1 (L,)
-        self.hidden: Tensor  # s3 (L,)
-        self.channels: Tensor  # r (all heads,)
+        self.removed_heads: Tensor  # s1 (L,)
+        self.removed_hidden: Tensor  # s3 (L,)
+        self.removed_channels: Tensor  # r (all heads,)
         self.dual_heads: Tensor  # y of s1 (L,)
         self.dual_hidden: Tensor  # y of s3 (L,)
         self.dual_channels: Tensor  # p (all heads,)
         for name, size in (("heads", len(shapes)), ("hidden", len(shapes)), ("channels", sum(self.num_heads))):
-            self.register_buffer(name, torch.zeros(size, dtype=torch.float64))
+            self.register_buffer(f"removed_{name}", torch.zeros(size, dtype=torch.float64))
             self.register_buffer(f"dual_{name}", torch.full((size,), DUAL_START, dtype=torch.float64))
         self.multiplier.fill_(DUAL_START)  # z
         self._rows: list[dict[str, Any]] = []
@@ -142,7 +142,7 @@ class UVC(Search):
         if step.number >= self.warmup_steps and SKIPS[self.skip]:
             assert self.budget is not None
             violation = constraint(self.expected_fraction(), self.budget)
-            price = price_of_flops(self.multiplier, violation)
+            price = price_of(self.multiplier, violation)
             terms["penalty"] = self.rates.gate_weight(self.budget) * price * violation
         return terms
 
@@ -150,30 +150,31 @@ class UVC(Search):
         """Squared norms of every block's groups: channels (H, d) and neurons (M,), float64."""
         found = []
         for block, heads in zip(self.supernet.adapter.blocks(), self.num_heads, strict=True):
-            channels, neurons = group_scores(block.attn.proj.weight, block.mlp.fc2.weight, heads)
+            channels, neurons = group_scores(*self.supernet.adapter.writers(block), heads)
             found.append((channels.double(), neurons.double()))
         return found
 
     def flops_at(self, heads: Tensor, channels: Tensor, hidden: Tensor, keep: Tensor) -> Tensor:
         """F(s, r, gates) in MACs. keep: (L, 2)."""
-        weights = [block.attn.proj.weight.detach() for block in self.supernet.adapter.blocks()]
+        adapter = self.supernet.adapter
+        weights = [adapter.writers(block)[0].detach() for block in adapter.blocks()]
         order = [w.square().sum(0).unflatten(0, (n, -1)).sum(1) for w, n in zip(weights, self.num_heads, strict=True)]
         parts = channels.split(self.num_heads)
         return flops(self.prices, self.outer, heads, parts, hidden, keep, order)
 
-    def drawn_flops(self, draw: Draw) -> Tensor:
+    def drawn_cost(self, draw: Draw) -> Tensor:
         keep = torch.stack([drawn["keep"] for drawn in draw])
-        return self.flops_at(self.heads, self.channels, self.hidden, keep)
+        return self.flops_at(self.removed_heads, self.removed_channels, self.removed_hidden, keep)
 
     def expected_fraction(self) -> Tensor:
         """F/F_full at ceil(s), ceil(r) and the gates as they would be decided now, straight through."""
         keep = self.halves(hard(self.probabilities()))
-        return self.flops_at(self.heads, self.channels, self.hidden, keep) / self.costs.full_flops
+        return self.flops_at(self.removed_heads, self.removed_channels, self.removed_hidden, keep) / self.costs.full
 
     def soft_fraction(self) -> Tensor:
         """F/F_full with every half counted by the probability that it is kept."""
         keep = self.halves(self.probabilities())
-        return self.flops_at(self.heads, self.channels, self.hidden, keep) / self.costs.full_flops
+        return self.flops_at(self.removed_heads, self.removed_channels, self.removed_hidden, keep) / self.costs.full
 
     def pace(self, step: Step) -> float:
         """1: its rates are its own, and its warm-up comes before them."""
@@ -196,38 +197,41 @@ class UVC(Search):
 
     @torch.no_grad()
     def _shrink(self, of_heads: list[Tensor], of_channels: list[Tensor], of_hidden: list[Tensor]) -> None:
-        """Move 2: on the columns of the projection, by head and by channel, and on those of fc2."""
-        lr, channels = self.rates.weights, self.channels.ceil().split(self.num_heads)
+        """Move 2: on the columns of the matrices that write the stream, by head and channel, and by neuron."""
+        lr, channels = self.rates.weights, self.removed_channels.ceil().split(self.num_heads)
         duals = self.dual_channels.split(self.num_heads)
         for b, block in enumerate(self.supernet.adapter.blocks()):
-            heads = shrink_smallest(of_heads[b], self.heads[b].ceil(), lr, self.dual_heads[b])
+            of_v, of_neurons = self.supernet.adapter.writers(block)
+            heads = shrink_smallest(of_heads[b], self.removed_heads[b].ceil(), lr, self.dual_heads[b])
             columns = heads[:, None] * shrink_smallest(of_channels[b], channels[b], lr, duals[b])
-            block.attn.proj.weight.mul_(columns.flatten())
-            neurons = shrink_smallest(of_hidden[b], self.hidden[b].ceil(), lr, self.dual_hidden[b])
-            block.mlp.fc2.weight.mul_(neurons)
+            of_v.mul_(columns.flatten())
+            neurons = shrink_smallest(of_hidden[b], self.removed_hidden[b].ceil(), lr, self.dual_hidden[b])
+            of_neurons.mul_(neurons)
 
     def _count(self, of_heads: list[Tensor], of_channels: list[Tensor], of_hidden: list[Tensor]) -> None:
         """Move 3: gradient y (score of the next group) + z dF/ds; what is skipped keeps its counts."""
         assert self.budget is not None
         keep = self.halves(hard(self.probabilities())).detach()  # (L, 2)
         with torch.enable_grad():
-            counts = [t.clone().requires_grad_() for t in (self.heads, self.hidden, self.channels)]
-            fraction = self.flops_at(counts[0], counts[2], counts[1], keep) / self.costs.full_flops
-            price = price_of_flops(self.multiplier, constraint(fraction, self.budget))
+            counts = [
+                t.clone().requires_grad_() for t in (self.removed_heads, self.removed_hidden, self.removed_channels)
+            ]
+            fraction = self.flops_at(counts[0], counts[2], counts[1], keep) / self.costs.full
+            price = price_of(self.multiplier, constraint(fraction, self.budget))
             slopes = torch.autograd.grad(price * fraction, counts)
-        removed = self.channels.ceil().split(self.num_heads)
+        removed = self.removed_channels.ceil().split(self.num_heads)
         sizes, units, following = self._lists(of_heads, of_channels, of_hidden, removed)
         there = keep[:, 0], keep[:, 1], keep[:, 0].repeat_interleave(torch.tensor(self.num_heads, device=keep.device))
         duals = self.dual_heads, self.dual_hidden, self.dual_channels
         gradients = [
-            here.double() * dual * score + slope * self.costs.full_flops / unit
+            here.double() * dual * score + slope * self.costs.full / unit
             for here, dual, score, slope, unit in zip(there, duals, following, slopes, units, strict=True)
         ]
-        s = torch.cat([self.heads, self.hidden])
+        s = torch.cat([self.removed_heads, self.removed_hidden])
         s = step_counts(s, torch.cat(gradients[:2]), torch.cat(sizes[:2]), self.rates.counts)
-        self.heads.copy_(s[: len(self.heads)])
-        self.hidden.copy_(s[len(self.heads) :])
-        self.channels.copy_(step_counts(self.channels, gradients[2], sizes[2], self.rates.counts))
+        self.removed_heads.copy_(s[: len(self.removed_heads)])
+        self.removed_hidden.copy_(s[len(self.removed_heads) :])
+        self.removed_channels.copy_(step_counts(self.removed_channels, gradients[2], sizes[2], self.rates.counts))
 
     def _lists(
         self, of_heads: list[Tensor], of_channels: list[Tensor], of_hidden: list[Tensor], removed: Sequence[Tensor]
@@ -235,12 +239,12 @@ class UVC(Search):
         """Of s1, s3 and r: the lists' sizes, MACs of a unit, and the next unit's score as a multiple of the mean."""
         heads, hidden = zip(*((p.num_heads, p.hidden) for p in self.prices), strict=True)
         per_head = [(p.head_dim, p.channel) for p in self.prices for _ in range(p.num_heads)]
-        sizes = [torch.tensor(n).to(self.heads) for n in (heads, hidden, [d for d, _ in per_head])]
+        sizes = [torch.tensor(n).to(self.removed_heads) for n in (heads, hidden, [d for d, _ in per_head])]
         macs = [2 * p.head_dim * p.channel for p in self.prices], [p.neuron for p in self.prices]
-        units = [torch.tensor(n).to(self.heads) for n in (*macs, [c for _, c in per_head])]
+        units = [torch.tensor(n).to(self.removed_heads) for n in (*macs, [c for _, c in per_head])]
         following = [
-            torch.stack([next_score(s, k) for s, k in zip(of_heads, self.heads.ceil(), strict=True)]),
-            torch.stack([next_score(s, k) for s, k in zip(of_hidden, self.hidden.ceil(), strict=True)]),
+            torch.stack([next_score(s, k) for s, k in zip(of_heads, self.removed_heads.ceil(), strict=True)]),
+            torch.stack([next_score(s, k) for s, k in zip(of_hidden, self.removed_hidden.ceil(), strict=True)]),
             torch.cat([next_score(s, k) for s, k in zip(of_channels, removed, strict=True)]),
         ]
         return sizes, units, [share * size for share, size in zip(following, sizes, strict=True)]
@@ -249,10 +253,14 @@ class UVC(Search):
     def _ascend(self, of_heads: list[Tensor], of_channels: list[Tensor], of_hidden: list[Tensor]) -> None:
         """Move 5."""
         assert self.budget is not None
-        removed = self.channels.ceil().split(self.num_heads)
+        removed = self.removed_channels.ceil().split(self.num_heads)
         sums = {
-            "heads": torch.stack([smallest_sum(s, k) for s, k in zip(of_heads, self.heads.ceil(), strict=True)]),
-            "hidden": torch.stack([smallest_sum(s, k) for s, k in zip(of_hidden, self.hidden.ceil(), strict=True)]),
+            "heads": torch.stack(
+                [smallest_sum(s, k) for s, k in zip(of_heads, self.removed_heads.ceil(), strict=True)]
+            ),
+            "hidden": torch.stack(
+                [smallest_sum(s, k) for s, k in zip(of_hidden, self.removed_hidden.ceil(), strict=True)]
+            ),
             "channels": torch.cat([smallest_sum(s, k) for s, k in zip(of_channels, removed, strict=True)]),
         }
         for name, value in sums.items():
@@ -266,7 +274,9 @@ class UVC(Search):
         """What the counts and gates stand for, brought within the budget in whole MACs."""
         assert self.budget is not None
         found = [Scores(channels.tolist(), hidden.tolist()) for channels, hidden in self.scores()]
-        heads, channels, hidden = (t.ceil().long() for t in (self.heads, self.channels, self.hidden))
+        heads, channels, hidden = (
+            t.ceil().long() for t in (self.removed_heads, self.removed_channels, self.removed_hidden)
+        )
         by_block = [r.tolist() for r in channels.split(self.num_heads)]
         plan = make_plan(self.prices, found, self.outer, heads.tolist(), by_block, hidden.tolist())
         margins = (self.gates[..., 1] - self.gates[..., 0]).tolist()
@@ -276,7 +286,7 @@ class UVC(Search):
             for b, row in enumerate(margins)
             for k, margin in enumerate(row)
         ]
-        low, high = flops_band(self.costs.full_flops, self.budget)
+        low, high = cost_band(self.costs.full, self.budget)
         fit_budget(plan, gates, low, high, units=self.prune or not gates)
         return plan
 
@@ -284,7 +294,7 @@ class UVC(Search):
         assert self.budget is not None
         plan = self.plan()
         total = plan.flops()
-        low, _ = flops_band(self.costs.full_flops, self.budget)
+        low, _ = cost_band(self.costs.full, self.budget)
         picks: list[Picks] = [
             {
                 "heads": block.heads() if block.attn else 0,
@@ -295,7 +305,7 @@ class UVC(Search):
         ]
         return picks, Selection((), total, in_band=total >= low)
 
-    def kept(self, picks: list[Picks]) -> list[dict[str, list[int]]]:
+    def kept_indices(self, picks: list[Picks]) -> list[dict[str, list[int]]]:
         plan = self.plan()
         return [
             {
@@ -312,7 +322,7 @@ class UVC(Search):
     def found(self) -> dict[str, Any]:
         """MACs that each mechanism took off, as shares of the backbone's."""
         removed = self.plan().removed()
-        return {"removed": {name: removed[name] / self.costs.full_flops for name in MECHANISMS}}
+        return {"removed": {name: removed[name] / self.costs.full for name in MECHANISMS}}
 
     @torch.no_grad()
     def log(self, step: Step) -> dict[str, float]:
@@ -320,11 +330,11 @@ class UVC(Search):
         row = {
             "tau": TAU,
             "multiplier": float(self.multiplier),
-            "expected_gflops": float(self.soft_fraction()) * self.costs.full_flops / 1e9,
-            "hard_gflops": float(self.expected_fraction()) * self.costs.full_flops / 1e9,
+            "expected_gflops": float(self.soft_fraction()) * self.costs.full / 1e9,
+            "hard_gflops": float(self.expected_fraction()) * self.costs.full / 1e9,
             "selected_gflops": plan.flops() / 1e9,
         }
-        return row | {f"removed_{n}": m / self.costs.full_flops for n, m in plan.removed().items()}
+        return row | {f"removed_{n}": m / self.costs.full for n, m in plan.removed().items()}
 
     @torch.no_grad()
     def choice_rows(self) -> list[dict[str, Any]]:
@@ -349,10 +359,10 @@ class UVC(Search):
             "budget": self.budget,
         }
         keep = self.halves(self.probabilities()).tolist()
-        for b, (price, r) in enumerate(zip(self.prices, self.channels.split(self.num_heads), strict=True)):
-            row[f"heads_{b}"] = float(self.heads[b]) / price.num_heads
+        for b, (price, r) in enumerate(zip(self.prices, self.removed_channels.split(self.num_heads), strict=True)):
+            row[f"heads_{b}"] = float(self.removed_heads[b]) / price.num_heads
             row[f"channels_{b}"] = float(r.mean()) / price.head_dim
-            row[f"neurons_{b}"] = float(self.hidden[b]) / price.hidden
+            row[f"neurons_{b}"] = float(self.removed_hidden[b]) / price.hidden
             row[f"keep_attention_{b}"], row[f"keep_mlp_{b}"] = keep[b]
         self._rows.append(row)
 
@@ -364,5 +374,7 @@ class UVC(Search):
 
 def unit_prices(shape: BlockShape, costs: BlockCosts) -> Prices:
     """MACs of the block's units."""
-    S, n = shape.embed_dim, costs.attn_tokens
-    return Prices(shape.num_heads, shape.head_dim, shape.hidden, n * (2 * S + costs.attended), costs.mlp_tokens * 2 * S)
+    unit = unit_flops(shape, costs)
+    prices = Prices(shape.num_heads, shape.head_dim, shape.hidden, unit.v_channel, unit.neuron)
+    assert prices.attn + prices.mlp == block_flops(shape, costs, identity_slice(shape)), "q and k cost what V does"
+    return prices

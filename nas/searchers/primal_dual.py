@@ -1,9 +1,9 @@
-"""The minimax step of UVC (section 2.5), one function per symbol and move.
+"""The minimax step of section 2.5, one function per symbol and move.
 
     min over W, s, r, gates; max over y, p, z >= 0:
         L_distill(W, gates) + sum y S_ceil(s)(W) + sum p S_ceil(r)(W) + z (F(s, r, gates)/F_full - B)
 
-One step: (1) the optimiser on W, with the loss of nas/distill.py; (2) `shrink_smallest`; (3) `step_counts`;
+One step: (1) the optimiser on W, with the loss of nas/objectives/distill.py; (2) `shrink_smallest`; (3) `step_counts`;
 (4) `AveragedSGD` on the gates, under `constraint`; (5) `ascend`.
 
 Letters: L blocks, H heads of a block, d channels of V in a head, M neurons. s counts heads (s1) or neurons (s3) to
@@ -87,9 +87,9 @@ def hard(keep: Tensor) -> Tensor:
     return keep + ((keep > 0.5).to(keep.dtype) - keep).detach()
 
 
-def group_scores(proj: Tensor, fc2: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Squared norms of the columns of W1 (E, H*d) and W3 (E, M): (H, d) and (M,)."""
-    return proj.detach().square().sum(0).unflatten(0, (num_heads, -1)), fc2.detach().square().sum(0)
+def group_scores(w1: Tensor, w3: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Squared norms of the columns of W1 (E, H*d) and W3 (E, M), which write the stream: (H, d) and (M,)."""
+    return w1.detach().square().sum(0).unflatten(0, (num_heads, -1)), w3.detach().square().sum(0)
 
 
 def shares(scores: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def constraint(fraction: Tensor, budget: float) -> Tensor:
     return violation + (violation.clamp(-CLAMP, CLAMP) - violation).detach()
 
 
-def price_of_flops(z: Tensor, violation: Tensor, damping: float = DAMPING) -> Tensor:
+def price_of(z: Tensor, violation: Tensor, damping: float = DAMPING) -> Tensor:
     """What s, r and gates pay for F/F_full: z, and so much of the violation as keeps z from swinging.
 
     Below the budget it may be negative: more has left than had to, and comes back.

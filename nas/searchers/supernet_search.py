@@ -1,31 +1,29 @@
 """A search whose parameters train with the supernet's weights, and stand for an architecture at every step."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nas.objectives.adjoined import Adjoined
-from nas.prices.costs import SpaceCosts
+from nas.prices.costs import PricedSpace
 from nas.prices.selection import Selection
 from nas.searchers.gumbel import temperature
-from nas.searchers.primal_dual import ascend, price_of_flops
+from nas.searchers.primal_dual import ascend, price_of
 from nas.training.losses import adjoined_weight
-from nas.training.objective import Step
+from nas.training.objective import Objective, Step
 from search_spaces.method import Picks
 from search_spaces.slices import NetworkSlice, network_slice
 from supernets.elastic import BlockMixture
 from supernets.supernet import Supernet
 
 Draw = list[dict[str, Tensor]]  # per block, choice name -> what one step drew for it
-
-
 DAMPING = 10.0  # large enough beside the multiplier's rate that E[F] settles at the budget within a run of 300 steps
 
 
-class Search(Adjoined, ABC):
-    """What every search shares: the price of FLOPs, and the architecture that its parameters stand for.
+class Search(Objective, ABC):
+    """What every trained search shares: the price, and the architecture that its parameters stand for.
 
     penalty: gamma * n_f, or with a budget a price * E[F]/F_full, from the multiplier z of E[F]/F_full <= B
     (section 2.6). multiplier_rate is per step: a violation of 0.1 raises z by 0.6 in a tenth of the run.
@@ -34,7 +32,7 @@ class Search(Adjoined, ABC):
     def __init__(
         self,
         supernet: Supernet,
-        costs: SpaceCosts,
+        costs: PricedSpace,
         *,
         budget: float | None,
         gamma: float,
@@ -43,8 +41,8 @@ class Search(Adjoined, ABC):
         smoothing: float = 0.0,
         detach_teacher: bool = False,
     ) -> None:
-        super().__init__(supernet, supernet.identity(), smoothing, detach_teacher)
-        self.costs = costs
+        super().__init__(supernet)
+        self.costs, self.smoothing, self.detach_teacher = costs, smoothing, detach_teacher
         self.budget, self.gamma, self.seed = budget, gamma, seed
         self.multiplier_rate = 60.0 / max(total_steps, 1)
         self.multiplier: Tensor
@@ -59,8 +57,8 @@ class Search(Adjoined, ABC):
         """What each block of the small path computes at a draw."""
 
     @abstractmethod
-    def drawn_flops(self, draw: Draw) -> Tensor:
-        """n_f of equation (3.8): MACs of the blocks at a draw, differentiable."""
+    def drawn_cost(self, draw: Draw) -> Tensor:
+        """n_f of equation (3.8): the price of the blocks at a draw, differentiable."""
 
     @abstractmethod
     def expected_fraction(self) -> Tensor:
@@ -74,7 +72,7 @@ class Search(Adjoined, ABC):
         """The architectures among which accuracy on held-out images decides; `selection` is the first."""
         return [self.selection()]
 
-    def kept(self, picks: list[Picks]) -> list[dict[str, list[int]]]:
+    def kept_indices(self, picks: list[Picks]) -> list[dict[str, list[int]]]:
         """Per block the kept indices of a choice that is no prefix, by their name in arch.json."""
         return [{} for _ in picks]
 
@@ -88,9 +86,9 @@ class Search(Adjoined, ABC):
         As in an augmented Lagrangian: z alone swings about the budget for longer than a short run lasts.
         """
         if self.budget is None:
-            return self.gamma * self.drawn_flops(draw)
+            return self.gamma * self.drawn_cost(draw)
         fraction = self.expected_fraction()
-        return price_of_flops(self.multiplier, fraction - self.budget, DAMPING).clamp_min(0.0) * fraction
+        return price_of(self.multiplier, fraction - self.budget, DAMPING).clamp_min(0.0) * fraction
 
     def pace(self, step: Step) -> float:
         """lambda(t): it is in their gradients, but Adam divides it out again.
@@ -107,17 +105,27 @@ class Search(Adjoined, ABC):
             violation = self.expected_fraction() - self.budget
             self.multiplier.copy_(ascend(self.multiplier, violation, self.multiplier_rate * self.pace(step)))
 
-    def current_subnet(self) -> NetworkSlice:
+    def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        subnet = self.current_subnet()
+        return {"large": self.supernet.large, "subnet": lambda x: self.supernet.small(x, subnet)}
+
+    def subnet_of(self, picks: list[Picks]) -> NetworkSlice:
+        """The subnet at one candidate per choice and block."""
         space = self.costs.space
-        picks, _ = self.selection()
-        return network_slice(space.shapes, space.block_slices(picks, self.kept(picks)), self.costs.full_stage_width)
+        blocks = space.block_slices(picks, self.kept_indices(picks))
+        return network_slice(space.shapes, blocks, self.costs.full_stage_width)
+
+    def current_subnet(self) -> NetworkSlice:
+        """The subnet that the parameters stand for now."""
+        return self.subnet_of(self.selection()[0])
 
     @torch.no_grad()
     def log(self, step: Step) -> dict[str, float]:
+        price = self.costs.price
         return {
             "lam": adjoined_weight(step.t),
             "tau": temperature(step.t),
             "multiplier": float(self.multiplier),
-            "expected_gflops": float(self.expected_fraction()) * self.costs.full_flops / 1e9,
+            f"expected_{price.column}": float(self.expected_fraction()) * self.costs.full / price.scale,
             "selected_gflops": self.supernet.flops(self.current_subnet()) / 1e9,
         }

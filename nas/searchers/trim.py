@@ -1,4 +1,4 @@
-"""From UVC's counts and gates to an architecture within the budget, in whole units and whole MACs (section 2.5).
+"""From counts and gates to an architecture within the budget, in whole units and whole MACs (section 2.5).
 
 What is left above the budget leaves by the lowest score per MAC; what was removed below the band comes back by the
 highest. Ties go to the first block, heads before channels before neurons.

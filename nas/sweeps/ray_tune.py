@@ -7,8 +7,8 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-from nas.config import SweepConfig
 from nas.machine.files import write_json
+from nas.sweeps.options import SweepConfig
 from nas.sweeps.storage import Storage
 from nas.sweeps.table import Board
 from nas.sweeps.trial import OUTCOME, fetch, outcome_of

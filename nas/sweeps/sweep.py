@@ -14,9 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nas.config import SweepConfig
-from nas.data.loaders import dataset_of
 from nas.runs.folder import open_run, results_path
+from nas.sweeps.options import SweepConfig
 from nas.sweeps.storage import Storage, storage_of
 from nas.sweeps.table import Board
 from nas.sweeps.trial import STAGES, as_plain, fetch, finished, outcome_of, trainable
@@ -40,7 +39,7 @@ LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # as there, every process
 def run_sweep(config: SweepConfig, trials: Sequence[Trial]) -> int:
     """Run every trial that is not finished. Returns the exit code: 1 when a trial failed."""
     check_trials(trials)
-    config = replace(config, dataset=dataset_of(config))
+    config = replace(config, dataset=config.dataset_name())
     config = open_run(config, f"sweep-{config.space}-{config.dataset}")
     sweep = config.output
     assert sweep is not None

@@ -11,8 +11,9 @@ from typing import Any
 
 import tyro
 
-from nas.config import Common, RetrainConfig, SearchConfig, SweepConfig
+from nas.config import Common, RetrainConfig, SearchConfig
 from nas.machine.launch import launched
+from nas.sweeps.options import SweepConfig
 from search_spaces.errors import UserError
 
 RETRAIN = "retrain."
@@ -226,6 +227,4 @@ def _text(value: Any) -> str:
 
 
 TRIALS = "trials.csv"
-
-
 MEASURES = ("top1", "top5", "held_out_top1", "gflops", "params", "images_per_s")

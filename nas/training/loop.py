@@ -20,10 +20,9 @@ from torch import Tensor
 
 from nas.machine import distributed
 from nas.machine.files import copy_atomically, write_csv
-from nas.objectives.adjoined import Adjoined
 from nas.runs.checkpoint import load_checkpoint, save_checkpoint
 from nas.runs.tensorboard import Board
-from nas.training.objective import Step
+from nas.training.objective import Objective, Step
 from search_spaces.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
@@ -44,7 +43,7 @@ class Training:
     keep: checkpoints of the last so many epochs to keep.
     """
 
-    objective: Adjoined
+    objective: Objective
     optimizer: torch.optim.Optimizer
     scheduler: Any
     train_loader: Any

@@ -1,32 +1,22 @@
 """An objective and everything it trains with, from the options: the same for both stages."""
 
-import torch
-
-from nas.config import Common
-from nas.data.loaders import Loaders
 from nas.machine.devices import amp_dtype
-from nas.objectives.adjoined import Adjoined
 from nas.training.evaluate import top_k
 from nas.training.loop import Training
-from nas.training.optim import (
-    make_clip,
-    make_ema,
-    make_optimizer,
-    make_scheduler,
-    prepare,
-    total_epochs,
-    updates_per_epoch,
-)
+from nas.training.objective import Objective
+from nas.training.optim import make_clip, make_ema, make_optimizer, make_scheduler, prepare, updates_per_epoch
+from nas.training.options import LoopOptions
+from nas.training.prepared import Prepared
 
 
 def make_training(
-    config: Common, objective: Adjoined, loaders: Loaders, device: torch.device, arch_lr: float | None = None
+    options: LoopOptions, objective: Objective, prepared: Prepared, arch_lr: float | None = None
 ) -> Training:
     """What `fit` runs. arch_lr: rate of the objective's architecture parameters; None where it has none."""
-    assert config.output is not None
+    loaders, device = prepared.loaders, prepared.device
     objective, backbone = objective.to(device), objective.supernet.backbone
-    prepare(config, objective.supernet)
-    optimizer = make_optimizer(config, backbone)
+    prepare(options, objective.supernet)
+    optimizer = make_optimizer(options, backbone)
     arch_optimizer = None if arch_lr is None else objective.architecture_optimizer(arch_lr)
 
     def evaluate() -> dict[str, float]:
@@ -39,23 +29,23 @@ def make_training(
     training = Training(
         objective=objective,
         optimizer=optimizer,
-        scheduler=make_scheduler(config, optimizer, updates_per_epoch(config, loaders.train)),
+        scheduler=make_scheduler(options, optimizer, updates_per_epoch(options, loaders.train)),
         train_loader=loaders.train,
-        epochs=total_epochs(config),
-        folder=config.output,
-        seed=config.seed,
+        epochs=options.total_epochs(),
+        folder=prepared.folder,
+        seed=options.seed,
         device=device,
         evaluate=evaluate,
         held_out=loaders.held_out,
         arch_optimizer=arch_optimizer,
         arch_loader=loaders.arch,
         mixup=loaders.mixup,
-        clip=make_clip(config, backbone),
-        accum_steps=config.grad_accum_steps,
-        amp_dtype=amp_dtype(config, device),
-        channels_last=config.channels_last,
-        ema=make_ema(config, backbone),
-        keep=config.keep,
-        tensorboard=config.tensorboard,
+        clip=make_clip(options, backbone),
+        accum_steps=options.grad_accum_steps,
+        amp_dtype=amp_dtype(options, device),
+        channels_last=options.channels_last,
+        ema=make_ema(options, backbone),
+        keep=options.keep,
+        tensorboard=options.tensorboard,
     )
     return training

@@ -1,6 +1,14 @@
 """What the one training loop minimises: a module from a batch to the terms of the loss."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from supernets.supernet import Supernet
 
 
 @dataclass(frozen=True)
@@ -10,3 +18,55 @@ class Step:
     t: float
     number: int
     total: int
+
+
+class Objective(nn.Module, ABC):
+    """A loss over a supernet's weights, with its hooks: the loop calls them, an objective owns no loop."""
+
+    def __init__(self, supernet: Supernet) -> None:
+        super().__init__()
+        self.supernet: Supernet = supernet
+
+    @abstractmethod
+    def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
+        """The weighted terms; their sum is the loss."""
+
+    @abstractmethod
+    def networks(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """The networks to evaluate, by their names in log.csv: images (B, C, H, W) -> logits (B, classes)."""
+
+    @property
+    def may_leave_weights_unused(self) -> bool:
+        """Whether a step's loss may depend on only some of the weights: processes then look for the others."""
+        return False
+
+    def architecture_parameters(self) -> list[nn.Parameter]:
+        """Parameters with an optimiser of their own."""
+        return []
+
+    def architecture_optimizer(self, lr: float) -> torch.optim.Optimizer | None:
+        """The optimiser of `architecture_parameters`."""
+        parameters = self.architecture_parameters()
+        return torch.optim.Adam(parameters, lr=lr) if parameters else None
+
+    def pace(self, step: Step) -> float:
+        """What the rate of the architecture parameters is multiplied by at a step."""
+        return 1.0
+
+    def after_step(self, step: Step) -> None:
+        """Updates that are not gradient steps."""
+
+    def after_epoch(self) -> None:
+        """Updates at the end of an epoch, before its row is logged."""
+
+    def log(self, step: Step) -> dict[str, float]:
+        """Values for the epoch's row in log.csv."""
+        return {}
+
+    def choice_rows(self) -> list[dict[str, Any]]:
+        """The epoch's rows in choices.csv: block, choice, candidate, probability."""
+        return []
+
+    def step_rows(self) -> list[dict[str, Any]]:
+        """The epoch's rows in steps.csv, where the state moves within an epoch; asked for once."""
+        return []

@@ -7,103 +7,97 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nas.config import Common
 from nas.networks.backbone import classifier_names
+from nas.training.options import TrainingOptions
 from search_spaces.errors import UserError
 from supernets.supernet import Gates, Small, Supernet
 
 
-def total_epochs(config: Common) -> int:
-    """Epochs of the run: --epochs and the cool-down, as in timm."""
-    assert config.epochs is not None
-    return config.epochs + config.cooldown_epochs
-
-
-def updates_per_epoch(config: Common, loader: Any) -> int:
+def updates_per_epoch(options: TrainingOptions, loader: Any) -> int:
     """Optimiser steps of an epoch: one per --grad-accum-steps batches, one for what is left over."""
-    return -(-len(loader) // config.grad_accum_steps)
+    return -(-len(loader) // options.grad_accum_steps)
 
 
-def make_optimizer(config: Common, backbone: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(options: TrainingOptions, backbone: nn.Module) -> torch.optim.Optimizer:
     """timm's optimiser on the backbone, its no_weight_decay names and layer groups respected."""
     from timm.optim import create_optimizer_v2
 
-    own = {"eps": config.opt_eps, "betas": config.opt_betas, "layer_decay": config.layer_decay}
+    own = {"eps": options.opt_eps, "betas": options.opt_betas, "layer_decay": options.layer_decay}
     try:
         return create_optimizer_v2(  # type: ignore[no-any-return]
             backbone,
-            opt=config.opt or "adamw",
-            lr=config.lr,
-            weight_decay=config.weight_decay or 0.0,
-            momentum=config.momentum,
+            opt=options.opt or "adamw",
+            lr=options.lr,
+            weight_decay=options.weight_decay or 0.0,
+            momentum=options.momentum,
             **{name: value for name, value in own.items() if value is not None},
         )
     except (AssertionError, ValueError, TypeError) as error:
-        raise UserError(f"--opt {config.opt}: timm cannot make this optimiser ({error})") from None
+        raise UserError(f"--opt {options.opt}: timm cannot make this optimiser ({error})") from None
 
 
-def make_scheduler(config: Common, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
+def make_scheduler(options: TrainingOptions, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
     """timm's schedule, stepped at every update; None for a constant rate.
 
     A constant rate with a warm-up or layer decay is timm's step schedule at factor 1, which applies both.
     """
     from timm.scheduler import create_scheduler_v2
 
-    constant = config.sched in (None, "none")
-    if constant and not config.warmup_epochs and config.layer_decay is None:
+    constant = options.sched in (None, "none")
+    if constant and not options.warmup_epochs and options.layer_decay is None:
         return None
-    assert config.epochs is not None
-    decay = {} if config.decay_epochs is None else {"decay_epochs": config.decay_epochs}
+    assert options.epochs is not None
+    decay = {} if options.decay_epochs is None else {"decay_epochs": options.decay_epochs}
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
-            sched="step" if constant else config.sched,
-            num_epochs=config.epochs,
-            min_lr=config.min_lr or 0.0,
-            warmup_lr=1e-6 if config.warmup_lr is None else config.warmup_lr,
-            warmup_epochs=min(config.warmup_epochs or 0, max(config.epochs - 1, 0)),
-            cooldown_epochs=config.cooldown_epochs,
-            decay_rate=1.0 if constant else config.decay_rate,
+            sched="step" if constant else options.sched,
+            num_epochs=options.epochs,
+            min_lr=options.min_lr or 0.0,
+            warmup_lr=1e-6 if options.warmup_lr is None else options.warmup_lr,
+            warmup_epochs=min(options.warmup_epochs or 0, max(options.epochs - 1, 0)),
+            cooldown_epochs=options.cooldown_epochs,
+            decay_rate=1.0 if constant else options.decay_rate,
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
             **decay,
         )
     except (AssertionError, ValueError) as error:
-        raise UserError(f"--sched {config.sched}: timm cannot make this schedule ({error})") from None
+        raise UserError(f"--sched {options.sched}: timm cannot make this schedule ({error})") from None
     if scheduler is None:
-        raise UserError(f"--sched {config.sched}; expected cosine, step, multistep, poly, tanh or none")
+        raise UserError(f"--sched {options.sched}; expected cosine, step, multistep, poly, tanh or none")
     return scheduler
 
 
-def make_ema(config: Common, backbone: nn.Module) -> Any:
+def make_ema(options: TrainingOptions, backbone: nn.Module) -> Any:
     """timm's average of the weights, when asked for."""
-    if not config.model_ema:
+    if not options.model_ema:
         return None
-    decay = 0.9998 if config.model_ema_decay is None else config.model_ema_decay
+    decay = 0.9998 if options.model_ema_decay is None else options.model_ema_decay
     if not 0 < decay < 1:
         raise UserError(f"--model-ema-decay {decay}; expected between 0 and 1")
     from timm.utils import ModelEmaV3
 
-    return ModelEmaV3(backbone, decay=decay, use_warmup=config.model_ema_warmup)
+    return ModelEmaV3(backbone, decay=decay, use_warmup=options.model_ema_warmup)
 
 
-def make_clip(config: Common, backbone: nn.Module) -> Callable[[], None] | None:
+def make_clip(options: TrainingOptions, backbone: nn.Module) -> Callable[[], None] | None:
     """timm's gradient clipping of the weights; adaptive clipping leaves the classifier out, as in timm."""
-    if config.clip_grad is None:
+    if options.clip_grad is None:
         return None
     from timm.utils import dispatch_clip_grad
 
-    value, mode = config.clip_grad, config.clip_mode
+    value, mode = options.clip_grad, options.clip_mode
     left_out = tuple(f"{name}." for name in classifier_names(backbone)) if mode == "agc" else ()
     weights = [p for name, p in backbone.named_parameters() if not (left_out and name.startswith(left_out))]
     return lambda: dispatch_clip_grad([p for p in weights if p.grad is not None], value, mode=mode)
 
 
-def prepare(config: Common, supernet: Supernet) -> None:
+def prepare(options: TrainingOptions, supernet: Supernet) -> None:
     """--channels-last and --compile, before the optimiser is made."""
-    if config.channels_last:
+    if options.channels_last:
         supernet.backbone.to(memory_format=torch.channels_last)
-    if config.compile:
+    if options.compile:
         compile_forwards(supernet)
 
 

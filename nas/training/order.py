@@ -2,48 +2,37 @@
 
 import itertools
 import json
-from typing import Any
 
-import torch
-
-from nas.config import Common
 from nas.machine.distributed import is_main, mean_gradients, on_main
 from nas.machine.files import write_text
 from nas.training.loop import seed_everything
 from nas.training.losses import cross_entropy
+from nas.training.options import LoopOptions
+from nas.training.prepared import Prepared
 from supernets.importance import magnitude_scores, orders_of, permute, taylor_pass
-from supernets.supernet import Supernet
 
 TAYLOR_BATCHES = 8
 
 
-def order_by_importance(
-    config: Common,
-    supernet: Supernet,
-    loader: Any,
-    device: torch.device,
-    *,
-    trained: bool,
-    fresh_classifier: bool,
-) -> dict[str, list[int]]:
+def order_by_importance(options: LoopOptions, prepared: Prepared) -> dict[str, list[int]]:
     """Sort the supernet in place (section 2.7) and return the permutation; empty when there is none.
 
     The order is written down before it is applied: a resume loads it and never computes it again.
     """
-    kind = config.importance
+    kind, trained = options.importance, prepared.start.given()
     if kind is None:
-        kind = "none" if not trained else "magnitude" if fresh_classifier else "taylor"
+        kind = "none" if not trained else "magnitude" if prepared.fresh_classifier else "taylor"
     if kind == "none":
         return {}
-    assert config.output is not None
-    path = config.output / "permutation.json"
-    if config.resume and path.is_file():
+    path, supernet = prepared.folder / "permutation.json", prepared.supernet
+    if options.resume and path.is_file():
         orders: dict[str, list[int]] = json.loads(path.read_text())
     else:
         if kind == "magnitude":
             scores = magnitude_scores(supernet)
         else:
-            seed_everything(config.seed, -1)
+            seed_everything(options.seed, -1)
+            loader, device = prepared.loaders.train, prepared.device
             loader.set_epoch(0)
             batches = [(x.to(device), y.to(device)) for x, y in itertools.islice(loader, TAYLOR_BATCHES)]
             scores = taylor_pass(supernet, batches, cross_entropy, mean_gradients)

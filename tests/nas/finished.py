@@ -5,7 +5,8 @@ from pathlib import Path
 import timm
 import torch
 
-from nas.networks.compact_file import describe, save_compact, slices_of
+from nas.networks.architecture import architecture_of, slices_of
+from nas.networks.compact_file import save_compact
 from nas.networks.weights import save_weights
 from search_spaces.architecture import Architecture
 from supernets.compact import cut
@@ -23,7 +24,7 @@ def finished_run(folder: Path, num_classes: int = 10) -> tuple[Architecture, Sup
     model, options = SWIN
     supernet = Supernet(randomise(timm.create_model(model, num_classes=num_classes, **options), 0)).eval()
     picks = [{"alpha": 2 - i % 2} for i in range(len(supernet.shapes))]
-    arch = describe(supernet, "swin-dan-nano", model, options, picks)
+    arch = architecture_of(supernet, "swin-dan-nano", model, options, picks)
     save_compact(cut(supernet.backbone, slices_of(arch, supernet.shapes)), folder, arch)
     save_weights(supernet.backbone.state_dict(), folder / "large.safetensors")
     return arch, supernet

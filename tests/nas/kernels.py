@@ -11,12 +11,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nas.objectives.adjoined import Adjoined
 from nas.objectives.kernel import KernelTerm
-from nas.prices.costs import space_costs
+from nas.prices.costs import priced
+from nas.prices.flops import FLOPS
 from nas.searchers.channels import Bernoulli, KernelSearch, TopK
 from nas.searchers.choices import one_hot
 from nas.training.loop import Training
+from nas.training.objective import Objective
 from search_spaces.method import FRACTIONS, Picks, Settings
 from search_spaces.registry import METHODS
 from search_spaces.slices import NetworkSlice, network_slice
@@ -36,7 +37,7 @@ def search_of(backbone: nn.Module, method: str, width: str = "stream", **options
     supernet = Supernet(backbone)
     fractions = options.pop("fractions", FRACTIONS)
     space = make_space("test", METHODS[method], Settings(width, fractions=fractions), supernet.shapes)
-    costs = space_costs(space, supernet.adapter.costs, supernet.flops(), options.pop("full_stage_width", False))
+    costs = priced(space, supernet.adapter.costs, FLOPS, options.pop("full_stage_width", False))
     defaults: dict[str, Any] = dict(budget=None, gamma=1e-9, seed=0, total_steps=10)
     kernel = KernelTerm(options.pop("eta_kc", 0.1), options.pop("rho", 0.3))
     kind = Bernoulli if fractions is None else TopK
@@ -56,7 +57,7 @@ def some_picks(draw: st.DrawFn, space: SearchSpace) -> list[Picks]:
 
 def subnet_of(objective: KernelSearch, picks: list[Picks], full_stage_width: bool) -> NetworkSlice:
     space = objective.costs.space
-    return network_slice(space.shapes, space.block_slices(picks, objective.kept(picks)), full_stage_width)
+    return network_slice(space.shapes, space.block_slices(picks, objective.kept_indices(picks)), full_stage_width)
 
 
 def mixture_logits(objective: KernelSearch, x: Tensor, picks: list[Picks]) -> Tensor:
@@ -109,7 +110,7 @@ def batches(num: int, size: int = 6, classes: int = 5) -> Batches:
     )
 
 
-def training_of(objective: Adjoined, folder: Path, evaluate: Any) -> Training:
+def training_of(objective: Objective, folder: Path, evaluate: Any) -> Training:
     parameters = objective.architecture_parameters()
     return Training(
         objective=objective,

@@ -8,7 +8,8 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from nas.prices.costs import SpaceCosts, space_costs
+from nas.prices.costs import PricedSpace, priced
+from nas.prices.flops import FLOPS
 from nas.searchers.choices import one_hot
 from search_spaces.dan import DAN
 from search_spaces.method import Picks, Settings
@@ -37,13 +38,13 @@ def small_supernet(family: str, seed: int = 0, **kwargs: Any) -> Supernet:
 
 def small_costs(
     supernet: Supernet, width: str, alphas: tuple[int, ...] | None = None, full_stage_width: bool = False
-) -> SpaceCosts:
+) -> PricedSpace:
     """DAN's space over a supernet, priced."""
     space = make_space("small-dan", DAN(), Settings(width=width, alphas=alphas), supernet.shapes)
-    return space_costs(space, supernet.adapter.costs, supernet.flops(), full_stage_width)
+    return priced(space, supernet.adapter.costs, FLOPS, full_stage_width)
 
 
-def soft_etas(costs: SpaceCosts, seed: int) -> list[Tensor]:
+def soft_etas(costs: PricedSpace, seed: int) -> list[Tensor]:
     """Random logits of every block's alpha, float64, that take gradients."""
     generator = torch.Generator().manual_seed(seed)
     return [
@@ -57,6 +58,6 @@ def soft_draw(etas: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     return [{"alpha": eta.softmax(0)} for eta in etas]
 
 
-def hard_draw(costs: SpaceCosts, picks: Sequence[Picks]) -> list[Mapping[str, Tensor]]:
+def hard_draw(costs: PricedSpace, picks: Sequence[Picks]) -> list[Mapping[str, Tensor]]:
     """one_hot in float64, with gradients."""
     return [{n: g.double().requires_grad_() for n, g in block.items()} for block in one_hot(costs.space, picks)]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nas.config import parse_key_values
 from nas.machine.files import copy_atomically
 from nas.networks.backbone import Start, starting_backbone
+from nas.networks.key_values import parse_key_values
 from nas.networks.weights import load_weights, save_weights
 from nas.runs.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from nas.training.loop import CHECKPOINT, fit

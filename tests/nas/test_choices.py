@@ -8,15 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from nas.prices.costs import SpaceCosts
-from nas.searchers.choices import ChoiceLogits, alpha_mixture, gates
-from nas.searchers.gradient import Differentiable
+from nas.prices.costs import PricedSpace
+from nas.searchers.choices import ChoiceLogits, gates, mixture_of
+from nas.searchers.gradient import Gradient
 from nas.searchers.gumbel import step_generator
 from search_spaces.an import AN
 from search_spaces.method import Settings
 from search_spaces.slices import network_slice
 from search_spaces.space import make_space
-from supernets.axes import block_parameters
 from supernets.elastic import BlockMixture, Term, mixed_block
 from supernets.supernet import Gates, Small, Supernet
 from tests.nas.small import FAMILIES, hard_draw, small_costs, small_supernet, soft_draw, soft_etas
@@ -29,12 +28,12 @@ over_widths = pytest.mark.parametrize("width", ["stream", "inner"])
 NORMS = [{"scale_attn_norm": True}, {"scale_mlp_norm": True}]  # timm's, between a gate and the projection after it
 
 
-def mixtures(supernet: Supernet, costs: SpaceCosts, draw: Sequence[dict[str, Tensor]]) -> list[BlockMixture]:
+def mixtures(supernet: Supernet, costs: PricedSpace, draw: Sequence[dict[str, Tensor]]) -> list[BlockMixture]:
     """As the search makes them."""
-    return Differentiable(supernet, costs, budget=None, gamma=0.0, seed=0, total_steps=1).mixtures(list(draw))
+    return Gradient(supernet, costs, budget=None, gamma=0.0, seed=0, total_steps=1).mixtures(list(draw))
 
 
-def on_slices(costs: SpaceCosts, draw: Sequence[dict[str, Tensor]]) -> list[BlockMixture]:
+def on_slices(costs: PricedSpace, draw: Sequence[dict[str, Tensor]]) -> list[BlockMixture]:
     """One term per candidate, whatever the width."""
     return [
         BlockMixture(tuple(Term(o.slice, weight=g) for o, g in zip(options, block["alpha"], strict=True)))
@@ -134,7 +133,7 @@ def test_norms_between_gate_and_projection_fall_back_to_slices(norm: dict[str, b
     # and rightly so: the gated pass would give something else
     draw = soft_draw(soft_etas(costs, 0))
     forced = [
-        alpha_mixture([o.slice for o in options], block["alpha"], small_supernet("vit").adapter.costs.blocks[0])
+        mixture_of([o.slice for o in options], block["alpha"], small_supernet("vit").adapter.costs.blocks[0])
         for options, block in zip(costs.options, draw, strict=True)
     ]
     assert all(len(m.terms) == 1 for m in forced)
@@ -155,10 +154,7 @@ def test_soft_mixture_is_equation_3_5(family: str, width: str) -> None:
         z = torch.randn(2, *grid, shape.embed_dim, generator=generator, dtype=torch.float64)
 
         def run(mixture: BlockMixture, x: Tensor, block=block, shape=shape) -> Tensor:
-            def attend(params, kept, y):
-                return adapter.attend(block, params, kept, y)
-
-            return mixed_block(block, block_parameters(block), shape, mixture, attend, x)
+            return mixed_block(adapter, block, shape, mixture, x)
 
         weights = soft_draw(soft_etas(costs, 1))[i]["alpha"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nas.prices.costs import SpaceCosts, joint_probability
+from nas.prices.costs import PricedSpace, joint_probability
 from search_spaces.slices import network_slice
 from supernets.flops import block_flops
 from supernets.supernet import Supernet
@@ -26,23 +26,23 @@ over_widths = pytest.mark.parametrize(
 )
 
 
-def priced(name: str, width: str, full: bool) -> tuple[Supernet, SpaceCosts]:
+def priced(name: str, width: str, full: bool) -> tuple[Supernet, PricedSpace]:
     family, kwargs = SPACES[name]
     supernet = small_supernet(family, **kwargs)
     return supernet, small_costs(supernet, width, full_stage_width=full)
 
 
-def architectures(costs: SpaceCosts) -> Iterator[tuple[int, ...]]:
+def architectures(costs: PricedSpace) -> Iterator[tuple[int, ...]]:
     return itertools.product(*(range(len(options)) for options in costs.options))
 
 
-def exact_flops(supernet: Supernet, costs: SpaceCosts, picks: Sequence[int]) -> int:
+def exact_flops(supernet: Supernet, costs: PricedSpace, picks: Sequence[int]) -> int:
     """FLOPs by the supernet's own count of the subnet, itself checked against torch's counter (invariant 3)."""
     blocks = [options[k].slice for options, k in zip(costs.options, picks, strict=True)]
     return supernet.flops(network_slice(supernet.shapes, blocks, costs.full_stage_width))
 
 
-def enumerated(supernet: Supernet, costs: SpaceCosts, draw: Sequence[Mapping[str, Tensor]]) -> Tensor:
+def enumerated(supernet: Supernet, costs: PricedSpace, draw: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """sum over architectures of P(architecture) * F(architecture)."""
     return torch.stack(
         [
@@ -64,7 +64,7 @@ def test_expected_flops_are_those_of_every_architecture(name: str, width: str, f
         by_hand = enumerated(supernet, costs, soft_draw(etas))
         assert float(expected.detach()) == pytest.approx(float(by_hand.detach()), rel=1e-12)
         for a, b in zip(torch.autograd.grad(expected, etas), torch.autograd.grad(by_hand, etas), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * costs.full_flops)
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * costs.full)
             assert a.abs().max() > 0
 
 
@@ -91,7 +91,7 @@ def test_gradient_of_expected_flops_is_the_finite_difference(name: str, width: s
     _, costs = priced(name, width, full)
 
     def fraction(*etas: Tensor) -> Tensor:
-        return costs.expected(soft_draw(etas)) / costs.full_flops
+        return costs.expected(soft_draw(etas)) / costs.full
 
     assert torch.autograd.gradcheck(fraction, soft_etas(costs, 5), eps=1e-5, atol=1e-9, rtol=1e-6)
 
@@ -104,8 +104,8 @@ def test_the_selection_problem_counts_as_the_supernet_does(name: str, width: str
     generator = torch.Generator().manual_seed(2)
     for _ in range(10):
         picks = [int(torch.randint(len(o), (), generator=generator)) for o in costs.options]
-        assert problem.flops(picks) == exact_flops(supernet, costs, picks)
-    assert problem.flops([0] * len(costs.options)) == supernet.flops() == costs.full_flops  # alpha 1 everywhere
+        assert problem.cost(picks) == exact_flops(supernet, costs, picks)
+    assert problem.cost([0] * len(costs.options)) == supernet.flops() == costs.full  # alpha 1 everywhere
 
 
 @over_spaces
@@ -125,7 +125,7 @@ def test_penalty_of_one_hot_weights_is_the_sum_of_the_blocks(name: str, width: s
     picks = costs.space.random(3)
     slices = costs.space.block_slices(picks)
     blocks = zip(supernet.shapes, supernet.adapter.costs.blocks, slices, strict=True)
-    assert float(costs.block_penalty(hard_draw(costs, picks)).detach()) == sum(block_flops(*block) for block in blocks)
+    assert float(costs.blocks_cost(hard_draw(costs, picks)).detach()) == sum(block_flops(*block) for block in blocks)
 
 
 def test_options_of_a_block_with_two_choices_are_their_product_in_order() -> None:

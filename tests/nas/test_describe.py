@@ -3,13 +3,18 @@
 from pathlib import Path
 
 import pytest
+import timm
 
 from nas import describe
-from nas.networks.compact_file import describe as architecture_of
-from nas.networks.opening import meta_supernet, search_space
+from nas.networks.architecture import architecture_of
+from nas.networks.backbone import TimmModel
+from nas.networks.opening import meta_supernet
 from search_spaces.architecture import Architecture, save_architecture
-from search_spaces.kcr import KEPT
+from search_spaces.channels import KEPT
+from search_spaces.method import Settings
 from search_spaces.registry import SPACES
+from search_spaces.space import make_space
+from supernets.supernet import Supernet
 
 NANO = sorted(n for n, s in SPACES.items() if s.nano and s.method.name in ("dan", "kcr", "joint"))
 
@@ -17,8 +22,8 @@ NANO = sorted(n for n, s in SPACES.items() if s.nano and s.method.name in ("dan"
 def some_architecture(name: str, width: str) -> Architecture:
     """Blocks take their largest and their smallest candidates in turn; an MLP keeps the last of its channels."""
     space = SPACES[name]
-    supernet = meta_supernet(space.model, dict(space.model_kwargs), 10, space)
-    choices = search_space(space, supernet, width, None)
+    supernet = meta_supernet(TimmModel(space.model, space.model_kwargs), 10, space)
+    choices = make_space(name, space.method, Settings(width, space.alphas), supernet.shapes)
     picks = [
         {choice: options[-(i % 2)] for choice, options in block.items()} for i, block in enumerate(choices.candidates)
     ]
@@ -38,6 +43,20 @@ def test_rows_add_up_to_the_network(name: str, width: str) -> None:
     assert sum(row.flops[1] for row in rows) == arch.backbone_flops
     assert sum(row.block is not None for row in rows) == len(arch.blocks)
     assert all(kept <= of for row in rows for kept, of in (row.stream, row.heads, row.mlp_channels, row.neurons))
+
+
+def test_value_channels_are_those_of_the_kept_heads() -> None:
+    """UVC keeps them head by head; attention that is skipped has none."""
+    space = SPACES["deit-uvc-nano"]
+    supernet = Supernet(timm.create_model(space.model, num_classes=10, **space.model_kwargs))
+    shape, rest = supernet.shapes[0], len(supernet.shapes) - 2
+    whole = {"heads": shape.num_heads, "v_channels": shape.embed_dim, "hidden": shape.hidden}
+    picks = [whole | {"heads": 2, "v_channels": 5}, whole | {"heads": 0, "v_channels": 0}, *[whole] * rest]
+    kept_v = [[0, 1, 3, 2 * shape.head_dim, 2 * shape.head_dim + 4], [], *[list(range(shape.embed_dim))] * rest]
+    kept = [{"kept_v": v, "kept_hidden": list(range(shape.hidden))} for v in kept_v]
+    arch = architecture_of(supernet, space.name, space.model, space.model_kwargs, picks, "stream", kept)
+    value_channels = [row.value_channels for row in describe.rows_of(arch) if row.block is not None]
+    assert value_channels == [(kept, shape.embed_dim) for kept in (5, 0, *[shape.embed_dim] * rest)]
 
 
 def test_the_command_prints_both_choices_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

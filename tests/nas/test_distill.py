@@ -1,23 +1,25 @@
 """The large network alone, and the small one under a frozen teacher."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from nas.networks.backbone import Start
-from nas.objectives.distill import Distilled, check_distillation, soft_distillation
+from nas.objectives.distill import Distilled, soft_distillation
 from nas.objectives.plain import Plain
+from nas.objectives.table import kind_of
 from nas.objectives.teacher import Teacher, make_teacher
-from nas.stages.retrain import make_objective, resolve
+from nas.stages.retrain import resolve
 from nas.training.loop import fit
 from nas.training.objective import Step
 from search_spaces.errors import UserError
-from search_spaces.registry import get_space
 from tests.nas import tiny
 
 STEP = Step(0.5, 4, 8)
-STATS = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+STATS = torch.tensor([0.1, 0.3, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.4, 0.7]).view(3, 1, 1)
 
 
 def batch(n=6):
@@ -72,14 +74,14 @@ def test_distillation_from_itself_is_no_distance_and_the_teacher_keeps_its_own_n
 
 
 def options(folder, **more):
-    return tiny.config(folder, train="distill", space="vit-an-nano", alpha=2, **more)
+    return tiny.config(folder, **dict(train="distill", space="vit-an-nano", alpha=2) | more)
 
 
 def made(folder, base, origin, fresh=False, net=None, **more):
     config = options(folder, **more)
+    loaders = SimpleNamespace(stats=lambda: STATS)
     net = net or tiny.supernet()
-    splits = tiny.Splits(None, None, None, 4, None, "test split")
-    return make_teacher(config, net, tiny.VIT, base, origin, fresh, splits, STATS, tiny.CPU)
+    return make_teacher(config, tiny.prepared(config, net, loaders=loaders, start=origin, fresh_classifier=fresh), base)
 
 
 def test_the_default_teacher_is_the_original_network(tmp_path):
@@ -102,6 +104,19 @@ def test_the_default_teacher_is_the_original_network(tmp_path):
     assert torch.equal(made(tmp_path, Start(), arrived, net=trained)(images), trained.backbone(images))
 
 
+def test_a_named_teacher_sees_the_pixels_as_timm_normalises_them_for_it(tmp_path):
+    expert = tiny.supernet(seed=9).backbone.eval()
+    path = tmp_path / "expert.safetensors"
+    save_file(expert.state_dict(), path)
+    kwargs = tuple(f"{name}={value}" for name, value in tiny.VIT[1].items())
+    named = dict(teacher=tiny.VIT[0], teacher_kwargs=kwargs, teacher_checkpoint=path)
+    pixels, (mean, std) = torch.rand(2, 3, 16, 16), STATS
+    own_mean, own_std = (torch.tensor(expert.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = expert((pixels - own_mean) / own_std)
+    assert torch.allclose(made(tmp_path, Start(), Start(), **named)((pixels - mean) / std), expected, atol=1e-5)
+
+
 def test_teachers_that_teach_nothing_are_refused(tmp_path):
     with pytest.raises(UserError, match="the original network is untrained; give --teacher-checkpoint"):
         made(tmp_path, Start(), Start())
@@ -116,15 +131,13 @@ def test_teachers_that_teach_nothing_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot read images of 16 x 16 px"):
         made(tmp_path, Start(), Start(), **more)
     for flags, words in (
-        (dict(train="adjoined", teacher="vit_tiny_patch16_224"), "--teacher goes with --train distill"),
+        (dict(train="adjoined", teacher="vit_tiny_patch16_224"), "--teacher goes with --train distill, not with"),
         (dict(distill_weight=0.0), "--distill-weight 0.0"),
         (dict(distill_temperature=0.0), "--distill-temperature 0.0"),
         (dict(teacher_kwargs=("depth=2",)), "name the model too"),
     ):
-        refusal = None if flags.get("train", "distill") == "distill" else "--train distill, not with --train adjoined"
-        config = tiny.config(tmp_path, **dict(train="distill") | flags)
         with pytest.raises(UserError, match=words):
-            check_distillation(config, refusal)
+            resolve(options(tmp_path, **flags))
 
 
 @pytest.mark.parametrize("train", ["plain", "distill"])
@@ -132,9 +145,7 @@ def test_a_run_trains_and_logs_only_its_own_networks(tmp_path, train):
     net = tiny.supernet()
     config = tiny.config(tmp_path, train=train)
     subnet = tiny.half(net)
-    objective = make_objective(
-        config, get_space("swin-an-nano"), net, subnet, None if train == "plain" else teacher(tiny.supernet(seed=5))
-    )
+    objective = kind_of(train).make(config, net, subnet, None if train == "plain" else teacher(tiny.supernet(seed=5)))
     training = tiny.training(config, objective)
     before = training.objective.supernet.backbone.head.weight.clone()
     fit(training, resume=False, words="test")

@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo
 import nas.pictures.run
 import nas.stages.retrain
 from nas.config import RetrainConfig, SearchConfig
-from nas.networks.backbone import Start, starting_backbone
+from nas.networks.backbone import Start, TimmModel, starting_backbone
 from nas.networks.opening import meta_supernet
 from nas.networks.weights import load_weights
 from nas.stages.retrain import run_retrain
@@ -108,7 +108,7 @@ def test_other_classes_start_from_the_permuted_original_weights(searched, monkey
 
     arch = load_architecture(tmp_path / "run")
     assert (found.num_classes, arch.num_classes) == (4, 6)
-    meta = meta_supernet(*VIT, 6, get_space("vit-dan-nano"))
+    meta = meta_supernet(TimmModel(*VIT), 6, get_space("vit-dan-nano"))
     assert (arch.backbone_flops, arch.backbone_params) == (meta.flops(), meta.params())
     width = arch.stage_widths[0]
     assert arch.flops - found.flops == 2 * width and arch.params - found.params == 2 * (width + 1)

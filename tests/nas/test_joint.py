@@ -1,4 +1,4 @@
-"""Joint search of factor and count (design 2.4): what test_kcr.py does not test over both methods."""
+"""Joint search of factor and count (section 2.4): what test_kcr.py does not test over both methods."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from nas.networks.compact_file import slices_of
+from nas.networks.architecture import slices_of
 from nas.searchers.channels import TopK
 from search_spaces.architecture import Architecture, load_architecture, save_architecture
 from search_spaces.errors import UserError
@@ -93,7 +93,7 @@ def test_masks_and_flops_are_means_over_both_draws(width: str) -> None:
         for (i, a), (k, f) in itertools.product(enumerate(choices["alpha"]), enumerate(choices["fraction"]))
     )
     constant = objective.costs.network.flops.at(objective.supernet.identity().stage_widths)
-    assert float(objective.drawn_flops(draw)) == pytest.approx(expected_flops - constant, rel=1e-5)
+    assert float(objective.drawn_cost(draw)) == pytest.approx(expected_flops - constant, rel=1e-5)
 
 
 @over_widths
@@ -122,7 +122,7 @@ def test_selection_is_the_best_of_every_alpha_and_count(width: str, seed: int, b
         return
     picks, chosen = objective.selection()
     flops = objective.supernet.flops(objective.current_subnet())
-    assert chosen is not None and chosen.flops == flops <= budget * full
+    assert chosen is not None and chosen.cost == flops <= budget * full
     assert chosen.in_band == bool(inside)
     assert score(picks) == pytest.approx(max(s for _, s in inside or below), abs=1e-5)
 
@@ -143,7 +143,7 @@ def test_arch_json_holds_both_choices_and_the_channels(tmp_path: Path) -> None:
     objective = search_of(tiny_vit(), "joint", budget=0.5)
     picks, _ = objective.selection()
     subnet = objective.current_subnet()
-    blocks = tuple({**pick, **kept} for pick, kept in zip(picks, objective.kept(picks), strict=True))
+    blocks = tuple({**pick, **kept} for pick, kept in zip(picks, objective.kept_indices(picks), strict=True))
     arch = Architecture(
         space="vit-joint",
         method="joint",

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nas.objectives.adjoined import Adjoined
-from nas.searchers.gradient import Differentiable
+from nas.searchers.gradient import Gradient
 from nas.training.losses import accuracy, cross_entropy, kl_divergence
 from nas.training.objective import Step
 from search_spaces.slices import network_slice
@@ -78,17 +78,29 @@ def test_adjoined_terms_are_equation_3_4() -> None:
         assert float(terms["kl"]) == pytest.approx(lam * float(kl_divergence(p, q)), rel=1e-6)
 
 
+@pytest.mark.parametrize("detach", [False, True])
+def test_kl_trains_what_only_the_large_network_has_unless_detached(detach: bool) -> None:
+    supernet = small_supernet("vit")
+    space = small_costs(supernet, "stream").space
+    subnet = network_slice(supernet.shapes, space.block_slices([{"alpha": 2}] * 3))
+    objective = Adjoined(supernet, subnet, detach_teacher=detach)
+    objective(images(supernet.backbone, batch=6), LABELS, Step(0.5, 0, 1))["kl"].backward()
+    grad, half = supernet.backbone.blocks[0].mlp.fc1.weight.grad, supernet.shapes[0].hidden // 2
+    assert grad[:half].abs().max() > 0
+    assert (grad[half:].abs().max() > 0) != detach
+
+
 def test_penalty_without_a_budget_is_equation_3_7() -> None:
     """gamma * n_f of the very draw that the mixture was made of, weighted by lambda."""
     supernet = small_supernet("vit")
     costs = small_costs(supernet, "stream")
-    objective = Differentiable(supernet, costs, budget=None, gamma=1e-6, seed=4, total_steps=10)
+    objective = Gradient(supernet, costs, budget=None, gamma=1e-6, seed=4, total_steps=10)
     terms = objective(images(supernet.backbone, batch=6), LABELS, Step(0.25, 2, 10))
     from nas.searchers.gumbel import step_generator, temperature
 
     draw = objective.choices.sample(temperature(0.25), step_generator(4, 2))
     n_f = sum(
-        float(g) * option.flops
+        float(g) * option.cost
         for options, block in zip(costs.options, draw, strict=True)
         for g, option in zip(block["alpha"], options, strict=True)
     )
@@ -101,7 +113,7 @@ def test_multiplier_of_a_budget_rises_while_it_is_exceeded_and_never_below_zero(
     supernet = small_supernet("vit")
     costs = small_costs(supernet, "inner")
     for budget in (0.2, 1.0):
-        objective = Differentiable(supernet, costs, budget=budget, gamma=0.0, seed=0, total_steps=50)
+        objective = Gradient(supernet, costs, budget=budget, gamma=0.0, seed=0, total_steps=50)
         fraction, z = float(objective.expected_fraction()), 0.0
         for number in range(10, 13):
             objective.after_step(Step(number / 50, number, 50))

@@ -1,4 +1,4 @@
-"""UVC's minimax step (design 2.5), move by move, against values worked out by hand."""
+"""UVC's minimax step (section 2.5), move by move, against values worked out by hand."""
 
 import math
 
@@ -23,7 +23,7 @@ from nas.searchers.primal_dual import (
     group_scores,
     hard,
     next_score,
-    price_of_flops,
+    price_of,
     shares,
     shrink_smallest,
     smallest_sum,
@@ -119,7 +119,7 @@ def test_the_constraint_is_clamped_in_value_and_its_gradient_passes() -> None:
     assert value.tolist() == pytest.approx([0.5, 0.25, -0.2])
     (gradient,) = torch.autograd.grad(value.sum(), fraction)
     assert gradient.tolist() == [1.0, 1.0, 1.0]
-    assert price_of_flops(tensor(0.2), tensor(0.5, -0.5)).tolist() == pytest.approx([1.7, -1.3])
+    assert price_of(tensor(0.2), tensor(0.5, -0.5)).tolist() == pytest.approx([1.7, -1.3])
 
 
 def test_rates_are_the_published_ones_at_the_published_length() -> None:

@@ -1,4 +1,4 @@
-"""Selection under a budget (design section 2.6): never above, the best in the band, always the same one."""
+"""Selection under a budget (section 2.6): never above, the best in the band, always the same one."""
 
 import contextlib
 import itertools
@@ -15,7 +15,7 @@ from scipy.optimize import LinearConstraint, OptimizeResult
 
 from nas.prices import selection
 from nas.prices.selection import (
-    Candidate,
+    Item,
     Selection,
     SelectionProblem,
     check_budget,
@@ -36,7 +36,7 @@ def flops_by_hand(problem: SelectionProblem, picks: tuple[int, ...]) -> int:
         max(c.width for c, s in zip(chosen, problem.stages, strict=True) if s == stage)
         for stage in sorted(set(problem.stages))
     ]
-    total = problem.constant + sum(c.flops for c in chosen) + problem.stem_per_channel * widths[0]
+    total = problem.constant + sum(c.cost for c in chosen) + problem.stem_per_channel * widths[0]
     for merge, pair in zip(problem.merge_per_pair, itertools.pairwise(widths), strict=True):
         total += merge * math.prod(pair)
     return total + problem.head_per_channel * widths[-1]
@@ -73,8 +73,8 @@ def problems(draw: st.DrawFn) -> SelectionProblem:
         alphas = draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4))  # repeats allowed
         blocks.append(
             tuple(
-                Candidate(
-                    flops=draw(st.integers(0, 40)) * large + draw(st.integers(0, 9)),
+                Item(
+                    cost=draw(st.integers(0, 40)) * large + draw(st.integers(0, 9)),
                     width=full // alpha if stream else full,
                     score=draw(scores),
                 )
@@ -111,8 +111,8 @@ def test_selection_is_the_brute_force_optimum(problem: SelectionProblem, budget:
 
 UNSOLVED_WITH_PRESOLVE = SelectionProblem(  # scipy 1.17's HiGHS answers "Solve error"
     blocks=(
-        (Candidate(0, 24, 0.0), Candidate(0, 24, 0.0), Candidate(0, 24, 0.0), Candidate(16, 12, 0.0)),
-        (Candidate(14, 24, 0.0), Candidate(0, 24, 0.0), Candidate(10, 12, 0.0)),
+        (Item(0, 24, 0.0), Item(0, 24, 0.0), Item(0, 24, 0.0), Item(16, 12, 0.0)),
+        (Item(14, 24, 0.0), Item(0, 24, 0.0), Item(10, 12, 0.0)),
     ),
     stages=(0, 0),
     constant=0,
@@ -163,7 +163,7 @@ def test_a_band_of_one_mac_finds_exactly_that_many(problem: SelectionProblem, da
 @given(problems())
 def test_reachable_range_and_flops_are_exact(problem: SelectionProblem) -> None:
     flops = [flops_by_hand(problem, picks) for picks in architectures(problem)]
-    assert [problem.flops(picks) for picks in architectures(problem)] == flops
+    assert [problem.cost(picks) for picks in architectures(problem)] == flops
     assert reachable_range(problem) == (min(flops), max(flops))
 
 
@@ -175,7 +175,7 @@ def swin_b(scores: list[list[float]]) -> SelectionProblem:
         tokens = 56 * 56 >> 2 * stage
         widths = [(128 << stage) // alpha for alpha in ((1, 2, 4, 8) if stage else (1, 2, 4))]
         block = [  # qkv, projection and MLP; windows of 49 tokens
-            Candidate(tokens * (12 * e * e + 2 * 49 * e), e, score)
+            Item(tokens * (12 * e * e + 2 * 49 * e), e, score)
             for e, score in zip(widths, row[: len(widths)], strict=True)
         ]
         blocks.append(tuple(block))
@@ -183,7 +183,7 @@ def swin_b(scores: list[list[float]]) -> SelectionProblem:
     return SelectionProblem(tuple(blocks), stages, 0, 56 * 56 * 48, merging, 1000)
 
 
-FULL = swin_b([[0.0] * 4] * 24).flops([0] * 24)
+FULL = swin_b([[0.0] * 4] * 24).cost([0] * 24)
 
 
 def logits(seed: int) -> list[list[float]]:
@@ -197,7 +197,7 @@ def test_swin_b_costs_what_the_literature_says() -> None:
     assert gflops == pytest.approx(15.43, abs=0.02)
     low, high = reachable_range(swin_b(logits(0)))
     assert high == FULL
-    assert low == swin_b(logits(0)).flops([2, 2] + [3] * 22)
+    assert low == swin_b(logits(0)).cost([2, 2] + [3] * 22)
 
 
 def best_score_by_table(problem: SelectionProblem, low: int, high: int) -> float:
@@ -208,7 +208,7 @@ def best_score_by_table(problem: SelectionProblem, low: int, high: int) -> float
         for block in (b for b, s in zip(problem.blocks, problem.stages, strict=True) if s == stage):
             grown: dict[tuple[int, int], float] = {}
             for ((width, macs), score), c in itertools.product(inside.items(), block):
-                key = max(width, c.width), macs + c.flops
+                key = max(width, c.width), macs + c.cost
                 grown[key] = max(grown.get(key, -math.inf), score + c.score)
             inside = grown
         joined: dict[tuple[int, int], float] = {}
@@ -231,8 +231,8 @@ def test_swin_b_gets_the_best_architecture_of_its_band(budget: float) -> None:
     found = select(problem, FULL, budget)
     low, high = (math.floor(Fraction(str(b)) * FULL) for b in (round(budget - 0.02, 3), budget))
     assert found.in_band
-    assert low < found.flops <= high
-    assert found.flops == flops_by_hand(problem, found.picks)
+    assert low < found.cost <= high
+    assert found.cost == flops_by_hand(problem, found.picks)
     score = sum(block[pick].score for block, pick in zip(problem.blocks, found.picks, strict=True))
     assert score == pytest.approx(best_score_by_table(problem, low + 1, high), abs=24e-6)
 
@@ -240,7 +240,7 @@ def test_swin_b_gets_the_best_architecture_of_its_band(budget: float) -> None:
 def test_one_mac_over_is_refused_even_where_the_solver_would_let_it_through() -> None:
     """MACs of 1e12 that share no factor: a MAC is below the solver's tolerance, so the integers decide."""
     big = 10**12
-    better = (Candidate(big + 1, 1, 0.0), Candidate(big - 1, 1, -1.0), Candidate(7, 1, -50.0))
+    better = (Item(big + 1, 1, 0.0), Item(big - 1, 1, -1.0), Item(7, 1, -50.0))
     problem = SelectionProblem((better,) * 3, (0, 0, 0), 0, 0, (), 0)
     found = select(problem, 3 * big, 1.0)
     assert found == Selection((0, 1, 1), 3 * big - 1, in_band=True)
@@ -261,7 +261,7 @@ def test_a_proposal_outside_the_integers_is_forbidden_and_the_next_best_taken(
             rejected.append(bool(np.dot([5, 4, 1, 5, 4, 1], np.round(result.x)) > 7))
         return result
 
-    block = (Candidate(5, 1, 0.0), Candidate(4, 1, -1.0), Candidate(1, 1, -2.0))
+    block = (Item(5, 1, 0.0), Item(4, 1, -1.0), Item(1, 1, -2.0))
     problem = SelectionProblem((block, block), (0, 0), 0, 0, (), 0, fixed_widths=(1,))
     expected = brute_force(problem, 10, 0.7, 0.5)
     monkeypatch.setattr(selection, "milp", lenient)
@@ -289,8 +289,8 @@ def test_scores_far_apart_are_still_told_apart() -> None:
     """Logits that ran away: one block's spread is huge, another's decides."""
     problem = SelectionProblem(
         (
-            (Candidate(4, 1, 0.0), Candidate(1, 1, -20_000.0)),
-            (Candidate(4, 1, -0.7), Candidate(3, 1, -0.6), Candidate(1, 1, -9.0)),
+            (Item(4, 1, 0.0), Item(1, 1, -20_000.0)),
+            (Item(4, 1, -0.7), Item(3, 1, -0.6), Item(1, 1, -9.0)),
         ),
         (0, 0), 0, 0, (), 0,
     )  # fmt: skip
@@ -298,7 +298,7 @@ def test_scores_far_apart_are_still_told_apart() -> None:
 
 
 def test_an_empty_band_takes_the_best_below_it_and_says_so() -> None:
-    block = (Candidate(60, 1, -0.1), Candidate(20, 1, -1.0), Candidate(10, 1, -3.0))
+    block = (Item(60, 1, -0.1), Item(20, 1, -1.0), Item(10, 1, -3.0))
     problem = SelectionProblem((block,), (0,), 0, 0, (), 0)
     assert select(problem, 100, 0.5) == Selection((1,), 20, in_band=False)
     assert select(problem, 100, 0.6) == Selection((0,), 60, in_band=True)
@@ -318,16 +318,16 @@ def test_a_narrower_stage_does_not_pay_for_width_it_lacks_to_reach_the_band(
         return solve(*args, **kwargs)
 
     monkeypatch.setattr(selection, "milp", counting)
-    narrow = Candidate(10, 1, -0.1)
-    problem = SelectionProblem(((Candidate(10, 8, -9.0), narrow, narrow),) * 8, (0,) * 8, 0, 10, (), 0)
+    narrow = Item(10, 1, -0.1)
+    problem = SelectionProblem(((Item(10, 8, -9.0), narrow, narrow),) * 8, (0,) * 8, 0, 10, (), 0)
     found = select(problem, 160, 1.0, 0.02)  # 8 * 10 + 10 * 8 = 160, but 90 when all are narrow
     assert found == Selection((0,) + (1,) * 7, 160, in_band=True)
     assert next(programs) < 10
 
 
 def test_a_budget_is_read_as_the_decimal_the_user_typed() -> None:
-    problem = SelectionProblem(((Candidate(3, 1, 0.0), Candidate(1, 1, -1.0)),), (0,), 0, 0, (), 0)
-    assert select(problem, 10, 0.3).flops == 3  # the double 0.3 lies below 3/10
+    problem = SelectionProblem(((Item(3, 1, 0.0), Item(1, 1, -1.0)),), (0,), 0, 0, (), 0)
+    assert select(problem, 10, 0.3).cost == 3  # the double 0.3 lies below 3/10
 
 
 def test_an_unreachable_budget_is_refused_with_the_range() -> None:
@@ -345,10 +345,10 @@ def test_an_unreachable_budget_is_refused_with_the_range() -> None:
 
 
 def test_a_malformed_problem_is_refused() -> None:
-    block = (Candidate(1, 1, 0.0),)
+    block = (Item(1, 1, 0.0),)
     with pytest.raises(ValueError, match="rise from 0"):
         SelectionProblem((block, block), (0, 2), 0, 0, (1, 1), 0)
     with pytest.raises(ValueError, match="patch mergings"):
         SelectionProblem((block, block), (0, 1), 0, 0, (), 0)
     with pytest.raises(ValueError, match="not finite"):
-        SelectionProblem(((Candidate(1, 1, -math.inf),),), (0,), 0, 0, (), 0)
+        SelectionProblem(((Item(1, 1, -math.inf),),), (0,), 0, 0, (), 0)

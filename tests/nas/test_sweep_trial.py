@@ -16,10 +16,11 @@ import yaml
 import nas.stages.retrain
 import nas.stages.search
 import nas.sweeps.storage
-from nas.config import RetrainConfig, SearchConfig, SweepConfig
+from nas.config import RetrainConfig, SearchConfig
 from nas.data.split_names import HELD_OUT
 from nas.machine.files import write_csv, write_json
 from nas.runs.folder import open_run
+from nas.sweeps.options import SweepConfig
 from nas.sweeps.storage import Storage, exclusive, scratch, storage_of
 from nas.sweeps.table import Board, trial_row
 from nas.sweeps.trial import as_plain, epochs_done, finished, outcome_of, run_trial

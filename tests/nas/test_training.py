@@ -11,8 +11,7 @@ import nas.training.loop
 from nas.cli import parse
 from nas.config import RetrainConfig
 from nas.runs.checkpoint import load_checkpoint
-from nas.searchers.gradient import Differentiable
-from nas.setup import check_common
+from nas.searchers.gradient import Gradient
 from nas.training.loop import BEST, CHECKPOINT, fit, settle
 from nas.training.make import make_training
 from nas.training.objective import Step
@@ -73,7 +72,7 @@ def test_splits_and_classes_arrive(monkeypatch, tmp_path):
 def test_values_that_no_run_can_use_are_refused(tmp_path, options, words):
     def start():
         chosen = tiny.config(tmp_path, **options)
-        check_common(chosen)
+        chosen.check()
         tiny.loaders(chosen, tiny.supernet())
 
     with pytest.raises(UserError, match=words):
@@ -131,8 +130,8 @@ def test_accumulated_batches_are_one_large_batch_and_t_counts_optimiser_steps(tm
 def test_choices_move_at_the_pace_of_lambda(tmp_path):
     """Adam would take whole steps from the first, whatever factor their gradient has."""
     net, options = tiny.supernet(), tiny.config(tmp_path)
-    objective = Differentiable(net, small_costs(net, "stream"), budget=0.5, gamma=0.0, seed=0, total_steps=8)
-    training = make_training(options, objective, tiny.loaders(options, net), tiny.CPU, arch_lr=0.1)
+    objective = Gradient(net, small_costs(net, "stream"), budget=0.5, gamma=0.0, seed=0, total_steps=8)
+    training = make_training(options, objective, tiny.prepared(options, net), arch_lr=0.1)
     own, rates, etas = objective.after_step, [], []
 
     def after_step(step):
@@ -275,7 +274,7 @@ def test_tensorboard_gets_the_columns_of_the_log_and_its_absence_is_said_before_
     assert (tmp_path / "log.csv").is_file()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):
-        check_common(tiny.config(tmp_path, tensorboard=True))
+        tiny.config(tmp_path, tensorboard=True).check()
 
 
 def test_too_many_unreadable_images_stop_the_run_and_few_are_counted(tmp_path, capsys):
@@ -291,7 +290,7 @@ def test_too_many_unreadable_images_stop_the_run_and_few_are_counted(tmp_path, c
         return inner(i)
 
     object.__setattr__(source, "read", read)
-    training = make_training(options, tiny.Adjoined(net, tiny.half(net)), loaders, tiny.CPU)
+    training = make_training(options, tiny.Adjoined(net, tiny.half(net)), tiny.prepared(options, net, loaders=loaders))
     fit(training, resume=False, words="test")
     capsys.readouterr()
     assert nas.data.loaders.report_unreadable(loaders) == 2
@@ -299,7 +298,7 @@ def test_too_many_unreadable_images_stop_the_run_and_few_are_counted(tmp_path, c
     before = (tmp_path / CHECKPOINT).read_bytes()
     broken |= {7}
     longer = tiny.config(tmp_path, epochs=3)
-    training = make_training(longer, tiny.Adjoined(net, tiny.half(net)), loaders, tiny.CPU)
+    training = make_training(longer, tiny.Adjoined(net, tiny.half(net)), tiny.prepared(longer, net, loaders=loaders))
     with pytest.raises(UserError, match="3 of 200 images cannot be read"):
         fit(training, resume=True, words="test")
     assert (tmp_path / CHECKPOINT).read_bytes() == before

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from nas.cli import parse
-from nas.config import RetrainConfig, SearchConfig, SweepConfig
+from nas.config import RetrainConfig, SearchConfig
 from nas.runs.folder import open_run
+from nas.sweeps.options import SweepConfig
 from nas.sweeps.trials import Trial, make_trials, single_search
 from search_spaces.errors import UserError
 

@@ -1,4 +1,4 @@
-"""UVC's architecture in whole units (design 2.5): never above the budget, in the band, by the lowest score per MAC."""
+"""UVC's architecture in whole units (section 2.5): never above the budget, in the band, by the lowest score per MAC."""
 
 import random
 from typing import Any

@@ -16,11 +16,13 @@ import nas.stages.retrain
 import nas.training.loop
 from nas import describe
 from nas.config import RetrainConfig, SearchConfig
-from nas.methods.uvc import check_reach
-from nas.networks.compact_file import load_compact, slices_of
+from nas.networks.architecture import slices_of
+from nas.networks.compact_file import load_compact
 from nas.pictures.steps_figure import steps_figure
-from nas.prices.costs import space_costs
-from nas.searchers.minimax import UVC
+from nas.prices.costs import priced
+from nas.prices.flops import FLOPS
+from nas.searchers.minimax import Minimax
+from nas.searchers.minimax_search import check_reach
 from nas.searchers.primal_dual import GATE_START
 from nas.stages.retrain import run_retrain
 from nas.stages.search import resolve, run_search
@@ -44,12 +46,12 @@ over_families = pytest.mark.parametrize("family", FAMILIES)
 over_skips = pytest.mark.parametrize("skip", ["block", "attention", "mlp", "halves", "none"])
 
 
-def search_of(supernet: Supernet, skip: str = "block", **options: Any) -> UVC:
+def search_of(supernet: Supernet, skip: str = "block", **options: Any) -> Minimax:
     """A search whose loss is the cross-entropy, with counts, gates and scores drawn from the seed."""
     space = make_space("test-uvc", METHODS["uvc"], Settings(), supernet.shapes)
-    costs = space_costs(space, supernet.adapter.costs, supernet.flops())
+    costs = priced(space, supernet.adapter.costs, FLOPS)
     own = dict(budget=0.5, gamma=0.0, seed=0, total_steps=20, warmup_steps=4, prune=True)
-    objective = UVC(supernet, costs, loss=lambda x, q, y: {"ce": cross_entropy(q, y)}, skip=skip, **own | options)
+    objective = Minimax(supernet, costs, loss=lambda x, q, y: {"ce": cross_entropy(q, y)}, skip=skip, **own | options)
     return objective
 
 
@@ -59,13 +61,17 @@ def above_the_stem(supernet: Supernet, share: float) -> float:
     return outer + share * (1 - outer)
 
 
-def disturb(objective: UVC, seed: int) -> UVC:
+def disturb(objective: Minimax, seed: int) -> Minimax:
     """Counts and gates somewhere in the middle of a search."""
     generator = torch.Generator().manual_seed(seed)
     heads = torch.tensor([p.num_heads for p in objective.prices])
     dims = torch.tensor([p.head_dim for p in objective.prices]).repeat_interleave(heads)
     hidden = torch.tensor([p.hidden for p in objective.prices])
-    for counts, size in ((objective.heads, heads), (objective.channels, dims), (objective.hidden, hidden)):
+    for counts, size in (
+        (objective.removed_heads, heads),
+        (objective.removed_channels, dims),
+        (objective.removed_hidden, hidden),
+    ):
         counts.copy_(torch.rand(len(counts), generator=generator).double() * (size - 1))
     with torch.no_grad():
         objective.gates.add_(torch.randn(objective.gates.shape, generator=generator) * 2)
@@ -84,10 +90,10 @@ def test_0_2_3_whatever_a_search_selects_is_in_the_band_and_cut_exactly(
     objective = disturb(search_of(supernet, skip, budget=budget), data.draw(st.integers(0, 99)))
     picks, selection = objective.selection()
     subnet = objective.current_subnet()
-    assert selection is not None and selection.flops == supernet.flops(subnet) <= budget * supernet.flops()
+    assert selection is not None and selection.cost == supernet.flops(subnet) <= budget * supernet.flops()
     assert selection.in_band
     removed = objective.plan().removed()
-    assert sum(removed.values()) + selection.flops == supernet.flops()
+    assert sum(removed.values()) + selection.cost == supernet.flops()
     x = images(supernet.backbone)
     logits = supernet.small(x, subnet)
     compact = cut(supernet.backbone, subnet).eval()
@@ -115,10 +121,10 @@ def test_a_gate_of_one_is_the_backbone_and_of_zero_the_skipped_network(family: s
         subnet = network_slice(supernet.shapes, blocks, full_stage_width=True)
         assert torch.allclose(mixed, supernet.small(x, subnet), rtol=1e-10, atol=1e-10)
         objective.multiplier.zero_()
-        assert float(objective.drawn_flops([{"keep": row} for row in keep])) == supernet.flops(subnet)
+        assert float(objective.drawn_cost([{"keep": row} for row in keep])) == supernet.flops(subnet)
 
 
-def step_of(objective: UVC, number: int) -> dict[str, torch.Tensor]:
+def step_of(objective: Minimax, number: int) -> dict[str, torch.Tensor]:
     x = images(objective.supernet.backbone, batch=4)
     step = Step(number / 20, number, 20)
     terms = objective(x, torch.arange(4) % 5, step)
@@ -137,13 +143,13 @@ def test_warm_up_holds_everything_and_gates_stand_at_one_half() -> None:
     assert all(torch.equal(v, before[k]) for k, v in objective.state_dict().items())
     assert "penalty" in step_of(objective, 4)
     assert objective.gates.grad is not None and objective.gates.grad.abs().min() > 0
-    assert objective.multiplier > 1e-3 and (objective.hidden > 0).all() and (objective.heads > 0).all()
+    assert objective.multiplier > 1e-3 and (objective.removed_hidden > 0).all() and (objective.removed_heads > 0).all()
     assert objective.gates.detach()[0, 0].tolist() == list(GATE_START)
 
 
 def test_the_smallest_groups_shrink_and_no_others() -> None:
     objective = search_of(small_supernet("vit"))
-    objective.hidden.fill_(5.0)
+    objective.removed_hidden.fill_(5.0)
     objective.dual_hidden.fill_(1.0)
     fc2 = objective.supernet.backbone.blocks[1].mlp.fc2.weight  # type: ignore[union-attr, index]
     before = fc2.detach().clone()
@@ -159,7 +165,11 @@ def test_without_pruning_counts_stand_still() -> None:
     objective = search_of(small_supernet("swin"), prune=False)
     for number in range(4, 9):
         step_of(objective, number)
-    assert not objective.heads.any() and not objective.hidden.any() and not objective.channels.any()
+    assert (
+        not objective.removed_heads.any()
+        and not objective.removed_hidden.any()
+        and not objective.removed_channels.any()
+    )
     assert objective.found()["removed"].keys() == {"skipped", "heads", "channels", "neurons"}
     assert objective.found()["removed"]["neurons"] == 0
 
@@ -210,8 +220,8 @@ def test_options_that_make_no_uvc_search_are_refused() -> None:
         (dict(distill="none", teacher="vit_tiny_patch16_224"), "--distill none has none"),
         (dict(space="vit-dan-nano", skip="halves"), "--skip halves goes with method uvc"),
         (dict(space="vit-dan-nano", prune=False), "--no-prune goes with method uvc"),
-        (dict(space="vit-dan-nano", distill="soft"), "--distill goes with method uvc"),
-        (dict(space="vit-dan-nano", teacher="x"), "--teacher goes with method uvc"),
+        (dict(space="vit-dan-nano", distill="soft"), "--distill soft goes with method uvc"),
+        (dict(space="vit-dan-nano", teacher="x"), "--teacher x goes with method uvc"),
     ):
         with pytest.raises(UserError, match=says):
             resolve(SearchConfig(**{"space": "vit-uvc-nano"} | flags))

@@ -10,14 +10,14 @@ import torch
 from timm.data import create_dataset, create_transform, resolve_data_config
 
 from nas.networks.compact_file import load_compact
-from nas.runs.opened import open_folder, test_images
+from nas.runs.opened import open_folder
+from nas.stages.reported import reported_images
 from nas.validate import main, parser, run_validate
 from search_spaces.errors import UserError
 from supernets.supernet import Supernet
 from tests.nas.finished import finished_run
 from tests.photographs import PRETRAINED, TINY_IMAGENET, class_folders
 
-test_images.__test__ = False  # type: ignore[attr-defined]  # not a test
 CPU = torch.device("cpu")
 
 
@@ -41,8 +41,10 @@ def test_all_three_networks_of_a_run(run: Path, monkeypatch: pytest.MonkeyPatch)
     assert rows["large"]["params"] > rows["compact"]["params"] and rows["compact"]["images_per_s_1"] == 7.0
     network, right, seen = load_compact(run), 0, 0
     opened = open_folder(run, CPU)
+    large, small = opened.supernet.flops() / 1e9, opened.supernet.flops(opened.subnet) / 1e9
+    assert [row["gflops"] for row in rows.values()] == [large, small, small]
     with torch.no_grad():
-        batches, reported = test_images(opened, CPU, {})
+        batches, reported = reported_images(opened, CPU, {})
         for images, labels in batches:
             right += int((network(images).argmax(1) == labels).sum())
             seen += len(labels)

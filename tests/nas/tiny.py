@@ -10,10 +10,14 @@ from PIL import Image
 from nas.config import RetrainConfig
 from nas.data.datasets import Splits
 from nas.data.images import Images, Source
-from nas.data.loaders import Loaders, make_loaders
+from nas.data.loaders import Batching, Loaders, make_loaders
+from nas.networks.backbone import Start, TimmModel
 from nas.objectives.adjoined import Adjoined
 from nas.training.loop import Training
 from nas.training.make import make_training
+from nas.training.objective import Objective
+from nas.training.prepared import Prepared
+from search_spaces.registry import get_space
 from search_spaces.slices import NetworkSlice, network_slice, prefix_slice
 from supernets.supernet import Supernet
 
@@ -48,12 +52,23 @@ def config(folder: Any, **options: Any) -> RetrainConfig:
 def loaders(options: RetrainConfig, net: Supernet, n: int = 32) -> Loaders:
     names = tuple(f"class{i}" for i in range(4))
     splits = Splits(noise(n), noise(8, seed=1), noise(8, seed=2), 4, names, "test split")
-    return make_loaders(options, splits, net, CPU)
+    batching = Batching(options.batch_size or 64, options.seed, options.smoothing or 0.0)
+    return make_loaders(options, batching, splits, net, CPU)
 
 
-def training(options: RetrainConfig, objective: Adjoined | None = None) -> Training:
+def prepared(options: RetrainConfig, net: Supernet, **known: Any) -> Prepared:
+    """A run before it trains: untrained weights, a new classifier, unless known otherwise."""
+    assert options.output is not None
+    splits = Splits(None, None, None, 4, None, "test split")  # type: ignore[arg-type]
+    own: dict[str, Any] = dict(start=Start(), fresh_classifier=True, splits=splits)
+    own["loaders"] = known.pop("loaders", None) or loaders(options, net)
+    space, model = get_space("vit-an-nano"), TimmModel(*VIT)
+    return Prepared(space=space, model=model, device=CPU, folder=options.output, supernet=net, **own | known)
+
+
+def training(options: RetrainConfig, objective: Objective | None = None) -> Training:
     if objective is None:
         net = supernet()
         objective = Adjoined(net, half(net))
     options.output.mkdir(parents=True, exist_ok=True)
-    return make_training(options, objective, loaders(options, objective.supernet), CPU)
+    return make_training(options, objective, prepared(options, objective.supernet))

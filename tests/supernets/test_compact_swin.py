@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from timm.models.swin_transformer import SwinTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from supernets.compact import cut
 from supernets.compact_swin import CompactWindowAttention
@@ -69,6 +69,62 @@ def test_the_cached_bias_follows_the_table() -> None:
         with torch.no_grad():
             p.add_(0.05)
     check()
-    compact, x = compact.float(), x.float()
+
+
+def fresh(compact: Any, x: Tensor) -> Tensor:
+    """The logits of a copy, which has nothing cached."""
+    copied = copy.deepcopy(compact)
+    assert all(m._bias is None for m in copied.modules() if isinstance(m, CompactWindowAttention))
     with torch.no_grad():
-        assert compact(x).dtype == torch.float32
+        return copied(x)
+
+
+@pytest.mark.parametrize("first", ["float32", "bfloat16"])
+def test_the_cached_bias_follows_the_precision(first: str) -> None:
+    supernet = Supernet(swin(36).float())
+    compact: Any = cut(supernet.backbone, supernet.identity()).eval()
+    x = torch.randn(2, 3, 36, 36)
+    second = {"float32": "bfloat16", "bfloat16": "float32"}[first]
+    with torch.no_grad():
+        for name in (first, second, first):
+            with torch.autocast("cpu", torch.bfloat16, enabled=name == "bfloat16"):
+                assert torch.equal(compact(x), fresh(compact, x))
+                for m in compact.modules():
+                    if isinstance(m, CompactWindowAttention):
+                        assert m._cached_bias(getattr(torch, name)).dtype == getattr(torch, name)
+        for name in (first, second, first):
+            compact, x = compact.to(getattr(torch, name)), x.to(getattr(torch, name))
+            assert compact(x).dtype == getattr(torch, name) and torch.equal(compact(x), fresh(compact, x))
+
+
+def test_the_cached_bias_is_not_taken_for_that_of_a_table_at_the_same_address() -> None:
+    supernet = Supernet(swin(36).float())
+    compact: Any = cut(supernet.backbone, supernet.identity()).eval()
+    x = torch.randn(2, 3, 36, 36)
+    for _ in range(20):
+        with torch.no_grad():
+            compact(x)
+        compact = compact.bfloat16().float()  # the first table's memory is free when the third is made
+        for p in compact.parameters():
+            p.data = p.data + 0.01
+        with torch.no_grad():
+            assert torch.equal(compact(x), fresh(compact, x))
+
+
+def test_a_copy_and_a_network_made_in_inference_mode_cache_for_themselves() -> None:
+    supernet = Supernet(swin(36).float())
+    compact: Any = cut(supernet.backbone, supernet.identity()).eval()
+    x = torch.randn(2, 3, 36, 36)
+    with torch.no_grad():
+        for updates in range(6):
+            for p in compact.parameters():
+                p.add_(0.01)
+            compact(x)
+            copied = copy.deepcopy(compact)
+            for _ in range(updates):
+                for p in copied.parameters():
+                    p.add_(0.01)
+            assert torch.equal(copied(x), fresh(copied, x))
+    with torch.inference_mode():
+        made = cut(supernet.backbone, supernet.identity()).eval()
+        assert torch.equal(made(x), made(x))

@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from search_spaces.errors import UserError
@@ -79,6 +80,23 @@ def test_taylor_scores_are_weight_times_gradient_and_leave_no_gradients() -> Non
     expected = expected + (fc2.weight * fc2.weight.grad).abs().sum(0)
     assert torch.allclose(scores["blocks.0.hidden"].float(), 2 * expected, rtol=1e-4)
     assert torch.allclose(taylor_scores(supernet)["blocks.0.hidden"].float(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_taylor_pass_runs_in_eval_mode_and_restores_the_mode(training: bool) -> None:
+    torch.manual_seed(0)
+    drops = dict(drop_path_rate=0.5, proj_drop_rate=0.5, drop_rate=0.5)
+    backbone = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3, **drops
+    )  # in training every pass would be another
+    supernet = Supernet(backbone).eval()
+    x, y = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    nn.functional.cross_entropy(supernet.large(x), y).backward()
+    expected = taylor_scores(supernet)
+    supernet.train(training)
+    scores = taylor_pass(supernet, [(x, y)], nn.functional.cross_entropy)
+    assert all(torch.equal(scores[name], expected[name]) for name in expected)
+    assert all(module.training == training for module in supernet.modules())
 
 
 def test_orders_of_another_network_are_refused() -> None:

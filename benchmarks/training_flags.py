@@ -1,6 +1,6 @@
 """What bf16 autocast, channels-last and torch.compile buy in a step of each stage, measured in turn in one run.
 
-    python benchmarks/stage_options.py --nets vit swin --batch-size 4
+    python benchmarks/training_flags.py --nets vit swin --batch-size 4
 
 Per network: the seconds of a search step (DAN) and of a retrain step under each option, median over rounds, and how
 many times as fast as float32 in eager mode that is. Compiling happens in the warm-up and is reported beside it.

@@ -7,7 +7,7 @@ import torch
 from timm.layers import RmsNorm
 from torch import nn
 
-from supernets.elastic import norm
+from supernets.layers import norm
 
 GATE = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
 

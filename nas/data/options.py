@@ -1,0 +1,92 @@
+"""The options of the data set, and of how its images are prepared."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nas.machine.ranges import at_least_one, interval, not_negative, positive, probability, share
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images, and how they become batches."""
+
+    dataset: str | None = None
+    """digits, imagenet, imagenet100, cifar10, cifar100, folder, or a scheme of timm's factory (hfds/…, wds/…)"""
+    data_dir: Path | None = None
+    """where the dataset lies"""
+    train_split: str = "train"
+    """the training split's name"""
+    val_split: str = "validation"
+    """the split that results are reported on (timm's name for it), once and at the end; it decides nothing"""
+    num_classes: int | None = None
+    """only where the dataset does not record it"""
+    val_fraction: float = 0.1
+    """share of the training images held out of training; every decision is taken on it, none on --val-split"""
+    class_map: str = ""
+    """timm's class map file"""
+    download: bool = False
+    """let torchvision or Hugging Face fetch the dataset"""
+    workers: int | None = None
+    """data loading processes; none for the embedded dataset, 4 otherwise"""
+    aa: str | None = None
+    """RandAugment or AutoAugment policy, e.g. rand-m9-mstd0.5-inc1; none to switch off"""
+    no_aug: bool = False
+    """resize and centre crop only"""
+    hflip: float | None = None
+    """probability of a horizontal flip"""
+    vflip: float = 0.0
+    """probability of a vertical flip"""
+    color_jitter: float | None = None
+    """strength of colour jitter; --aa replaces it"""
+    scale: tuple[float, float] | None = None
+    """share of the image that random resized crop takes"""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """aspect of the random resized crop"""
+    train_interpolation: str = "random"
+    """of training; random draws between bilinear and bicubic"""
+    interpolation: str | None = None
+    """of evaluation; like crop, mean and std, the model's own unless given"""
+    crop_pct: float | None = None
+    """centre crop of evaluation; 1 up to 64 px"""
+    mean: tuple[float, ...] | None = None
+    """of the normalisation; the model's own unless given"""
+    std: tuple[float, ...] | None = None
+    """of the normalisation; the model's own unless given"""
+    reprob: float | None = None
+    """probability of random erasing"""
+    remode: str | None = None
+    """what random erasing fills in: pixel, const or rand"""
+    recount: int = 1
+    """random erasing: patches per image"""
+    aug_repeats: int = 0
+    """repeated augmentation: versions of an image in a batch"""
+    mixup: float | None = None
+    """alpha of mixup; 0 switches it off"""
+    cutmix: float | None = None
+    """alpha of CutMix; 0 switches it off"""
+    cutmix_minmax: tuple[float, float] | None = None
+    """bounds of the side that CutMix takes, instead of --cutmix's draw"""
+    mixup_prob: float = 1.0
+    """of mixup or cutmix, per batch, pair or element"""
+    mixup_switch_prob: float = 0.5
+    """of cutmix where both are on"""
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    """one draw for the batch, for pairs, or for each image"""
+
+    def dataset_name(self) -> str:
+        """The embedded digits unless something else is asked for."""
+        return self.dataset or ("digits" if self.data_dir is None else "folder")
+
+    def mixes(self) -> bool:
+        """Whether the images of a batch are mixed in pairs."""
+        return bool(self.mixup or self.cutmix or self.cutmix_minmax)
+
+    def check_data(self) -> None:
+        """Refuse values that no run can use."""
+        at_least_one(self, "recount", "num_classes")
+        not_negative(self, "aug_repeats", "mixup", "cutmix")
+        share(self, "val_fraction", "reprob")
+        probability(self, "hflip", "vflip", "mixup_prob", "mixup_switch_prob")
+        positive(self, "crop_pct")
+        interval(self, "ratio", "scale", "cutmix_minmax")

@@ -1,0 +1,145 @@
+"""What `import nas` gives (docs/library.md): both stages, and the way from a timm network to a compact one by hand.
+
+Importing this registers T2T-ViT with timm (supernets/families.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from torch import nn
+
+from nas.config import Common, RetrainConfig, SearchConfig
+from nas.networks.architecture import architecture_of, slices_of
+from nas.networks.backbone import TimmModel
+from nas.networks.compact_file import load_compact, save_compact
+from nas.networks.opening import meta_supernet
+from nas.stages.retrain import run_retrain
+from nas.stages.search import run_search
+from search_spaces.architecture import Architecture
+from search_spaces.errors import UserError
+from search_spaces.method import Picks
+from search_spaces.registry import DEFAULT_SPACE, get_space
+from search_spaces.slices import NetworkSlice
+from supernets import compact
+from supernets.supernet import Supernet
+
+__all__ = ["Architecture", "Supernet", "cut", "load", "pick", "retrain", "save", "search"]
+
+C = TypeVar("C", bound=Common)
+COMMAND_LINE = ("list_spaces", "processes")  # fields that are no options of a run
+
+
+def search(space: str = DEFAULT_SPACE, **options: Any) -> Path:
+    """Stage 1: search a space and return the run's folder, which holds arch.json.
+
+    options: those of search.py, by the fields of SearchConfig. Raises TypeError for a name that is none of them and
+    UserError for a value that no run can use.
+    """
+    return run_search(config_of(SearchConfig, "search", {"space": space} | options))
+
+
+def retrain(arch: str | Path | None = None, **options: Any) -> Path:
+    """Stage 2: train an architecture with its backbone, cut it out, and return the run's folder.
+
+    arch: the folder of a search, or an arch.json; without one, space="<backbone>-an" and alpha. options: those of
+    retrain.py, by the fields of RetrainConfig; errors as in `search`.
+    """
+    return run_retrain(config_of(RetrainConfig, "retrain", {"arch": arch} | options))
+
+
+def load(folder: str | Path, **options: Any) -> nn.Module:
+    """The compact network of a folder, in eval mode; options and errors are those of load_compact."""
+    return load_compact(Path(folder), **options)
+
+
+def pick(
+    supernet: Supernet,
+    space: str,
+    picks: Sequence[Picks],
+    *,
+    width: str = "stream",
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Architecture:
+    """The architecture of one candidate per choice and block, without a search; its .flops are MACs.
+
+    picks: {"alpha": 2} per block, in order, as the space's method chooses. model_kwargs: what timm.create_model was
+    given besides the name. Raises UserError when the picks do not fit, or these do not make the backbone again.
+    """
+    backbone: Any = supernet.backbone
+    model, kwargs = getattr(backbone, "pretrained_cfg", {}).get("architecture"), dict(model_kwargs or {})
+    if model is None:
+        raise UserError("the backbone has no name in timm, by which arch.json could say it; use timm.create_model")
+    again = meta_supernet(TimmModel(model, kwargs), backbone.num_classes, get_space(space))
+    if sizes_of(again) != sizes_of(supernet):
+        raise UserError(
+            f"{model} with {kwargs or 'its defaults'} is not the supernet's backbone;"
+            " give in model_kwargs what timm.create_model was given"
+        )
+    return architecture_of(supernet, space, model, kwargs, picks, width)
+
+
+def cut(network: nn.Module, subnet: Architecture | NetworkSlice) -> nn.Module:
+    """The compact network of an architecture: its own copies of the weights, in the order in which they stand.
+
+    network: a supernet or its backbone, which stays as it is.
+    """
+    supernet = network if isinstance(network, Supernet) else Supernet(network)
+    if isinstance(subnet, Architecture):
+        subnet = slices_of(subnet, supernet.shapes)
+    return compact.cut(supernet.backbone, subnet)
+
+
+def save(network: nn.Module, folder: str | Path, arch: Architecture) -> None:
+    """Write a compact network as `load` and timm open it: compact.safetensors, arch.json and config.json."""
+    save_compact(network, Path(folder), arch)
+
+
+def sizes_of(supernet: Supernet) -> tuple[Any, ...]:
+    """By which two backbones are told apart: the input, the blocks, and the shape of every tensor."""
+    tensors = {name: t.shape for name, t in supernet.backbone.state_dict().items()}
+    return supernet.adapter.input_size, supernet.shapes, tensors
+
+
+def config_of(kind: type[C], call: str, options: Mapping[str, Any]) -> C:
+    """The options of a stage, as its command line would read them.
+
+    Paths may be text, tuples may be lists, and arguments of a timm model a mapping.
+    """
+    known: dict[str, Any] = {f.name: f.type for f in fields(kind) if f.name not in COMMAND_LINE}
+    values = {}
+    for name, value in options.items():
+        if name not in known:
+            near = " or ".join(get_close_matches(name, known)) or "one of docs/options.md"
+            raise TypeError(f"nas.{call}() has no option {name!r}; expected {near}")
+        if isinstance(value, Mapping):
+            value = tuple(f"{key}={argument!r}" for key, argument in value.items())
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(value, str) and fits(Path(value), known[name]):
+            value = Path(value)
+        if not fits(value, known[name]):
+            words = str(known[name]) if get_args(known[name]) else known[name].__name__
+            raise UserError(f"nas.{call}(): {name} is {value!r}; expected {words} (docs/options.md)")
+        values[name] = value
+    return kind(**values)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an option's type."""
+    origin, kinds = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(fits(value, k) for k in kinds)
+    if origin is Annotated:
+        return fits(value, kinds[0])
+    if origin is Literal:
+        return value in kinds
+    if origin is tuple and isinstance(value, tuple):
+        each = kinds[:1] * len(value) if kinds[-1] is ... else kinds
+        return len(value) == len(each) and all(map(fits, value, each))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else origin or kind)

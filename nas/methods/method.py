@@ -1,0 +1,62 @@
+"""What a method adds to the two stages; as it stands here, what one adds that has no file of its own."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from nas.objectives.table import Make
+from nas.searchers.gradient import Gradient
+from nas.searchers.options import SearchOptions
+from nas.searchers.searcher import Question
+from nas.searchers.supernet_search import Search
+from nas.training.optim import updates_per_epoch
+from nas.training.prepared import Prepared
+from search_spaces.method import FRACTIONS, Settings
+from search_spaces.registry import Space
+
+GAMMA = 1e-12  # equation (3.7), on raw MACs
+
+
+class MethodTraining:
+    """How the spaces of a method are searched and retrained.
+
+    searchers: those that it allows, its own first. options: records of options that its search reads and others' may
+    not; recorded: options that its arch.json keeps beside everybody's. kernel_term: whether both stages have one.
+    objectives: its own, where a way to train in stage 2 is another one for it.
+    """
+
+    searchers: ClassVar[tuple[str, ...]] = ("gradient",)
+    options: ClassVar[tuple[type, ...]] = ()
+    recorded: ClassVar[tuple[str, ...]] = ()
+    objectives: ClassVar[Mapping[str, Make]] = {}
+
+    def check(self, options: SearchOptions, space: Space) -> None:
+        """Refuse option values that a search of this method cannot use."""
+
+    def settings(self, options: SearchOptions, space: Space) -> Settings:
+        """What is offered to every block."""
+        alphas = space.alphas if options.alphas is None else tuple(options.alphas)
+        return Settings(options.width, alphas, options.fractions or FRACTIONS)
+
+    def resolved(self, options: SearchOptions, prepared: Prepared) -> Mapping[str, Any]:
+        """Options whose default depends on the weights that the search starts from. {option: value}"""
+        return {}
+
+    def objective(self, options: SearchOptions, question: Question, prepared: Prepared) -> Search:
+        """What the search minimises."""
+        return Gradient(prepared.supernet, question.priced, **search_arguments(options, question, prepared))
+
+    def remarks(self, found: Mapping[str, Any]) -> str:
+        """What is worth saying of a result, after its share of the FLOPs; empty for nothing."""
+        return ""
+
+
+def search_arguments(options: SearchOptions, question: Question, prepared: Prepared) -> dict[str, Any]:
+    """The arguments of Search that the options decide."""
+    return {
+        "budget": question.budget,
+        "gamma": GAMMA if options.gamma is None else options.gamma,
+        "seed": options.seed,
+        "total_steps": options.total_epochs() * updates_per_epoch(options, prepared.loaders.train),
+        "smoothing": options.smoothing or 0.0,
+        "detach_teacher": options.detach_teacher,
+    }

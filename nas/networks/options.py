@@ -1,0 +1,28 @@
+"""The options of the backbone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nas.machine.ranges import share
+from nas.networks.key_values import KeyValues, parse_key_values
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Which backbone, and where its weights start."""
+
+    model: str | None = None
+    """any timm name of the space's family"""
+    model_kwargs: KeyValues = ()
+    """constructor arguments of the timm model, e.g. img_size=384 depths=2,2,6,2"""
+    pretrained: bool | None = None
+    """start from timm's pretrained weights"""
+    checkpoint: Path | None = None
+    """start from these weights (safetensors, or a torch file)"""
+    drop_path: float | None = None
+    """stochastic depth of the backbone"""
+
+    def check_network(self) -> None:
+        """Refuse values that no run can use."""
+        share(self, "drop_path")
+        parse_key_values(self.model_kwargs)

@@ -1,0 +1,91 @@
+"""The options of what is minimised."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nas.machine.ranges import share
+from nas.networks.key_values import KeyValues
+from search_spaces.errors import UserError
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """What every objective takes."""
+
+    smoothing: float | None = None
+    """label smoothing"""
+    detach_teacher: bool = False
+    """stop the gradient of the KL term into the large network"""
+
+    def check_objective(self) -> None:
+        """Refuse values that no run can use."""
+        share(self, "smoothing")
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """A network to learn from."""
+
+    teacher: str | None = None
+    """any timm model with the dataset's classes (--train distill; a search under a teacher); by default the original
+    network"""
+    teacher_kwargs: KeyValues = ()
+    """constructor arguments of --teacher"""
+    teacher_checkpoint: Path | None = None
+    """weights of the teacher"""
+    distill: Literal["soft", "hard", "none"] | None = None
+    """match the teacher's distribution, or its decision; by default soft, in a search from scratch none"""
+    distill_weight: float | None = None
+    """share of the loss that is the teacher's (0.5; in a search 0.1)"""
+    distill_temperature: float = 1.0
+    """divides both networks' logits in distillation"""
+
+    def named(self) -> list[str]:
+        """The flags given that name a teacher."""
+        values = {
+            "--teacher": self.teacher,
+            "--teacher-kwargs": self.teacher_kwargs,
+            "--teacher-checkpoint": self.teacher_checkpoint,
+        }
+        return [flag for flag, value in values.items() if value]
+
+    def teacher_share(self) -> float:
+        """The share of the loss that is the teacher's."""
+        return 0.5 if self.distill_weight is None else self.distill_weight
+
+    def check_teacher(self) -> None:
+        """Refuse a teacher that nothing learns from, and weights and temperatures that make no loss."""
+        given = self.named()
+        if given and self.distill == "none":
+            raise UserError(f"{given[0]} names a teacher, --distill none has none")
+        if self.teacher_kwargs and self.teacher is None:
+            raise UserError("--teacher-kwargs are arguments of --teacher; name the model too")
+        if not 0 < self.teacher_share() <= 1:
+            raise UserError(f"--distill-weight {self.distill_weight}; expected a share above 0 and up to 1")
+        if self.distill_temperature <= 0:
+            raise UserError(f"--distill-temperature {self.distill_temperature}; expected more than 0")
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """The kernel term: the truncated nuclear norm of the small network's pooled features (section 2.3)."""
+
+    adjoined: bool = True
+    """of the spaces with a kernel term: train large and small together, or by --no-adjoined the small network alone"""
+    eta_kc: float | None = None
+    """weight of the kernel term, the truncated nuclear norm of the small network's pooled features"""
+    rho: float | None = None
+    """share of the features' spectrum that the kernel term leaves free"""
+
+    def check_kernel(self) -> None:
+        """Refuse values that no run can use."""
+        if self.eta_kc is not None and self.eta_kc < 0:
+            raise UserError(f"--eta-kc {self.eta_kc}; expected 0 or more")
+        if self.rho is not None and not 0 <= self.rho <= 1:
+            raise UserError(f"--rho {self.rho}; expected a share of the spectrum, from 0 to 1")
+
+
+@dataclass(frozen=True)
+class LossOptions(KernelOptions, TeacherOptions, ObjectiveOptions):
+    """All that an objective reads."""

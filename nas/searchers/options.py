@@ -1,0 +1,75 @@
+"""The options of what may be chosen, and of how an architecture is found."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nas.objectives.options import LossOptions
+from nas.prices.options import PriceOptions
+from nas.training.options import LoopOptions
+from search_spaces.registry import DEFAULT_SPACE
+
+
+@dataclass(frozen=True)
+class SpaceOptions:
+    """Which space, and which candidates it offers."""
+
+    space: str = DEFAULT_SPACE
+    """<backbone>-<method>[-nano]; --list-spaces shows all"""
+    list_spaces: bool = False
+    """print every space and stop"""
+    width: Literal["stream", "inner"] = "stream"
+    """what a compression factor narrows (docs/method.md)"""
+    alphas: tuple[int, ...] | None = None
+    """candidate compression factors"""
+    fractions: tuple[float, ...] | None = None
+    """candidate shares of the channels that an MLP reads and writes (1, 3/4, 1/2, 1/4)"""
+    alpha: int | None = None
+    """one compression factor for every block, where the space searches none"""
+
+
+@dataclass(frozen=True)
+class SearcherOptions:
+    """What every search takes."""
+
+    searcher: str | None = None
+    """how the architecture is found; by default as the space's method does it (docs/method.md)"""
+    arch_lr: float | None = None
+    """Adam's rate for the architecture logits, times lambda(t) where factors are chosen (docs/method.md); of a minimax
+    search that of its gates' SGD, as of the published run's length"""
+    arch_data: Literal["train", "val"] = "train"
+    """train the logits on the weights' own batches, or alternate with the held-out part"""
+
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    """A search for how many channels to keep."""
+
+    selection: Literal["topk", "bernoulli"] = "topk"
+    """of channels: choose a count and keep those of highest score, or let every channel be drawn by itself"""
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """A search for which channels to keep, by their scores."""
+
+    flops_weight: float | None = None
+    """weight w of E[F]/F_full under --no-adjoined (0.2)"""
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """A minimax search: what may be removed, and what its gates skip."""
+
+    prune: bool = True
+    """of a minimax search: remove heads, channels and neurons; by --no-prune nothing but what --skip skips"""
+    skip: Literal["block", "attention", "mlp", "halves", "none"] = "block"
+    """what a gate of a minimax search skips: a block, its attention, its MLP, each half by a gate of its own, or
+    nothing"""
+
+
+# A dataclass lists the fields of its last base first.
+@dataclass(frozen=True)
+class SearchOptions(
+    SearcherOptions, PriceOptions, GateOptions, ScoreOptions, SelectionOptions, SpaceOptions, LossOptions, LoopOptions
+):
+    """All that a search reads."""

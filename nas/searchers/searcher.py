@@ -1,0 +1,71 @@
+"""How an architecture is found: what a searcher is asked, and what it answers (section 2.12)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from nas.prices.costs import PricedSpace
+from nas.prices.selection import check_budget
+from nas.searchers.options import SearchOptions
+from nas.searchers.supernet_search import Search
+from nas.training.loop import OnEpoch
+from nas.training.prepared import Prepared
+from search_spaces.method import Picks
+from search_spaces.space import require_search
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which architecture of a priced space? budget: a fraction of the backbone's price; None: there is none."""
+
+    priced: PricedSpace
+    budget: float | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One architecture.
+
+    kept: per block the indices of choices that are no prefix, by their name in arch.json. in_band: whether it uses the
+    budget up. orders: the importance order that it stands in. found: what else the search says about it, for
+    arch.json; finalists: those that were measured, likeliest first.
+    """
+
+    picks: Sequence[Picks]
+    kept: Sequence[Mapping[str, list[int]]]
+    in_band: bool = True
+    orders: Mapping[str, list[int]] = field(default_factory=dict)
+    found: Mapping[str, Any] = field(default_factory=dict)
+    finalists: Sequence[Mapping[str, Any]] = ()
+
+
+class Searcher(ABC):
+    """One way to answer. Either prices alone give the answer (`pick`), or a prepared run does (`search`)."""
+
+    name: ClassVar[str]
+
+    def check(self, options: SearchOptions, question: Question) -> None:
+        """Refuse what cannot be answered, before weights are loaded."""
+        require_search(question.priced.space)
+        if question.budget is not None:
+            check_budget(question.priced.uniform(), question.priced.full, question.budget, question.priced.price)
+
+    def pick(self, options: SearchOptions, question: Question) -> Answer | None:
+        """The answer where it needs no weights; otherwise None."""
+        return None
+
+    @abstractmethod
+    def search(self, run: "Run") -> Answer:
+        """The answer from a run whose weights are loaded."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a searcher works with. objective: the method's, made when it is asked for."""
+
+    options: SearchOptions
+    question: Question
+    prepared: Prepared
+    objective: Callable[[], Search]
+    on_epoch: OnEpoch | None = None

@@ -1,0 +1,36 @@
+"""Searches that train: the objective's parameters with the supernet's weights, then the last choice among finalists."""
+
+from nas.machine.devices import autocast
+from nas.searchers.decide import decide
+from nas.searchers.searcher import Answer, Run, Searcher
+from nas.training.loop import fit, settle
+from nas.training.make import make_training
+from nas.training.order import order_by_importance
+
+
+class Trained(Searcher):
+    """By the one training loop; what is minimised is the method's objective."""
+
+    name = "gradient"
+
+    def search(self, run: Run) -> Answer:
+        options, prepared = run.options, run.prepared
+        objective = run.objective()
+        orders = order_by_importance(options, prepared)
+        training = make_training(options, objective, prepared, options.arch_lr or 1e-3)
+        fit(training, options.resume, "search", run.on_epoch)
+        settle(training, best=False)
+        prepared.supernet.eval()
+        print("choosing the architecture ...")  # up to a minute or two of integer programs for a Swin-B
+        finalists = [objective.selection()] if prepared.loaders.val is None else objective.finalists()
+        subnets = [objective.subnet_of(picks) for picks, _ in finalists]
+        taken, measured = decide(subnets, prepared, lambda: autocast(options, prepared.device))
+        picks, selection = finalists[taken]
+        return Answer(
+            picks=picks,
+            kept=objective.kept_indices(picks),
+            in_band=selection is None or selection.in_band,
+            orders=orders,
+            found=objective.found(),
+            finalists=measured,
+        )

@@ -1,0 +1,54 @@
+"""What both stages do first: weights loaded, the folder opened, the images batched."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nas.config import C
+from nas.data.datasets import Splits
+from nas.data.loaders import Batching, data_line, make_loaders
+from nas.networks.backbone import Start, TimmModel
+from nas.networks.opening import started_supernet
+from nas.runs.folder import open_run
+from nas.training.prepared import Prepared
+from search_spaces.registry import Space
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a stage knows before any weight is loaded. stage: its word in a folder's name."""
+
+    stage: str
+    space: Space
+    model: TimmModel
+    splits: Splits
+    start: Start
+    device: torch.device
+
+
+def prepare(
+    config: C, beginning: Beginning, lines: tuple[str, ...] = (), seen_by: str | None = None, held_out: bool = False
+) -> tuple[C, Prepared]:
+    """The run before it trains, and its options with the folder set.
+
+    lines: what is to be said once the folder is open. seen_by: the weights that may have been trained on the held-out
+    images, in words. held_out: whether to draw training batches from those, too.
+    """
+    b = beginning
+    splits = b.splits
+    supernet, words, fresh = started_supernet(
+        b.model, splits.num_classes, b.start, b.space, splits.class_names, config.drop_path
+    )
+    # Only now: weights that cannot be had leave no folder behind.
+    config = open_run(config, f"{b.stage}-{b.space.name}-{config.dataset}")
+    assert config.output is not None
+    for line in (*lines, *words):
+        print(line)
+    supernet = supernet.to(b.device)
+    batching = Batching(config.batch_size or 64, config.seed, config.smoothing or 0.0, held_out)
+    loaders = make_loaders(config, batching, splits, supernet, b.device, seen_by)
+    print(data_line(config, splits, loaders))
+    prepared = Prepared(
+        b.space, b.model, splits, b.device, config.output, supernet, b.start, fresh_classifier=fresh, loaders=loaders
+    )
+    return config, prepared

@@ -1,0 +1,82 @@
+"""The options of the training loop."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nas.machine.options import MachineOptions
+from nas.machine.ranges import at_least_one, not_negative, positive
+from nas.runs.options import RunOptions
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How weights are trained."""
+
+    importance: Literal["none", "magnitude", "taylor"] | None = None
+    """order heads, neurons and channels before anything is cut; by default taylor for trained weights, magnitude
+    when their classifier is fresh, none from scratch"""
+    epochs: int | None = None
+    """passes over the training set"""
+    batch_size: int | None = None
+    """images per step and process"""
+    grad_accum_steps: int = 1
+    """batches per optimiser step; t counts optimiser steps"""
+    opt: str | None = None
+    """optimiser, by timm's name"""
+    opt_eps: float | None = None
+    """of the optimiser; its own unless given"""
+    opt_betas: tuple[float, ...] | None = None
+    """of the optimiser; its own unless given"""
+    lr: float | None = None
+    """peak learning rate of the weights"""
+    weight_decay: float | None = None
+    """weight decay; none on norms, biases and what timm's model exempts"""
+    momentum: float = 0.9
+    """of the optimisers that have one (sgd, momentum)"""
+    layer_decay: float | None = None
+    """learning rate of a layer as a fraction of the next one's"""
+    sched: str | None = None
+    """learning-rate schedule, by timm's name; none: constant, after the warm-up if there is one"""
+    warmup_epochs: int | None = None
+    """epochs of linear warm-up before the schedule begins; a constant rate (--sched none) has none. In a minimax
+    search gates, counts and multipliers stand still for as long"""
+    warmup_lr: float | None = None
+    """rate at which the warm-up begins"""
+    min_lr: float | None = None
+    """floor of the schedule"""
+    decay_epochs: float | None = None
+    """step schedule: epochs between decays"""
+    decay_rate: float = 0.1
+    """step schedule: factor of a decay; poly: its power"""
+    cooldown_epochs: int = 0
+    """epochs at the schedule's last rate, after --epochs"""
+    clip_grad: float | None = None
+    """clip the gradient of the weights"""
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    """what --clip-grad bounds: the norm, each value, or adaptively"""
+    model_ema: bool | None = None
+    """keep an exponential moving average of the weights; evaluate it and give it as the result"""
+    model_ema_decay: float | None = None
+    """decay of the average, per step"""
+    model_ema_warmup: bool = True
+    """let the average's memory grow with the run (timm's default is off, made for long runs)"""
+    channels_last: bool = False
+    """NHWC memory format for images and convolutions"""
+    compile: bool = False
+    """torch.compile of the forward passes in training"""
+
+    def total_epochs(self) -> int:
+        """Epochs of the run: --epochs and the cool-down, as in timm."""
+        assert self.epochs is not None
+        return self.epochs + self.cooldown_epochs
+
+    def check_training(self) -> None:
+        """Refuse values that no run can use."""
+        at_least_one(self, "epochs", "batch_size", "grad_accum_steps")
+        not_negative(self, "lr", "weight_decay", "min_lr", "warmup_lr", "opt_eps", "warmup_epochs", "cooldown_epochs")
+        positive(self, "decay_epochs", "decay_rate", "layer_decay", "clip_grad")
+
+
+@dataclass(frozen=True)
+class LoopOptions(RunOptions, MachineOptions, TrainingOptions):
+    """All that the training loop reads: how, where, and into which folder."""

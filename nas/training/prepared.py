@@ -1,0 +1,30 @@
+"""What a stage has found out before it trains."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nas.data.datasets import Splits
+from nas.data.loaders import Loaders
+from nas.networks.backbone import Start, TimmModel
+from search_spaces.registry import Space
+from supernets.supernet import Supernet
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose folder is open and whose weights are loaded.
+
+    start: where the weights come from; fresh_classifier: whether the classifier was made anew for the dataset.
+    """
+
+    space: Space
+    model: TimmModel
+    splits: Splits
+    device: torch.device
+    folder: Path
+    supernet: Supernet
+    start: Start
+    fresh_classifier: bool
+    loaders: Loaders

@@ -1,0 +1,49 @@
+"""Options that were published or measured for a method or a family, and the one rule by which they combine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Options of both stages (training) or of one: {option: value}, by their names in nas/config.py."""
+
+    training: Mapping[str, Any] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
+    retrain: Mapping[str, Any] = field(default_factory=dict)
+
+
+def combined(*parts: Defaults) -> Defaults:
+    """Option by option the last part that has one: everybody's first, then the family's, then the method's."""
+    joined = Defaults()
+    for part in parts:
+        joined = Defaults(
+            dict(joined.training) | dict(part.training),
+            dict(joined.search) | dict(part.search),
+            dict(joined.retrain) | dict(part.retrain),
+        )
+    return joined
+
+
+# The backbone authors' augmentation (Swin and DeiT share it); 100 epochs of search on ImageNet-100, 50 on ImageNet.
+EVERYBODY = Defaults(
+    training=dict(
+        aa="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, remode="pixel", opt="adamw",
+        pretrained=True, sched="none", warmup_epochs=0, weight_decay=0.05, drop_path=0.1,
+    ),
+    search=dict(epochs=100, arch_lr=1e-3),
+    retrain=dict(epochs=50),
+)  # fmt: skip
+
+# From scratch on a few thousand small images, in minutes on two cores. The rate stays up during the search: nothing
+# has to settle before the retrain, which starts from there.
+EVERYBODY_NANO = Defaults(
+    training=dict(
+        pretrained=False, dataset="digits", opt="adamw", lr=2e-3, weight_decay=0.05, batch_size=64, sched="cosine",
+        warmup_epochs=2, aa=None, mixup=0.0, cutmix=0.0, smoothing=0.1, reprob=0.0, hflip=0.0, color_jitter=0.0,
+        scale=(0.8, 1.0), drop_path=0.0,
+    ),
+    search=dict(epochs=15, sched="none", lr=1e-3, arch_lr=2e-2, budget=0.5),
+    retrain=dict(epochs=30, warmup_epochs=1),
+)  # fmt: skip

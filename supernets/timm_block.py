@@ -1,0 +1,117 @@
+"""timm's transformer block, pre-norm with Attention or WindowAttention and Mlp: its axes, its halves, cut attention."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from timm.layers import RmsNorm
+from torch import Tensor, nn
+
+from search_spaces.slices import BlockShape, BlockSlice
+from supernets.adapter import Adapter, refuse
+from supernets.axes import BlockAxes, HalfAxes, Params, v_widths
+from supernets.layers import by_width, layer_scale, mlp, norm, on_channels
+
+ATTENTION = HalfAxes(
+    axes={
+        "norm1.weight": ("S",),
+        "norm1.bias": ("S",),
+        "attn.qkv.weight": ("3HD", "S"),
+        "attn.qkv.bias": ("3HD",),
+        "attn.q_norm.weight": (".",),
+        "attn.q_norm.bias": (".",),
+        "attn.k_norm.weight": (".",),
+        "attn.k_norm.bias": (".",),
+        "attn.relative_position_bias_table": (".", "H"),
+        "attn.norm.weight": ("HV",),
+        "attn.norm.bias": ("HV",),
+        "attn.proj.weight": ("S", "HV"),
+        "attn.proj.bias": ("S",),
+        "ls1.gamma": ("S",),
+    },
+    outputs=("ls1", "attn.proj"),
+    late_norms=("attn.norm",),
+)
+MLP = HalfAxes(
+    axes={
+        "norm2.weight": ("S",),
+        "norm2.bias": ("S",),
+        "mlp.fc1.weight": ("M", "R"),
+        "mlp.fc1.bias": ("M",),
+        "mlp.norm.weight": ("M",),
+        "mlp.norm.bias": ("M",),
+        "mlp.fc2.weight": ("R", "M"),
+        "mlp.fc2.bias": ("R",),
+        "ls2.gamma": ("R",),
+    },
+    outputs=("ls2", "mlp.fc2"),
+    late_norms=("mlp.norm",),
+)
+
+
+class TimmBlockAdapter(Adapter):
+    """A family of such blocks; what it says of itself is its attention."""
+
+    block_axes = BlockAxes(ATTENTION, MLP)
+
+    @abstractmethod
+    def attend(self, block: Any, params: Params, widths: Sequence[int], x: Tensor) -> Tensor:
+        """The block's attention on its normed slice, before LayerScale and the residual.
+
+        widths: channels of V in each kept head.
+        """
+
+    def attention_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
+        y_S = self.attend(block, params, v_widths(kept, shape), norm(block.norm1, params, "norm1", z_S))
+        return layer_scale(params, "ls1.gamma", y_S)
+
+    def mlp_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
+        def after_norm(h_R: Tensor) -> Tensor:
+            return layer_scale(params, "ls2.gamma", mlp(block.mlp, params, h_R))
+
+        return on_channels(after_norm, norm(block.norm2, params, "norm2", z_S), kept.mlp_stream)
+
+    def compact_attention(self, block: Any, widths: tuple[int, ...]) -> nn.Module:
+        attn = block.attn
+        attn.num_heads, attn.attn_dim, attn.dim = len(widths), sum(widths), attn.qkv.in_features
+        return attn if set(widths) == {attn.head_dim} else UnevenAttention(attn, widths)
+
+
+class UnevenAttention(nn.Module):
+    """timm's Attention whose V is narrower than its Q and K, head by head (section 2.5)."""
+
+    qkv: Any
+    q_norm: Any
+    k_norm: Any
+    attn_drop: Any
+    norm: Any
+    proj: Any
+    proj_drop: Any
+
+    def __init__(self, attn: Any, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        for name, child in attn.named_children():
+            setattr(self, name, child)
+        self.num_heads, self.head_dim, self.scale = attn.num_heads, attn.head_dim, attn.scale
+        self.v_widths = widths
+
+    def forward(self, x: Tensor) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
+            dropout_p = self.attn_drop.p if self.training else 0.0
+            return nn.functional.scaled_dot_product_attention(
+                self.q_norm(q), self.k_norm(k), v, dropout_p=dropout_p, scale=self.scale
+            )
+
+        x = self.norm(by_width(self.qkv(x), self.v_widths, self.head_dim, attend))
+        return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]
+
+
+def num_params(module: nn.Module | None, per: int) -> int:
+    """Parameters of a module divided by the size of the axis they all share."""
+    return 0 if module is None else sum(p.numel() for p in module.parameters()) // per
+
+
+def check_norm(backbone: nn.Module, module: nn.Module, where: str) -> None:
+    """Refuse norms that cannot be taken over a slice of channels."""
+    if not isinstance(module, nn.LayerNorm | RmsNorm | nn.Identity):
+        raise refuse(backbone, f"{where} of type {type(module).__name__}", "use LayerNorm or RmsNorm")
