@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.search_step import NETS, measure, objectives, steps
 from nas.config import SearchConfig
-from nas.training.optim import prepare
+from nas.training.optim import lay_out
 
 OPTIONS: dict[str, dict[str, bool]] = {
     "float32": {},
@@ -37,7 +37,7 @@ def stages(net: str, width: str, own: dict[str, bool], args: argparse.Namespace)
     kinds, _ = objectives(net, width, args.img_size)
     kinds = {stage: kinds[stage].to(device).train() for stage in ("search", "retrain")}
     supernet = kinds["search"].supernet
-    prepare(SearchConfig(channels_last=own.get("channels_last", False), compile=own.get("compile", False)), supernet)
+    lay_out(SearchConfig(channels_last=own.get("channels_last", False), compile=own.get("compile", False)), supernet)
     images = torch.randn(args.batch_size, *supernet.adapter.input_size, device=device)
     if own.get("channels_last"):
         images = images.contiguous(memory_format=torch.channels_last)

@@ -11,18 +11,15 @@ are read.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nas.cli import errors
 from nas.pictures.architecture import Row, architecture_figure
 from search_spaces.architecture import Architecture, load_architecture
 from search_spaces.errors import UserError
 from search_spaces.slices import BlockShape, BlockSlice, count, identity_slice
-
-if TYPE_CHECKING:
-    pass
 
 
 def rows_of(arch: Architecture) -> list[Row]:
@@ -119,21 +116,17 @@ def show(path: Path, output: Path | None) -> Path:
     return save(figure, output or folder / "architecture.png")[0]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 after one line on stderr."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; exit code 2 after one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m nas.describe", description="Show an architecture block by block.")
     parser.add_argument("arch", type=Path, help="arch.json, or the folder of a run")
     parser.add_argument("--output", type=Path, help="the picture, .png or .pdf (default: architecture.png beside it)")
     options = parser.parse_args(arguments)
-    try:
+    with errors(parser.prog):
         if options.output is not None and options.output.suffix not in (".png", ".pdf"):
             raise UserError(f"--output {options.output}: expected a name that ends in .png or .pdf")
         print(show(options.arch, options.output))
-    except UserError as error:
-        print(f"python -m nas.describe: error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

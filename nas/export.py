@@ -252,8 +252,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     from nas.cli import errors
 
-    options = parser().parse_args()
-    with errors("nas.export"):
+    command = parser()
+    options = command.parse_args()
+    with errors(command.prog):
         if options.push_only and not options.push_to_hub:
             raise UserError("--push-only goes with --push-to-hub USER/NAME")
         if not options.push_only:

@@ -12,11 +12,11 @@ written.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nas.cli import errors
 from nas.pictures.figures import X_AXES
 from nas.pictures.run import RUN_FILES, SWEEP_FILE, _hidden, find_runs, plot_run, plot_together, run_points
 from nas.sweeps.page import page_of
@@ -53,22 +53,18 @@ def plot_all(root: Path, x: str = "gflops", beside: Sequence[Path] = ()) -> list
     return written
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 after one line on stderr when there is nothing to draw."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; exit code 2 after one line on stderr when there is nothing to draw."""
     parser = argparse.ArgumentParser(prog="python -m nas.plot", description="Redraw the pictures of runs.")
     parser.add_argument("folder", type=Path, help="a run's folder, or one that holds runs, e.g. results/")
     parser.add_argument("--x", choices=tuple(X_AXES), default="gflops", help="cost axis of the Pareto pictures")
-    words = "more folders, whose runs join the Pareto pictures: other sweeps, AN runs for the line of uniform α"
+    words = "more folders, whose runs join the Pareto pictures: other sweeps, runs of one factor for the uniform line"
     parser.add_argument("--with", type=Path, nargs="+", default=[], dest="beside", metavar="FOLDER", help=words)
     options = parser.parse_args(arguments)
-    try:
+    with errors(parser.prog):
         for path in plot_all(options.folder, options.x, options.beside):
             print(path)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -222,8 +222,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     from nas.cli import errors
 
-    options = parser().parse_args()
-    with errors("nas.validate"):
+    command = parser()
+    options = command.parse_args()
+    with errors(command.prog):
         run_validate(options)
 
 

@@ -33,7 +33,7 @@ class Failure(NamedTuple):
 
 Failures = tuple[Failure, ...]
 Item = tuple[Tensor | None, int, Failures]  # image (C, H, W), label, what could not be read on the way
-Batch = tuple[Tensor, Tensor, Failures]  # images (B, C, H, W), labels (B,), the same
+CheckedBatch = tuple[Tensor, Tensor, Failures]  # images (B, C, H, W), labels (B,), the same
 Wanted = tuple[int, int]  # position in the dataset, seed of its augmentation
 
 
@@ -188,7 +188,7 @@ class Stream(IterableDataset[Item]):
             yield item
 
 
-def collate(items: list[Item]) -> Batch:
+def collate(items: list[Item]) -> CheckedBatch:
     """A batch of the images that could be read."""
     read = [(image, label) for image, label, _ in items if image is not None]
     images = default_collate([image for image, _ in read]) if read else torch.empty(0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from nas.data.batches import Batch, EvalBatches, Failures, Fetch, Stream, TrainBatches, collate, epoch_seed
+from nas.data.batches import CheckedBatch, EvalBatches, Failures, Fetch, Stream, TrainBatches, collate, epoch_seed
 from nas.data.images import Images
 from nas.data.transforms import LoaderSpec, Transform
 from search_spaces.errors import UserError, reason
@@ -92,7 +92,7 @@ class Loader:
             if len(labels):
                 yield self._normalised(images), labels.to(self._device, non_blocking=True)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[CheckedBatch]:
         """The DataLoader's own. What goes wrong in it, or in its processes, is a UserError of one line."""
         try:
             batches = iter(self._loader)

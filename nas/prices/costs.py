@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nas.prices.price import Price
-from nas.prices.selection import Item, SelectionProblem
+from nas.prices.selection import KnapsackItem, SelectionProblem
 from search_spaces.method import Candidate, Picks
 from search_spaces.slices import BlockSlice, identity_slice, network_slice
 from search_spaces.space import SearchSpace
@@ -104,7 +104,7 @@ class PricedSpace:
         for i, options in enumerate(self.options):
             p = joint_probability(probabilities[i], self.space.candidates[i]).detach().double()
             scores = p.clamp_min(1e-300).log().tolist()
-            blocks.append(tuple(Item(o.cost, o.slice.stream, s) for o, s in zip(options, scores, strict=True)))
+            blocks.append(tuple(KnapsackItem(o.cost, o.slice.stream, s) for o, s in zip(options, scores, strict=True)))
         per, shapes = self.price.outer(self.network), self.space.shapes
         stages = range(shapes[-1].stage + 1)
         full = tuple(shapes[self.blocks_of(s)[0]].embed_dim for s in stages)

@@ -5,7 +5,7 @@ from search_spaces.slices import BlockShape, BlockSlice
 from supernets.flops import BlockCosts, NetworkCosts, PerWidth, block_params
 
 
-class Params(Price):
+class Parameters(Price):
     """How many numbers the network is."""
 
     name, words, scale, unit, column = "params", "parameters", 1e6, "M parameters", "mparams"

@@ -31,7 +31,7 @@ RADIX_LIMIT = 4096  # largest lexicographic weight of one program: an exact orde
 
 
 @dataclass(frozen=True)
-class Item:
+class KnapsackItem:
     """One way to take one block: what a knapsack may pack.
 
     cost: of the block. width: stream channels it reads and writes. score: its log softmax(eta).
@@ -53,7 +53,7 @@ class SelectionProblem:
     fixed_widths: the stage widths, where they do not follow the picks (`--stage-width full`).
     """
 
-    blocks: tuple[tuple[Item, ...], ...]
+    blocks: tuple[tuple[KnapsackItem, ...], ...]
     stages: tuple[int, ...]
     constant: int
     stem_per_channel: int

@@ -1,11 +1,11 @@
 """The prices, by their names on the command line."""
 
 from nas.prices.flops import FLOPS
-from nas.prices.params import Params
+from nas.prices.params import Parameters
 from nas.prices.price import Price
 from search_spaces.errors import UserError
 
-PRICES: dict[str, Price] = {price.name: price for price in (FLOPS, Params())}
+PRICES: dict[str, Price] = {price.name: price for price in (FLOPS, Parameters())}
 
 
 def price_of(name: str) -> Price:

@@ -19,7 +19,7 @@ def writer_class() -> Any:
     return SummaryWriter
 
 
-class Board:
+class EventFiles:
     """Event files of a run in DIR/tensorboard, one point per epoch and column of log.csv.
 
     first: epochs already done. A resumed run hides what a killed one wrote after its last checkpoint.

@@ -19,15 +19,15 @@ from nas.searchers.primal_dual import (
     Rates,
     ascend,
     constraint,
+    damped_price,
     flops,
-    group_scores,
     hard,
     next_score,
-    price_of,
     shares,
     shrink_smallest,
     smallest_sum,
     step_counts,
+    unit_scores,
 )
 from nas.searchers.supernet_search import Draw, Search
 from nas.searchers.trim import Gate, Plan, Scores, fit_budget, make_plan
@@ -142,7 +142,7 @@ class Minimax(Search):
         if step.number >= self.warmup_steps and SKIPS[self.skip]:
             assert self.budget is not None
             violation = constraint(self.expected_fraction(), self.budget)
-            price = price_of(self.multiplier, violation)
+            price = damped_price(self.multiplier, violation)
             terms["penalty"] = self.rates.gate_weight(self.budget) * price * violation
         return terms
 
@@ -150,7 +150,7 @@ class Minimax(Search):
         """Squared norms of every block's groups: channels (H, d) and neurons (M,), float64."""
         found = []
         for block, heads in zip(self.supernet.adapter.blocks(), self.num_heads, strict=True):
-            channels, neurons = group_scores(*self.supernet.adapter.writers(block), heads)
+            channels, neurons = unit_scores(*self.supernet.adapter.writers(block), heads)
             found.append((channels.double(), neurons.double()))
         return found
 
@@ -217,7 +217,7 @@ class Minimax(Search):
                 t.clone().requires_grad_() for t in (self.removed_heads, self.removed_hidden, self.removed_channels)
             ]
             fraction = self.flops_at(counts[0], counts[2], counts[1], keep) / self.costs.full
-            price = price_of(self.multiplier, constraint(fraction, self.budget))
+            price = damped_price(self.multiplier, constraint(fraction, self.budget))
             slopes = torch.autograd.grad(price * fraction, counts)
         removed = self.removed_channels.ceil().split(self.num_heads)
         sizes, units, following = self._lists(of_heads, of_channels, of_hidden, removed)

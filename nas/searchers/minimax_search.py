@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from nas.prices.costs import PricedSpace
-from nas.prices.selection import Item, check_budget
+from nas.prices.selection import KnapsackItem, check_budget
 from nas.searchers.minimax import unit_prices
 from nas.searchers.options import SearchOptions
 from nas.searchers.searcher import Question
@@ -34,6 +34,6 @@ def check_reach(costs: PricedSpace, budget: float, skip: str, prune: bool) -> No
         mlp = price.neuron if units else price.mlp
         least = attn * (skip not in ("block", "attention", "halves")) + mlp * (skip not in ("block", "mlp", "halves"))
         ends = (price.attn + price.mlp, least)
-        blocks.append(tuple(Item(macs, shape.embed_dim, 0.0) for macs in ends))
+        blocks.append(tuple(KnapsackItem(macs, shape.embed_dim, 0.0) for macs in ends))
     problem = replace(costs.uniform(), blocks=tuple(blocks))
     check_budget(problem, costs.full, budget)

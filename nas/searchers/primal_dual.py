@@ -87,7 +87,7 @@ def hard(keep: Tensor) -> Tensor:
     return keep + ((keep > 0.5).to(keep.dtype) - keep).detach()
 
 
-def group_scores(w1: Tensor, w3: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+def unit_scores(w1: Tensor, w3: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     """Squared norms of the columns of W1 (E, H*d) and W3 (E, M), which write the stream: (H, d) and (M,)."""
     return w1.detach().square().sum(0).unflatten(0, (num_heads, -1)), w3.detach().square().sum(0)
 
@@ -109,7 +109,7 @@ def next_score(scores: Tensor, removed: Tensor) -> Tensor:
     return scores.sort(-1).values.gather(-1, place.unsqueeze(-1)).squeeze(-1)
 
 
-def rank(scores: Tensor) -> Tensor:
+def ranks(scores: Tensor) -> Tensor:
     """The place of every unit from the smallest score to the largest; of equals the first comes first."""
     return scores.argsort(dim=-1, stable=True).argsort(dim=-1)
 
@@ -153,7 +153,7 @@ def flops(
     """
     total = torch.tensor(float(outer), dtype=torch.float64, device=heads.device)
     for block, price in enumerate(prices):
-        s, place = heads[block], rank(head_scores[block])
+        s, place = heads[block], ranks(head_scores[block])
         removed = s.detach().ceil().clamp(max=price.num_heads - 1)
         kept = (place >= removed).double() - (place == removed) * (s - s.detach())  # (H,)
         attn = (kept * (2 * price.head_dim - ceil(channels[block]))).sum() * price.channel
@@ -168,7 +168,7 @@ def constraint(fraction: Tensor, budget: float) -> Tensor:
     return violation + (violation.clamp(-CLAMP, CLAMP) - violation).detach()
 
 
-def price_of(z: Tensor, violation: Tensor, damping: float = DAMPING) -> Tensor:
+def damped_price(z: Tensor, violation: Tensor, damping: float = DAMPING) -> Tensor:
     """What s, r and gates pay for F/F_full: z, and so much of the violation as keeps z from swinging.
 
     Below the budget it may be negative: more has left than had to, and comes back.
@@ -182,7 +182,7 @@ def shrink_smallest(scores: Tensor, removed: Tensor, lr: float, duals: Tensor) -
     scores (..., units), removed k and duals y (...) -> factors (..., units).
     """
     factor = (1 / (1 + 2 * lr * duals)).unsqueeze(-1)
-    return torch.where(rank(scores) < removed.unsqueeze(-1), factor, torch.ones_like(factor))
+    return torch.where(ranks(scores) < removed.unsqueeze(-1), factor, torch.ones_like(factor))
 
 
 def step_counts(counts: Tensor, gradient: Tensor, sizes: Tensor, rate: float) -> Tensor:

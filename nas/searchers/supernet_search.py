@@ -10,7 +10,7 @@ from torch import Tensor
 from nas.prices.costs import PricedSpace
 from nas.prices.selection import Selection
 from nas.searchers.gumbel import temperature
-from nas.searchers.primal_dual import ascend, price_of
+from nas.searchers.primal_dual import ascend, damped_price
 from nas.training.losses import adjoined_weight
 from nas.training.objective import Objective, Step
 from search_spaces.method import Picks
@@ -88,7 +88,7 @@ class Search(Objective, ABC):
         if self.budget is None:
             return self.gamma * self.drawn_cost(draw)
         fraction = self.expected_fraction()
-        return price_of(self.multiplier, fraction - self.budget, DAMPING).clamp_min(0.0) * fraction
+        return damped_price(self.multiplier, fraction - self.budget, DAMPING).clamp_min(0.0) * fraction
 
     def pace(self, step: Step) -> float:
         """lambda(t): it is in their gradients, but Adam divides it out again.

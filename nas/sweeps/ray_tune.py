@@ -10,7 +10,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from nas.machine.files import write_json
 from nas.sweeps.options import SweepConfig
 from nas.sweeps.storage import Storage
-from nas.sweeps.table import Board
+from nas.sweeps.table import TrialTable
 from nas.sweeps.trial import OUTCOME, fetch, outcome_of
 from nas.sweeps.trials import Trial
 
@@ -21,24 +21,24 @@ COSTS = ("space", "dataset", "model", "model_kwargs", "width", "alpha", "budget"
 class Follower(Callback):  # type: ignore[misc]
     """Keeps the table up to date."""
 
-    def __init__(self, board: Board, sweep: Path, storage: Storage | None) -> None:
-        self.board, self.sweep, self.storage = board, sweep, storage
+    def __init__(self, table: TrialTable, sweep: Path, storage: Storage | None) -> None:
+        self.table, self.sweep, self.storage = table, sweep, storage
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self.board.started(trial.config["trial"])
+        self.table.started(trial.config["trial"])
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-        self.board.epoch(trial.config["trial"], result)
+        self.table.epoch(trial.config["trial"], result)
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self.board.lost(trial.config["trial"])
+        self.table.lost(trial.config["trial"])
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         name = trial.config["trial"]
         reason = " ".join(str(trial.get_error() or "").split())[-300:]
         words = f"its process or node was lost {trial.num_failures} times; the last time: {reason}"
         write_json(self.sweep / name / OUTCOME, {"trial": name, "status": "failed", "error": words})
-        self.board.ended(name)
+        self.table.ended(name)
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         name = trial.config["trial"]
@@ -46,7 +46,7 @@ class Follower(Callback):  # type: ignore[misc]
             fetch(self.storage, name, self.sweep / name)
         if not outcome_of(self.sweep / name):  # it was not the trial that came to its end
             write_json(self.sweep / name / OUTCOME, {"trial": name, "status": "stopped"})
-        self.board.ended(name)
+        self.table.ended(name)
 
 
 def make_scheduler(config: SweepConfig, trials: Sequence[Trial]) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 from nas.runs.folder import open_run, results_path
 from nas.sweeps.options import SweepConfig
 from nas.sweeps.storage import Storage, storage_of
-from nas.sweeps.table import Board
+from nas.sweeps.table import TrialTable
 from nas.sweeps.trial import STAGES, as_plain, fetch, finished, outcome_of, trainable
 from nas.sweeps.trials import Trial
 from search_spaces.errors import UserError
@@ -50,14 +50,14 @@ def run_sweep(config: SweepConfig, trials: Sequence[Trial]) -> int:
         for trial in trials:
             if config.resume and not finished(outcome_of(sweep / trial.name)):
                 fetch(storage, trial.name, sweep / trial.name)
-    board = Board(sweep, trials)
+    table = TrialTable(sweep, trials)
     left = [t for t in trials if not finished(outcome_of(sweep / t.name))]
     todo = f", {len(left)} of them to run" if len(left) < len(trials) else ""
     print(f"{len(trials)} trials in {results_path(sweep)}{todo}", flush=True)
     if left:
-        with board.shown():
-            run_trials(config, trials, left, sweep, storage, board)
-    return conclude(sweep, board)
+        with table.shown():
+            run_trials(config, trials, left, sweep, storage, table)
+    return conclude(sweep, table)
 
 
 def check_trials(trials: Sequence[Trial]) -> None:
@@ -77,7 +77,7 @@ def run_trials(
     left: Sequence[Trial],
     sweep: Path,
     storage: Storage | None,
-    board: Board,
+    table: TrialTable,
 ) -> None:
     """Hand the trials to Ray Tune and follow them."""
     os.environ.update(QUIET)
@@ -117,7 +117,7 @@ def run_trials(
             storage_path=place,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=RESTARTS),
-            callbacks=[Follower(board, sweep, storage)],
+            callbacks=[Follower(table, sweep, storage)],
         ),
     )
     try:
@@ -176,17 +176,17 @@ def check_fits(config: SweepConfig, gpus: float) -> None:
         )
 
 
-def conclude(sweep: Path, board: Board) -> int:
+def conclude(sweep: Path, table: TrialTable) -> int:
     """The last table, the pictures, the page, and what failed."""
-    board.write()
-    board.print_all()
+    table.write()
+    table.print_all()
     from nas.sweeps.page import plot_sweep
 
     written = ", ".join(path.name for path in plot_sweep(sweep))
-    failed = [row for row in board.rows if row["status"] == "failed"]
+    failed = [row for row in table.rows if row["status"] == "failed"]
     for row in failed:
         print(f"trial {row['trial']} failed: {row['error']}", file=sys.stderr)
     print(f"results in {results_path(sweep)}: trials.csv, {written}")
     if failed:
-        print(f"{len(failed)} of {len(board.rows)} trials failed; try them again by --resume", file=sys.stderr)
+        print(f"{len(failed)} of {len(table.rows)} trials failed; try them again by --resume", file=sys.stderr)
     return 1 if failed else 0

@@ -19,7 +19,7 @@ STATES = ("done", "stopped", "failed", "running", "waiting")
 SHOWN = 30  # rows of the live table; the rest is counted
 
 
-class Board:
+class TrialTable:
     """One row per trial, from the folders and from what Ray reports; written whenever a trial changes its state."""
 
     def __init__(self, sweep: Path, trials: Sequence[Trial]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+import nas
 from nas.config import Common, RetrainConfig, SearchConfig
 from nas.machine.distributed import leave
 from nas.machine.files import write_text
@@ -21,7 +22,7 @@ from nas.runs.folder import plain, typed
 from nas.training.loop import OnEpoch
 from search_spaces.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(nas.__path__[0]).parent  # where a process started elsewhere finds this package
 KINDS: dict[str, type[Common]] = {"search": SearchConfig, "retrain": RetrainConfig}
 POLL = 0.5  # seconds
 
@@ -41,7 +42,7 @@ def run_together(stage: str, config: Common, processes: int, on_epoch: OnEpoch) 
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     job = subprocess.Popen(
-        [*command, "-m", "nas.together", stage, str(options), str(refused)],
+        [*command, "-m", "nas.sweeps.together", stage, str(options), str(refused)],
         stdout=sys.stdout,
         stderr=subprocess.STDOUT,
         env=environment,

@@ -21,7 +21,7 @@ from torch import Tensor
 from nas.machine import distributed
 from nas.machine.files import copy_atomically, write_csv
 from nas.runs.checkpoint import load_checkpoint, save_checkpoint
-from nas.runs.tensorboard import Board
+from nas.runs.tensorboard import EventFiles
 from nas.training.objective import Objective, Step
 from search_spaces.errors import UserError
 
@@ -107,7 +107,7 @@ def fit(training: Training, resume: bool, words: str, on_epoch: OnEpoch | None =
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     per_epoch = training.steps_per_epoch()
     main = distributed.is_main()
-    board = Board(training.folder, first) if training.tensorboard and main else None
+    events = EventFiles(training.folder, first) if training.tensorboard and main else None
     with Progress(*columns, TextColumn("left"), disable=not main) as progress:
         task = progress.add_task(words, total=training.epochs * per_epoch, completed=first * per_epoch)
         for epoch in range(first, training.epochs):
@@ -120,8 +120,8 @@ def fit(training: Training, resume: bool, words: str, on_epoch: OnEpoch | None =
             training.step_rows += training.objective.step_rows()
             if main:
                 save(training, epoch + 1)
-            if board is not None:
-                board.add(row)
+            if events is not None:
+                events.add(row)
             progress.console.print(
                 summary_line(row, training.epochs, training.held_out), highlight=False, soft_wrap=True
             )

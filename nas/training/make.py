@@ -4,7 +4,7 @@ from nas.machine.devices import amp_dtype
 from nas.training.evaluate import top_k
 from nas.training.loop import Training
 from nas.training.objective import Objective
-from nas.training.optim import make_clip, make_ema, make_optimizer, make_scheduler, prepare, updates_per_epoch
+from nas.training.optim import lay_out, make_clip, make_ema, make_optimizer, make_scheduler, updates_per_epoch
 from nas.training.options import LoopOptions
 from nas.training.prepared import Prepared
 
@@ -15,7 +15,7 @@ def make_training(
     """What `fit` runs. arch_lr: rate of the objective's architecture parameters; None where it has none."""
     loaders, device = prepared.loaders, prepared.device
     objective, backbone = objective.to(device), objective.supernet.backbone
-    prepare(options, objective.supernet)
+    lay_out(options, objective.supernet)
     optimizer = make_optimizer(options, backbone)
     arch_optimizer = None if arch_lr is None else objective.architecture_optimizer(arch_lr)
 

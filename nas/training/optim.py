@@ -93,7 +93,7 @@ def make_clip(options: TrainingOptions, backbone: nn.Module) -> Callable[[], Non
     return lambda: dispatch_clip_grad([p for p in weights if p.grad is not None], value, mode=mode)
 
 
-def prepare(options: TrainingOptions, supernet: Supernet) -> None:
+def lay_out(options: TrainingOptions, supernet: Supernet) -> None:
     """--channels-last and --compile, before the optimiser is made."""
     if options.channels_last:
         supernet.backbone.to(memory_format=torch.channels_last)

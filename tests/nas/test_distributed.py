@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import nas.pictures.run
+import nas.stages.retrain
+import nas.stages.search
 from nas.config import Common, RetrainConfig, SearchConfig
 from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
@@ -53,7 +54,7 @@ def process(rank: int, port: int, stages: list[tuple[Any, Common]], log: Path) -
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    nas.pictures.run.plot_run = lambda folder: None  # type: ignore[assignment, misc]
+    nas.stages.search.plot_run = lambda folder: None  # type: ignore[assignment, misc]
     for run, config in stages:
         run(config)
         torch.distributed.barrier()  # the next run may read what process 0 wrote last
@@ -77,7 +78,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pat
         return replace(config, output=root / where / name, batch_size=batch_size, **source)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nas.pictures.run, "plot_run", lambda folder: None)
+        for stage in (nas.stages.search, nas.stages.retrain):
+            patch.setattr(stage, "plot_run", lambda folder: None)
         patch.setattr(nas.stages.retrain, "images_per_second", lambda networks, *_: dict.fromkeys(networks, 1.0))
         for name, run, config in stages:
             run(place(name, config, "one", 16))

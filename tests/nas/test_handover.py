@@ -8,8 +8,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
-import nas.pictures.run
 import nas.stages.retrain
+import nas.stages.search
 from nas.config import RetrainConfig, SearchConfig
 from nas.networks.backbone import Start, TimmModel, starting_backbone
 from nas.networks.opening import meta_supernet
@@ -49,7 +49,7 @@ def searched(tmp_path_factory):
             p.add_(0.02 * torch.randn_like(p))
     save_file(base.state_dict(), root / "base.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nas.pictures.run, "plot_run", lambda folder: [])
+        patch.setattr(nas.stages.search, "plot_run", lambda folder: [])
         config = SearchConfig(
             space="vit-dan-nano",
             model=VIT[0],
@@ -79,7 +79,7 @@ def retrain(monkeypatch, folder, data, output, **more):
 
     monkeypatch.setattr(nas.stages.retrain, "fit", watched)
     monkeypatch.setattr(nas.stages.retrain, "images_per_second", lambda *a: {})
-    monkeypatch.setattr(nas.pictures.run, "plot_run", lambda folder: [])
+    monkeypatch.setattr(nas.stages.retrain, "plot_run", lambda folder: [])
     config = RetrainConfig(
         arch=folder, dataset="folder", data_dir=data, epochs=1, batch_size=8, workers=0, output=output, **more
     )
@@ -123,6 +123,21 @@ def test_the_same_classes_start_where_the_search_arrived_unless_asked_otherwise(
     base, _, _ = starting_backbone(*VIT, 4, Start(checkpoint=checkpoint), [WNIDS[i] for i in FEW])
     permute(Supernet(base), load_architecture(folder).permutation)
     assert same(begun, base.state_dict())
+
+
+def test_the_averaged_weights_begin_in_the_order_that_the_weights_are_in(searched, monkeypatch, tmp_path):
+    _, checkpoint, root = searched
+
+    def begun(training, *_):
+        weights, averaged = training.objective.supernet.backbone.state_dict(), training.ema.module.state_dict()
+        assert same(weights, averaged) and not same(weights, load_weights(checkpoint))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nas.stages.retrain, "fit", begun)
+    own = dict(model=VIT[0], model_kwargs=KWARGS, checkpoint=checkpoint, importance="magnitude", model_ema=True)
+    data = dict(dataset="folder", data_dir=root / "few", epochs=1, batch_size=8, workers=0)
+    with pytest.raises(KeyboardInterrupt):
+        run_retrain(RetrainConfig(space="vit-an-nano", alpha=2, output=tmp_path / "run", **own, **data))
 
 
 def test_the_supernet_may_be_asked_for_with_other_classes(searched, monkeypatch, tmp_path, capsys):

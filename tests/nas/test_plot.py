@@ -181,17 +181,18 @@ def test_runs_of_other_folders_join_the_picture_once(tmp_path, drawn, capsys):
         make_run(sweep / f"trial{i}", budget=budget)
     make_run(other / "more", budget=0.7)
     make_run(other / "elsewhere", dataset="cifar10")
-    assert main([str(sweep), "--with", str(other), str(tmp_path)]) == 0
+    main([str(sweep), "--with", str(other), str(tmp_path)])
     (axes,) = drawn[sweep / "pareto.png"].axes
     marks = lines(axes)["_swin-dan-nano subnet"].get_xdata()
     np.testing.assert_allclose(marks, [0.3 * BACKBONE, 0.5 * BACKBONE, 0.7 * BACKBONE])
     assert {p.parent.parent for p in drawn} <= {tmp_path, sweep}
-    assert main([str(sweep), "--with", str(tmp_path / "nowhere")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([str(sweep), "--with", str(tmp_path / "nowhere")])
 
 
 def test_command_prints_what_it_drew(tmp_path, drawn, capsys):
     run = make_run(tmp_path / "run")
-    assert main([str(tmp_path), "--x", "params"]) == 0
+    main([str(tmp_path), "--x", "params"])
     assert capsys.readouterr().out.splitlines() == [str(path) for path in drawn]
     assert run / "pareto-params.png" in drawn
     assert drawn[run / "pareto-params.png"].axes[0].get_xlabel() == "parameters (M)"
@@ -199,7 +200,8 @@ def test_command_prints_what_it_drew(tmp_path, drawn, capsys):
 
 @pytest.mark.parametrize("name", ["", "nowhere"])
 def test_command_without_runs_says_so_in_one_line(tmp_path, capsys, name):
-    assert main([str(tmp_path / name)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / name)])
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1

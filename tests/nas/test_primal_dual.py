@@ -19,15 +19,15 @@ from nas.searchers.primal_dual import (
     ascend,
     ceil,
     constraint,
+    damped_price,
     flops,
-    group_scores,
     hard,
     next_score,
-    price_of,
     shares,
     shrink_smallest,
     smallest_sum,
     step_counts,
+    unit_scores,
 )
 from search_spaces.slices import network_slice
 from search_spaces.uvc import UVC
@@ -42,7 +42,7 @@ def tensor(*values: float) -> Tensor:
 def test_group_scores_are_squared_norms_of_columns() -> None:
     proj = tensor(1, 2, 0, 3, 2, 0, 1, 1).view(2, 4)  # (E 2, 2 heads of 2)
     fc2 = tensor(3, 0, 1, 4, 2, 1).view(2, 3)
-    channels, neurons = group_scores(proj, fc2, 2)
+    channels, neurons = unit_scores(proj, fc2, 2)
     assert channels.tolist() == [[5.0, 4.0], [1.0, 10.0]]
     assert neurons.tolist() == [25.0, 4.0, 2.0]
     assert shares(channels).tolist() == [[5 / 9, 4 / 9], [1 / 11, 10 / 11]]
@@ -119,7 +119,7 @@ def test_the_constraint_is_clamped_in_value_and_its_gradient_passes() -> None:
     assert value.tolist() == pytest.approx([0.5, 0.25, -0.2])
     (gradient,) = torch.autograd.grad(value.sum(), fraction)
     assert gradient.tolist() == [1.0, 1.0, 1.0]
-    assert price_of(tensor(0.2), tensor(0.5, -0.5)).tolist() == pytest.approx([1.7, -1.3])
+    assert damped_price(tensor(0.2), tensor(0.5, -0.5)).tolist() == pytest.approx([1.7, -1.3])
 
 
 def test_rates_are_the_published_ones_at_the_published_length() -> None:

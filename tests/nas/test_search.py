@@ -62,7 +62,7 @@ def search(
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing is two thirds of a tiny run: only the undisturbed runs, whose fixtures come before this, draw."""
-    monkeypatch.setattr(nas.pictures.run, "plot_run", lambda folder: None)
+    monkeypatch.setattr(nas.stages.search, "plot_run", lambda folder: None)
 
 
 one_search = partial(pytest.mark.parametrize, "search", indirect=True)

@@ -15,7 +15,7 @@ from scipy.optimize import LinearConstraint, OptimizeResult
 
 from nas.prices import selection
 from nas.prices.selection import (
-    Item,
+    KnapsackItem,
     Selection,
     SelectionProblem,
     check_budget,
@@ -73,7 +73,7 @@ def problems(draw: st.DrawFn) -> SelectionProblem:
         alphas = draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4))  # repeats allowed
         blocks.append(
             tuple(
-                Item(
+                KnapsackItem(
                     cost=draw(st.integers(0, 40)) * large + draw(st.integers(0, 9)),
                     width=full // alpha if stream else full,
                     score=draw(scores),
@@ -111,8 +111,8 @@ def test_selection_is_the_brute_force_optimum(problem: SelectionProblem, budget:
 
 UNSOLVED_WITH_PRESOLVE = SelectionProblem(  # scipy 1.17's HiGHS answers "Solve error"
     blocks=(
-        (Item(0, 24, 0.0), Item(0, 24, 0.0), Item(0, 24, 0.0), Item(16, 12, 0.0)),
-        (Item(14, 24, 0.0), Item(0, 24, 0.0), Item(10, 12, 0.0)),
+        (KnapsackItem(0, 24, 0.0), KnapsackItem(0, 24, 0.0), KnapsackItem(0, 24, 0.0), KnapsackItem(16, 12, 0.0)),
+        (KnapsackItem(14, 24, 0.0), KnapsackItem(0, 24, 0.0), KnapsackItem(10, 12, 0.0)),
     ),
     stages=(0, 0),
     constant=0,
@@ -175,7 +175,7 @@ def swin_b(scores: list[list[float]]) -> SelectionProblem:
         tokens = 56 * 56 >> 2 * stage
         widths = [(128 << stage) // alpha for alpha in ((1, 2, 4, 8) if stage else (1, 2, 4))]
         block = [  # qkv, projection and MLP; windows of 49 tokens
-            Item(tokens * (12 * e * e + 2 * 49 * e), e, score)
+            KnapsackItem(tokens * (12 * e * e + 2 * 49 * e), e, score)
             for e, score in zip(widths, row[: len(widths)], strict=True)
         ]
         blocks.append(tuple(block))
@@ -240,7 +240,7 @@ def test_swin_b_gets_the_best_architecture_of_its_band(budget: float) -> None:
 def test_one_mac_over_is_refused_even_where_the_solver_would_let_it_through() -> None:
     """MACs of 1e12 that share no factor: a MAC is below the solver's tolerance, so the integers decide."""
     big = 10**12
-    better = (Item(big + 1, 1, 0.0), Item(big - 1, 1, -1.0), Item(7, 1, -50.0))
+    better = (KnapsackItem(big + 1, 1, 0.0), KnapsackItem(big - 1, 1, -1.0), KnapsackItem(7, 1, -50.0))
     problem = SelectionProblem((better,) * 3, (0, 0, 0), 0, 0, (), 0)
     found = select(problem, 3 * big, 1.0)
     assert found == Selection((0, 1, 1), 3 * big - 1, in_band=True)
@@ -261,7 +261,7 @@ def test_a_proposal_outside_the_integers_is_forbidden_and_the_next_best_taken(
             rejected.append(bool(np.dot([5, 4, 1, 5, 4, 1], np.round(result.x)) > 7))
         return result
 
-    block = (Item(5, 1, 0.0), Item(4, 1, -1.0), Item(1, 1, -2.0))
+    block = (KnapsackItem(5, 1, 0.0), KnapsackItem(4, 1, -1.0), KnapsackItem(1, 1, -2.0))
     problem = SelectionProblem((block, block), (0, 0), 0, 0, (), 0, fixed_widths=(1,))
     expected = brute_force(problem, 10, 0.7, 0.5)
     monkeypatch.setattr(selection, "milp", lenient)
@@ -289,8 +289,8 @@ def test_scores_far_apart_are_still_told_apart() -> None:
     """Logits that ran away: one block's spread is huge, another's decides."""
     problem = SelectionProblem(
         (
-            (Item(4, 1, 0.0), Item(1, 1, -20_000.0)),
-            (Item(4, 1, -0.7), Item(3, 1, -0.6), Item(1, 1, -9.0)),
+            (KnapsackItem(4, 1, 0.0), KnapsackItem(1, 1, -20_000.0)),
+            (KnapsackItem(4, 1, -0.7), KnapsackItem(3, 1, -0.6), KnapsackItem(1, 1, -9.0)),
         ),
         (0, 0), 0, 0, (), 0,
     )  # fmt: skip
@@ -298,7 +298,7 @@ def test_scores_far_apart_are_still_told_apart() -> None:
 
 
 def test_an_empty_band_takes_the_best_below_it_and_says_so() -> None:
-    block = (Item(60, 1, -0.1), Item(20, 1, -1.0), Item(10, 1, -3.0))
+    block = (KnapsackItem(60, 1, -0.1), KnapsackItem(20, 1, -1.0), KnapsackItem(10, 1, -3.0))
     problem = SelectionProblem((block,), (0,), 0, 0, (), 0)
     assert select(problem, 100, 0.5) == Selection((1,), 20, in_band=False)
     assert select(problem, 100, 0.6) == Selection((0,), 60, in_band=True)
@@ -318,15 +318,15 @@ def test_a_narrower_stage_does_not_pay_for_width_it_lacks_to_reach_the_band(
         return solve(*args, **kwargs)
 
     monkeypatch.setattr(selection, "milp", counting)
-    narrow = Item(10, 1, -0.1)
-    problem = SelectionProblem(((Item(10, 8, -9.0), narrow, narrow),) * 8, (0,) * 8, 0, 10, (), 0)
+    narrow = KnapsackItem(10, 1, -0.1)
+    problem = SelectionProblem(((KnapsackItem(10, 8, -9.0), narrow, narrow),) * 8, (0,) * 8, 0, 10, (), 0)
     found = select(problem, 160, 1.0, 0.02)  # 8 * 10 + 10 * 8 = 160, but 90 when all are narrow
     assert found == Selection((0,) + (1,) * 7, 160, in_band=True)
     assert next(programs) < 10
 
 
 def test_a_budget_is_read_as_the_decimal_the_user_typed() -> None:
-    problem = SelectionProblem(((Item(3, 1, 0.0), Item(1, 1, -1.0)),), (0,), 0, 0, (), 0)
+    problem = SelectionProblem(((KnapsackItem(3, 1, 0.0), KnapsackItem(1, 1, -1.0)),), (0,), 0, 0, (), 0)
     assert select(problem, 10, 0.3).cost == 3  # the double 0.3 lies below 3/10
 
 
@@ -345,10 +345,10 @@ def test_an_unreachable_budget_is_refused_with_the_range() -> None:
 
 
 def test_a_malformed_problem_is_refused() -> None:
-    block = (Item(1, 1, 0.0),)
+    block = (KnapsackItem(1, 1, 0.0),)
     with pytest.raises(ValueError, match="rise from 0"):
         SelectionProblem((block, block), (0, 2), 0, 0, (1, 1), 0)
     with pytest.raises(ValueError, match="patch mergings"):
         SelectionProblem((block, block), (0, 1), 0, 0, (), 0)
     with pytest.raises(ValueError, match="not finite"):
-        SelectionProblem(((Item(1, 1, -math.inf),),), (0,), 0, 0, (), 0)
+        SelectionProblem(((KnapsackItem(1, 1, -math.inf),),), (0,), 0, 0, (), 0)

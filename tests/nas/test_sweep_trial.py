@@ -22,7 +22,7 @@ from nas.machine.files import write_csv, write_json
 from nas.runs.folder import open_run
 from nas.sweeps.options import SweepConfig
 from nas.sweeps.storage import Storage, exclusive, scratch, storage_of
-from nas.sweeps.table import Board, trial_row
+from nas.sweeps.table import TrialTable, trial_row
 from nas.sweeps.trial import as_plain, epochs_done, finished, outcome_of, run_trial
 from nas.sweeps.trials import Trial, make_trials
 from search_spaces.errors import UserError
@@ -211,7 +211,7 @@ def test_the_table_has_every_trial_once_whatever_happens(
     fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trials = [trial(f"00{i}", retrain=i == 0, seed=i) for i in range(4)]
-    board = Board(tmp_path, trials)
+    table = TrialTable(tmp_path, trials)
 
     def states() -> list[str]:
         with open(tmp_path / "trials.csv") as file:
@@ -221,11 +221,11 @@ def test_the_table_has_every_trial_once_whatever_happens(
 
     assert states() == ["waiting"] * 4
     for name in ("000", "001"):
-        board.started(name)
-    board.epoch("000", {"stage": "search", "epoch": 2, "held_out_top1": 52.0, "gflops": 0.5})
-    board.lost("001")
+        table.started(name)
+    table.epoch("000", {"stage": "search", "epoch": 2, "held_out_top1": 52.0, "gflops": 0.5})
+    table.lost("001")
     assert states() == ["running", "waiting", "waiting", "waiting"]
-    board.started("001")
+    table.started("001")
     run(trials[0], tmp_path)
     fake.dies_at, fake.error = ("search", 3), UserError("no luck")
     run(trials[1], tmp_path)
@@ -234,18 +234,18 @@ def test_the_table_has_every_trial_once_whatever_happens(
         run(trials[2], tmp_path)
     write_json(tmp_path / "002/outcome.json", {"trial": "002", "status": "stopped"})
     for name in ("000", "001", "002"):
-        board.ended(name)
+        table.ended(name)
     assert states() == ["done", "failed", "stopped", "waiting"]
-    done, failed, stopped, _ = board.rows
+    done, failed, stopped, _ = table.rows
     assert (done["top1"], done["stage"], done["split"], done["search"]) == (61.0, "retrain", "test fifth", "000/search")
     assert (failed["error"], failed["restarts"], failed["epochs"]) == ("no luck", 1, 2)
     assert (stopped["top1"], stopped["epochs"], stopped["gflops"]) == (52.0, 2, 0.5)  # all there is to know
     assert stopped["split"] == stopped["held_out"] == HELD_OUT and stopped["held_out_top1"] == 52.0
     begun = replace(trials[2], search=replace(trials[2].search, checkpoint=tmp_path / "mine.safetensors"))
     assert trial_row(tmp_path, begun)["split"] == f"{HELD_OUT}, perhaps seen by the checkpoint"
-    assert Board(tmp_path, trials).rows[0] == board.rows[0]
+    assert TrialTable(tmp_path, trials).rows[0] == table.rows[0]
     capsys.readouterr()
-    board.print_all()
+    table.print_all()
     out = capsys.readouterr().out
     assert "1 done, 1 stopped, 1 failed, 1 waiting" in out and len(re.findall(r"│ 00\d ", out)) == 4
 
