@@ -26,11 +26,11 @@ from tests.photographs import photograph
 NOT_RUN = {  # what cannot be run that way: as it begins, and why
     "pip install uv && uv run pytest": "is what runs this test",
     "pip install 'vit-nas[export]'": "the project lies in no package registry; the extra is in the tests' environment",
-    "torchrun --nproc-per-node 8": "eight GPUs; tests/nas/test_distributed.py runs two processes",
-    "torchrun --nnodes 2": "two machines; tests/nas/test_distributed.py runs two agents on one",
+    "torchrun --nproc-per-node 8": "eight GPUs; tests/nas/machine/test_distributed.py runs two processes",
+    "torchrun --nnodes 2": "two machines; tests/nas/machine/test_distributed.py runs two agents on one",
     "srun torchrun": "a Slurm cluster",
     "python search.py --space swin-dan --dataset imagenet100 --data-dir /data/imagenet --sweep": "a Ray cluster with"
-    " GPUs; tests/nas/test_sweep.py runs two nodes on one machine",
+    " GPUs; tests/nas/sweeps/test_sweep.py runs two nodes on one machine",
     "python -m nas.export results/<run> --push-to-hub": "an account on the Hub; tests/nas/test_export.py goes as far"
     " as the network",
 }

@@ -15,7 +15,7 @@ from nas.sweeps.options import SweepConfig
 from search_spaces.families import FAMILIES
 from search_spaces.registry import SPACES
 from supernets import t2t_vit  # noqa: F401  registers T2T-ViT with timm
-from tests.nas.runs import assert_whole
+from tests.nas.run_checks import assert_whole
 from tests.photographs import class_folders
 
 CLASSES, EPOCHS = 20, 2

@@ -49,7 +49,8 @@ def _open_run(config: C, name: str) -> C:
     if saved.exists():
         if not config.resume:
             raise UserError(f"{folder} already holds a run; go on with it by --resume or choose another --output")
-        before, now = yaml.safe_load(saved.read_text()), plain(config)
+        # an option that came later than the run is as it was: not given
+        before, now = plain(type(config)()) | yaml.safe_load(saved.read_text()), plain(config)
         changed = [k for k in now if k not in PLACE and before.get(k) != now[k]]
         if changed:
             words = ", ".join(f"{k}: was {before.get(k)!r}, now {now[k]!r}" for k in changed)

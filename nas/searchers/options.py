@@ -32,7 +32,8 @@ class SearcherOptions:
     """What every search takes."""
 
     searcher: str | None = None
-    """how the architecture is found; by default as the space's method does it (docs/method.md)"""
+    """how the architecture is found: gradient, minimax or uniform, of which a space allows some; by default as its
+    method does it (docs/method.md)"""
     arch_lr: float | None = None
     """Adam's rate for the architecture logits, times lambda(t) where factors are chosen (docs/method.md); of a minimax
     search that of its gates' SGD, as of the published run's length"""

@@ -56,6 +56,7 @@ class Goal:
     arch: None where the large network is trained alone. given: the architecture as --arch holds it.
     """
 
+    config: RetrainConfig
     space: Space
     model: TimmModel
     backbone: Supernet
@@ -89,19 +90,19 @@ def _retrain(
 ) -> Path:
     splits = open_data(config)
     goal = goal_of(config, space, given, splits.num_classes)
-    origin = origin_of(config, goal, splits.num_classes)
+    origin = origin_of(goal, splits.num_classes)
     beginning = Beginning("retrain", space, goal.model, splits, origin.start, device)
     config, prepared = prepare(config, beginning, seen_by=origin.seen_by)
-    teacher = teacher_of(config, goal, prepared)
-    goal = ordered(config, goal, origin, prepared)
-    objective = objective_of(config, goal, prepared, teacher)
-    training = make_training(config, objective, prepared)
-    print(headline(config, goal, origin))
+    goal = replace(goal, config=config)
+    teacher = teacher_of(goal, prepared)
+    goal = ordered(goal, origin, prepared)
+    training = make_training(config, objective_of(goal, prepared, teacher), prepared)
+    print(headline(goal, origin))
     if goal.arch is not None:
         write_architecture(goal.arch, prepared.folder)
     fit(training, config.resume, "retrain", on_epoch)
     settle(training, config.result == "best")
-    conclude(config, goal, prepared, training, teacher)
+    conclude(goal, prepared, training, teacher)
     return prepared.folder
 
 
@@ -151,14 +152,14 @@ def goal_of(config: RetrainConfig, space: Space, given: Architecture | None, num
     model = model_of(config, space) if given is None else TimmModel(given.model, dict(given.model_kwargs))
     backbone = meta_supernet(model, num_classes, space)
     if not kind_of(config.train).small:
-        return Goal(space, model, backbone, backbone.identity(), None, given)
+        return Goal(config, space, model, backbone, backbone.identity(), None, given)
     if given is None:
         assert config.alpha is not None
         settings = Settings(config.width, space.alphas)
         check_uniform_alpha(make_space(space.name, space.method, settings, backbone.shapes), config.alpha)
         picks = [{"alpha": config.alpha}] * len(backbone.shapes)
         arch = architecture_of(backbone, space.name, model.name, model.kwargs, picks, config.width)
-        return Goal(space, model, backbone, slices_of(arch, backbone.shapes), arch, None)
+        return Goal(config, space, model, backbone, slices_of(arch, backbone.shapes), arch, None)
     subnet = slices_of(given, backbone.shapes)
     arch = replace(
         given,
@@ -168,18 +169,18 @@ def goal_of(config: RetrainConfig, space: Space, given: Architecture | None, num
         backbone_flops=backbone.flops(),
         backbone_params=backbone.params(),
     )
-    return Goal(space, model, backbone, subnet, arch, given)
+    return Goal(config, space, model, backbone, subnet, arch, given)
 
 
-def origin_of(config: RetrainConfig, goal: Goal, num_classes: int) -> Origin:
+def origin_of(goal: Goal, num_classes: int) -> Origin:
     """Where the weights start: --init base or supernet (section 2.8), by default the latter where it fits."""
-    searched = None
+    config, searched = goal.config, None
     if config.arch is not None:
         searched = (config.arch if config.arch.is_dir() else config.arch.parent) / SUPERNET
     fits = goal.given is not None and goal.given.num_classes == num_classes and config.checkpoint is None
     available = searched is not None and searched.is_file()
     if (config.init or ("supernet" if fits and available else "base")) == "base":
-        start = original(config, goal)
+        start = original(goal)
         return Origin(start, ORIGINAL if start.given() else DRAWN, start.name())
     if searched is None or not available:
         where = searched or "a search's folder"
@@ -191,57 +192,56 @@ def origin_of(config: RetrainConfig, goal: Goal, num_classes: int) -> Origin:
     return Origin(start, SEARCHED, before if same else start.name())
 
 
-def original(config: RetrainConfig, goal: Goal) -> Start:
+def original(goal: Goal) -> Start:
     """The weights that the search started from, or those asked for."""
+    config = goal.config
     checkpoint = goal.given.search.get("checkpoint") if goal.given is not None else None
     if checkpoint and config.checkpoint is None:
         return Start(checkpoint=Path(str(checkpoint)), seed=config.seed)
     return start_of(config, config.seed)
 
 
-def teacher_of(config: RetrainConfig, goal: Goal, prepared: Prepared) -> Teacher | None:
+def teacher_of(goal: Goal, prepared: Prepared) -> Teacher | None:
     """Whom the small network learns from, where it does."""
-    if not kind_of(config.train).teacher:
+    if not kind_of(goal.config.train).teacher:
         return None
-    return make_teacher(config, prepared, original(config, goal))
+    return make_teacher(goal.config, prepared, original(goal))
 
 
-def ordered(config: RetrainConfig, goal: Goal, origin: Origin, prepared: Prepared) -> Goal:
+def ordered(goal: Goal, origin: Origin, prepared: Prepared) -> Goal:
     """The goal with its order of importance, in which the supernet stands from here on."""
     if goal.arch is None:
         return goal  # the order would change nothing
     if goal.given is None:
-        return replace(goal, arch=replace(goal.arch, permutation=order_by_importance(config, prepared)))
+        return replace(goal, arch=replace(goal.arch, permutation=order_by_importance(goal.config, prepared)))
     if goal.arch.permutation and origin.words != SEARCHED:  # the search's weights are in that order already
         permute(prepared.supernet, goal.arch.permutation)
     return goal
 
 
-def objective_of(config: RetrainConfig, goal: Goal, prepared: Prepared, teacher: Teacher | None) -> Objective:
+def objective_of(goal: Goal, prepared: Prepared, teacher: Teacher | None) -> Objective:
     """What --train minimises, by the space's method where that has its own."""
-    kind: Kind = kind_of(config.train)
+    kind: Kind = kind_of(goal.config.train)
     make = training_of(goal.space).objectives.get(kind.name, kind.make)
-    return make(config, prepared.supernet, goal.subnet, teacher)
+    return make(goal.config, prepared.supernet, goal.subnet, teacher)
 
 
-def headline(config: RetrainConfig, goal: Goal, origin: Origin) -> str:
+def headline(goal: Goal, origin: Origin) -> str:
     """What is trained, in one line."""
     large, small = goal.backbone, goal.arch
-    words = f"{goal.space.name} on {config.dataset}, from {origin.words}: large {large.params() / 1e6:.3f} M,"
+    words = f"{goal.space.name} on {goal.config.dataset}, from {origin.words}: large {large.params() / 1e6:.3f} M,"
     words += f" {large.flops() / 1e9:.4g} GFLOPs (MACs)"
     if small is None:
         return f"{words}, trained alone"
     return f"{words}; small {small.params / 1e6:.3f} M, {small.flops / 1e9:.4g} GFLOPs"
 
 
-def conclude(
-    config: RetrainConfig, goal: Goal, prepared: Prepared, training: Training, teacher: Teacher | None
-) -> None:
+def conclude(goal: Goal, prepared: Prepared, training: Training, teacher: Teacher | None) -> None:
     """Cut the compact network out, check it against the subnet, measure every network on the reported split, draw.
 
     A network appears in the table only if this run trained it, or learnt from it.
     """
-    folder, device, loaders = prepared.folder, prepared.device, prepared.loaders
+    config, folder, device, loaders = goal.config, prepared.folder, prepared.device, prepared.loaders
     supernet, arch = prepared.supernet.eval(), goal.arch
     networks: dict[str, Network] = dict(training.objective.networks())
     facts: dict[str, Any] = {"stage": "retrain", "train": config.train, "space": goal.space.name}

@@ -13,6 +13,7 @@ from nas.machine.devices import amp_dtype, autocast, pick_device
 from nas.machine.distributed import is_main, joined, quiet_unless_main
 from nas.machine.files import write_json
 from nas.machine.timing import Network
+from nas.methods.method import GAMMA
 from nas.methods.table import check_owned, training_of
 from nas.networks.architecture import architecture_of, slices_of, write_architecture
 from nas.networks.backbone import TimmModel
@@ -46,6 +47,7 @@ RECORDED = (  # options of everybody's search that arch.json keeps
 class Asked:
     """What is searched for, known before any weight is loaded. backbone: on the meta device."""
 
+    config: SearchConfig
     space: Space
     model: TimmModel
     backbone: Supernet
@@ -65,24 +67,23 @@ def run_search(config: SearchConfig, on_epoch: OnEpoch | None = None) -> Path:
 
 
 def _search(config: SearchConfig, space: Space, device: torch.device, on_epoch: OnEpoch | None) -> Path:
-    method = training_of(space)
-    model, splits = model_of(config, space), open_data(config)
-    asked = ask(config, space, model, splits.num_classes)
+    splits = open_data(config)
+    asked = ask(config, space, splits.num_classes)
     answer = asked.searcher.pick(config, asked.question)
     if answer is not None:
-        return picked(config, asked, answer)
-    beginning = Beginning("search", space, model, splits, start_of(config, config.seed), device)
-    lines = dropped(asked)
-    config, prepared = prepare(config, beginning, lines, beginning.start.name(), held_out=config.arch_data == "val")
-    config = replace(config, **method.resolved(config, prepared))
-    print(headline(config, asked))
-    objective = partial(method.objective, config, asked.question, prepared)
-    answer = asked.searcher.search(Run(config, asked.question, prepared, objective, on_epoch))
-    arch = found(config, asked, answer)
+        return picked(asked, answer)
+    start = start_of(config, config.seed)
+    beginning = Beginning("search", space, asked.model, splits, start, device)
+    held_out = config.arch_data == "val"
+    config, prepared = prepare(config, beginning, dropped(asked), start.name(), held_out)
+    asked = replace(asked, config=replace(config, **training_of(space).resolved(config, prepared)))
+    print(headline(asked))
+    answer = asked.searcher.search(run_of(asked, prepared, on_epoch))
+    arch = found(asked, answer)
     write_architecture(arch, prepared.folder)
     if is_main():
         save_weights(prepared.supernet.backbone.state_dict(), prepared.folder / SUPERNET)
-    conclude(config, asked, answer, prepared, arch)
+    conclude(asked, answer, prepared, arch)
     return prepared.folder
 
 
@@ -108,15 +109,22 @@ def searcher_of(config: SearchConfig, space: Space) -> Searcher:
     return SEARCHERS[name]
 
 
-def ask(config: SearchConfig, space: Space, model: TimmModel, num_classes: int) -> Asked:
+def ask(config: SearchConfig, space: Space, num_classes: int) -> Asked:
     """The choices over the backbone's blocks, their price, the budget, and who is to answer."""
+    model = model_of(config, space)
     backbone = meta_supernet(model, num_classes, space)
     choices = make_space(space.name, space.method, training_of(space).settings(config, space), backbone.shapes)
     costs = priced(choices, backbone.adapter.costs, price_of(config.price), config.stage_width == "full")
     question = Question(costs, config.fraction(costs.full))
     searcher = searcher_of(config, space)
     searcher.check(config, question)
-    return Asked(space, model, backbone, question, searcher)
+    return Asked(config, space, model, backbone, question, searcher)
+
+
+def run_of(asked: Asked, prepared: Prepared, on_epoch: OnEpoch | None) -> Run:
+    """What the searcher works with: the method's objective among it, made when it is asked for."""
+    objective = partial(training_of(asked.space).objective, asked.config, asked.question, prepared)
+    return Run(asked.config, asked.question, prepared, objective, on_epoch)
 
 
 def dropped(asked: Asked) -> tuple[str, ...]:
@@ -124,34 +132,37 @@ def dropped(asked: Asked) -> tuple[str, ...]:
     return tuple(f"{asked.space.name}: {line}" for line in asked.question.priced.space.dropped)
 
 
-def headline(config: SearchConfig, asked: Asked) -> str:
+def headline(asked: Asked) -> str:
     """What is searched, in one line."""
     choices, budget, backbone = asked.question.priced.space, asked.question.budget, asked.backbone
     words = (
-        f"{asked.space.name} on {config.dataset}: {choices.size():.3g} architectures, backbone {asked.model.name}"
+        f"{asked.space.name} on {asked.config.dataset}: {choices.size():.3g} architectures, backbone {asked.model.name}"
         f" {backbone.params() / 1e6:.2f} M parameters, {backbone.flops() / 1e9:.4g} GFLOPs (MACs)"
     )
-    return words + (f", budget {budget:.4g}" if budget is not None else "")
+    if budget is not None:
+        return f"{words}, budget {budget:.4g}"
+    gamma = GAMMA if asked.config.gamma is None else asked.config.gamma
+    return f"{words}, gamma {gamma:g}" if asked.config.adjoined else words
 
 
-def picked(config: SearchConfig, asked: Asked, answer: Answer) -> Path:
+def picked(asked: Asked, answer: Answer) -> Path:
     """Write what prices alone have answered: there are no weights, and nothing to measure."""
-    config = open_run(config, f"search-{asked.space.name}-{config.dataset}")
+    config = open_run(asked.config, f"search-{asked.space.name}-{asked.config.dataset}")
     assert config.output is not None
     for line in dropped(asked):
         print(line)
-    write_architecture(found(config, asked, answer), config.output)
+    write_architecture(found(asked, answer), config.output)
     picks = ", ".join(f"{name} {value}" for name, value in answer.picks[0].items())
     print(
-        f"{picks} in every block; {asked.searcher.name} needs no training\nnext: {next_command(config, config.output)}"
+        f"{picks} in every block; {asked.searcher.name} needs no training\nnext: {next_command(asked, config.output)}"
     )
     return config.output
 
 
-def found(config: SearchConfig, asked: Asked, answer: Answer) -> Architecture:
+def found(asked: Asked, answer: Answer) -> Architecture:
     """The architecture of an answer, checked against the space's grammar, with the options that led there."""
-    space, full = asked.question.priced.space, config.stage_width == "full"
-    picks = space.validated(answer.picks)
+    config, space = asked.config, asked.question.priced.space
+    picks, full = space.validated(answer.picks), config.stage_width == "full"
     name, model = asked.space.name, asked.model
     arch = architecture_of(asked.backbone, name, model.name, model.kwargs, picks, config.width, answer.kept, full)
     recorded = (*RECORDED, *training_of(asked.space).recorded)
@@ -163,13 +174,13 @@ def found(config: SearchConfig, asked: Asked, answer: Answer) -> Architecture:
     return replace(arch, permutation=answer.orders, search=settings)
 
 
-def conclude(config: SearchConfig, asked: Asked, answer: Answer, prepared: Prepared, arch: Architecture) -> None:
+def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architecture) -> None:
     """Measure what was found, write the summary, draw.
 
     Large and subnet are measured on the reported split too, once and last: it decides nothing.
     """
     remarks(asked, answer, arch)
-    supernet, loaders = prepared.supernet, prepared.loaders
+    config, supernet, loaders = asked.config, prepared.supernet, prepared.loaders
     subnet = slices_of(arch, supernet.shapes)
     precision = partial(autocast, config, prepared.device)
     full = network_slice(supernet.shapes, subnet.blocks, full_stage_width=True)
@@ -211,7 +222,7 @@ def conclude(config: SearchConfig, asked: Asked, answer: Answer, prepared: Prepa
             f" after {held_out['subnet_top1']:.2f} %, on {loaders.held_out}"
         )
     plot_run(prepared.folder)
-    print(f"results in {results_path(prepared.folder)}\nnext: {next_command(config, prepared.folder)}")
+    print(f"results in {results_path(prepared.folder)}\nnext: {next_command(asked, prepared.folder)}")
 
 
 def remarks(asked: Asked, answer: Answer, arch: Architecture) -> None:
@@ -228,8 +239,9 @@ def remarks(asked: Asked, answer: Answer, arch: Architecture) -> None:
         )
 
 
-def next_command(config: SearchConfig, folder: Path) -> str:
+def next_command(asked: Asked, folder: Path) -> str:
     """What to type for stage 2."""
+    config = asked.config
     data = f" --dataset {config.dataset}" if config.dataset != "digits" else ""
     data += f" --data-dir {config.data_dir}" if config.data_dir else ""
     return f"python retrain.py --arch {results_path(folder)}/arch.json{data}"

@@ -36,7 +36,7 @@ from search_spaces.slices import BlockShape, BlockSlice, network_slice
 from search_spaces.space import make_space
 from supernets.compact import cut
 from supernets.supernet import Supernet
-from tests.nas.runs import assert_same_run, assert_whole, draw_pictures
+from tests.nas.run_checks import assert_same_run, assert_whole, draw_pictures
 from tests.nas.small import FAMILIES, small_supernet
 from tests.oracle import oracle_logits
 from tests.strategies import images

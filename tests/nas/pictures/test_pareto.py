@@ -15,7 +15,7 @@ from search_spaces.errors import UserError
 
 METRICS = ("gflops", "top1", "params_m", "latency")
 SENSES: dict[str, Sense] = {"gflops": "min", "top1": "max", "params_m": "min", "latency": "min"}
-PUBLISHED = Path(__file__).parents[2] / "results" / "published.csv"
+PUBLISHED = Path(__file__).parents[3] / "results" / "published.csv"
 
 
 @st.composite

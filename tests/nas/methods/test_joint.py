@@ -26,7 +26,7 @@ from tests.nas.kernels import (
     subnet_of,
     tiny_vit,
 )
-from tests.nas.test_kcr import HALF, few, relative
+from tests.nas.methods.test_kcr import HALF, few, relative
 
 over_widths = pytest.mark.parametrize("width", ["stream", "inner"])
 

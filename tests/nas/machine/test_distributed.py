@@ -23,9 +23,9 @@ from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
 from search_spaces.architecture import load_architecture
 from search_spaces.errors import UserError
-from tests.nas.runs import draw_pictures
+from tests.nas.run_checks import draw_pictures
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # SGD, because Adam turns the rounding of a gradient near zero into a whole step.
 TINY: dict[str, Any] = dict(
     model_kwargs=("patch_size=8", "embed_dim=24", "depth=2", "num_heads=4"), dataset="folder", workers=0,

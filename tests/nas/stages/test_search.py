@@ -22,7 +22,7 @@ from nas.networks.compact_file import load_compact
 from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
 from search_spaces.architecture import load_architecture
-from tests.nas.runs import assert_same_run, assert_whole, draw_pictures, log_rows, visible
+from tests.nas.run_checks import assert_same_run, assert_whole, draw_pictures, log_rows, visible
 
 TINY = dict(
     model_kwargs=("patch_size=8", "embed_dim=24", "depth=2", "num_heads=4"),

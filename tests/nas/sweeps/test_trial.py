@@ -27,7 +27,7 @@ from nas.sweeps.trial import as_plain, epochs_done, finished, outcome_of, run_tr
 from nas.sweeps.trials import Trial, make_trials
 from search_spaces.errors import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EPOCHS = 3
 
 

@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from nas.sweeps.storage import scratch
-from tests.nas.runs import assert_same_run, assert_whole
+from tests.nas.run_checks import assert_same_run, assert_whole
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EPOCHS = 25  # a fast machine takes 0.1 s for each, and must not finish before it is killed
 OPTIONS = f"""--space vit-dan-nano --alphas 1 2 4 --arch-lr 0.3 --epochs {EPOCHS} --batch-size 64
  --model-kwargs patch_size=8 embed_dim=24 depth=2 num_heads=4"""

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.nas.runs import assert_same_run, assert_whole, draw_pictures, visible
+from tests.nas.run_checks import assert_same_run, assert_whole, draw_pictures, visible
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FORK = multiprocessing.get_context("forkserver")  # torch is imported once, not at each of the starts
 FORK.set_forkserver_preload(["nas.stages.search", "nas.plot", "timm"])
 # Where SIGKILL strikes: in the n-th call of a function, before its work or, with "half", in the middle of a write,
