@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-import nas
 from nas.config import Common, RetrainConfig, SearchConfig
 from nas.machine.distributed import leave
 from nas.machine.files import write_text
@@ -22,7 +22,7 @@ from nas.runs.folder import plain, typed
 from nas.training.loop import OnEpoch
 from search_spaces.errors import UserError
 
-ROOT = Path(nas.__path__[0]).parent  # where a process started elsewhere finds this package
+ROOT = Path(str(files("nas"))).parent  # where a process started elsewhere finds this package
 KINDS: dict[str, type[Common]] = {"search": SearchConfig, "retrain": RetrainConfig}
 POLL = 0.5  # seconds
 

@@ -100,7 +100,7 @@ def test_bad_commands_end_in_one_line(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr == "nas.export: error: --push-only goes with --push-to-hub USER/NAME\n"
+    assert done.stderr == "python -m nas.export: error: --push-only goes with --push-to-hub USER/NAME\n"
 
 
 def test_the_upload_up_to_the_network(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_refused(run: Path, tmp_path: Path, capsys: pytest.
         patch.setattr("sys.argv", ["nas.validate", "--weights", str(tmp_path / "nowhere")])
         with pytest.raises(SystemExit) as stop:
             main()
-    assert stop.value.code == 2 and capsys.readouterr().err.startswith("nas.validate: error: ")
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("python -m nas.validate: error: ")
 
 
 VIT = ("vit_tiny_patch16_224", dict(img_size=48, embed_dim=48, depth=2, num_heads=4))
