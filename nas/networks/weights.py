@@ -24,8 +24,6 @@ UNREADABLE = (
     AttributeError,
     OSError,
 )
-
-
 BACKBONE = "supernet.backbone."  # where an objective's state dict holds the weights
 
 

@@ -21,14 +21,14 @@ class PriceOptions:
     gflops: float | None = None
     """the budget in GFLOPs (MACs)"""
     gamma: float | None = None
-    """weight of the FLOPs penalty per MAC when there is no budget (1e-12, equation 3.7)"""
+    """weight of the price's penalty, per MAC or parameter, when there is no budget (1e-12, equation 3.7)"""
 
     def check_price(self) -> None:
         """Refuse values that no search can use."""
         if self.gamma is not None and self.gamma < 0:
             raise UserError(f"--gamma {self.gamma}; expected 0 or more")
         if self.budget is not None and not 0 <= self.budget <= 1:
-            raise UserError(f"--budget {self.budget}; expected a fraction of the backbone's FLOPs, 0 < B <= 1")
+            raise UserError(f"--budget {self.budget}; expected a fraction of the backbone's price, 0 < B <= 1")
         if self.gflops is not None and self.price != "flops":
             raise UserError(
                 f"--gflops is a budget in FLOPs, --price {self.price} sets it in another unit; give --budget"

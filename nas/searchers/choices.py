@@ -1,6 +1,6 @@
 """The architecture logits of a search, and the mixture that a draw of them stands for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -71,11 +71,3 @@ def mixture_of(slices: Sequence[BlockSlice], weights: Tensor, costs: BlockCosts)
         hidden_gate=gates(weights, [count(s.hidden) for s in slices]),
     )
     return BlockMixture((term,))
-
-
-def one_hot(space: SearchSpace, picks: Sequence[Picks]) -> list[Mapping[str, Tensor]]:
-    """The draw that takes exactly the given candidates."""
-    return [
-        {name: torch.tensor([float(option == pick[name]) for option in options]) for name, options in choices.items()}
-        for choices, pick in zip(space.candidates, picks, strict=True)
-    ]

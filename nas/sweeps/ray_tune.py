@@ -64,7 +64,7 @@ class AshaByCost(FIFOScheduler):  # type: ignore[misc]
     def __init__(self, trials: Sequence[Trial]) -> None:
         super().__init__()
         self.groups = {t.name: str([getattr(t.search, name) for name in COSTS]) for t in trials}
-        epochs = {t.name: _epochs(t) for t in trials}
+        epochs = {t.name: t.resolved().epochs or 1 for t in trials}
         longest = {g: max(epochs[n] for n, other in self.groups.items() if other == g) for g in self.groups.values()}
         self.ashas = {
             group: ASHAScheduler(
@@ -95,11 +95,3 @@ class AshaByCost(FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         self.asha(trial).on_trial_remove(tune_controller, trial)
-
-
-def _epochs(trial: Trial) -> int:
-    """As the space has them unless the trial does."""
-    from nas.config import with_defaults
-    from search_spaces.registry import get_space
-
-    return with_defaults(trial.search, get_space(trial.search.space), "search").epochs or 1

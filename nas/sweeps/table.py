@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nas.config import with_defaults
 from nas.data.split_names import held_out_words, trained_before
 from nas.machine.files import write_csv
 from nas.sweeps.trial import epochs_done, outcome_of
 from nas.sweeps.trials import MEASURES, TRIALS, Trial, short
-from search_spaces.registry import get_space
 
 STATES = ("done", "stopped", "failed", "running", "waiting")
 SHOWN = 30  # rows of the live table; the rest is counted
@@ -152,7 +150,7 @@ def trial_row(sweep: Path, trial: Trial) -> dict[str, Any]:
 
 def held_out_of(trial: Trial) -> str:
     """What the images of `held_out_top1` are, in words."""
-    search = with_defaults(trial.search, get_space(trial.search.space), "search")
+    search = trial.resolved()
     return held_out_words(trained_before(search.pretrained, search.checkpoint))
 
 

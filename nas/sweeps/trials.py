@@ -11,10 +11,11 @@ from typing import Any
 
 import tyro
 
-from nas.config import Common, RetrainConfig, SearchConfig
+from nas.config import Common, RetrainConfig, SearchConfig, with_defaults
 from nas.machine.launch import launched
 from nas.sweeps.options import SweepConfig
 from search_spaces.errors import UserError
+from search_spaces.registry import get_space
 
 RETRAIN = "retrain."
 OWN = {f.name for f in fields(SweepConfig)} - {f.name for f in fields(SearchConfig)}
@@ -40,6 +41,10 @@ class Trial:
     values: Mapping[str, Any]
     search: SearchConfig
     retrain: RetrainConfig | None
+
+    def resolved(self) -> SearchConfig:
+        """The options of its search, with the space's own for what was not given."""
+        return with_defaults(self.search, get_space(self.search.space), "search")
 
     def words(self) -> str:
         """budget 0.2, seed 1"""

@@ -15,7 +15,6 @@ from nas.objectives.kernel import KernelTerm
 from nas.prices.costs import priced
 from nas.prices.flops import FLOPS
 from nas.searchers.channels import Bernoulli, KernelSearch, TopK
-from nas.searchers.choices import one_hot
 from nas.training.loop import Training
 from nas.training.objective import Objective
 from search_spaces.method import FRACTIONS, Picks, Settings
@@ -23,6 +22,7 @@ from search_spaces.registry import METHODS
 from search_spaces.slices import NetworkSlice, network_slice
 from search_spaces.space import SearchSpace, make_space
 from supernets.supernet import Supernet
+from tests.nas.small import one_hot
 from tests.oracle import randomise
 
 

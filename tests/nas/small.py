@@ -10,10 +10,9 @@ from torch import Tensor
 
 from nas.prices.costs import PricedSpace, priced
 from nas.prices.flops import FLOPS
-from nas.searchers.choices import one_hot
 from search_spaces.dan import DAN
 from search_spaces.method import Picks, Settings
-from search_spaces.space import make_space
+from search_spaces.space import SearchSpace, make_space
 from supernets.supernet import Supernet
 from supernets.t2t_vit import T2TViT
 from tests.oracle import randomise
@@ -56,6 +55,14 @@ def soft_etas(costs: PricedSpace, seed: int) -> list[Tensor]:
 def soft_draw(etas: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     """Weights g of every choice: positive, summing to one."""
     return [{"alpha": eta.softmax(0)} for eta in etas]
+
+
+def one_hot(space: SearchSpace, picks: Sequence[Picks]) -> list[Mapping[str, Tensor]]:
+    """The draw that takes exactly the given candidates."""
+    return [
+        {name: torch.tensor([float(option == pick[name]) for option in options]) for name, options in choices.items()}
+        for choices, pick in zip(space.candidates, picks, strict=True)
+    ]
 
 
 def hard_draw(costs: PricedSpace, picks: Sequence[Picks]) -> list[Mapping[str, Tensor]]:
