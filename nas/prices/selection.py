@@ -370,11 +370,13 @@ class _Program:
 
 
 def _milp(cost: NDArray[np.float64], integrality: NDArray[np.int_], constraints: LinearConstraint) -> Any:
-    """HiGHS on variables in [0, 1]. Its presolve gives some small feasible programs up (status 4): those go without."""
+    """HiGHS on variables in [0, 1]. What its presolve gives up (status 4) or takes for infeasible (2) goes without:
+    both were seen of small feasible programs.
+    """
     for presolve in (True, False):
         options = {"mip_rel_gap": 0, "presolve": presolve}
         result = milp(cost, integrality=integrality, bounds=Bounds(0, 1), constraints=constraints, options=options)
-        if result.status != 4:
+        if result.status not in (2, 4):
             break
     return result
 

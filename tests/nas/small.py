@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nas.prices.costs import PricedSpace, priced
 from nas.prices.flops import FLOPS
+from nas.prices.price import Price
 from search_spaces.dan import DAN
 from search_spaces.method import Picks, Settings
 from search_spaces.space import SearchSpace, make_space
@@ -36,11 +37,15 @@ def small_supernet(family: str, seed: int = 0, **kwargs: Any) -> Supernet:
 
 
 def small_costs(
-    supernet: Supernet, width: str, alphas: tuple[int, ...] | None = None, full_stage_width: bool = False
+    supernet: Supernet,
+    width: str,
+    alphas: tuple[int, ...] | None = None,
+    full_stage_width: bool = False,
+    price: Price = FLOPS,
 ) -> PricedSpace:
     """DAN's space over a supernet, priced."""
     space = make_space("small-dan", DAN(), Settings(width=width, alphas=alphas), supernet.shapes)
-    return priced(space, supernet.adapter.costs, FLOPS, full_stage_width)
+    return priced(space, supernet.adapter.costs, price, full_stage_width)
 
 
 def soft_etas(costs: PricedSpace, seed: int) -> list[Tensor]:

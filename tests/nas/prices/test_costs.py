@@ -1,4 +1,4 @@
-"""FLOPs of a search space: expected ones against every architecture enumerated, selected ones exactly."""
+"""Prices of a search space: expected ones against every architecture enumerated, selected ones exactly."""
 
 import itertools
 import math
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nas.prices.costs import PricedSpace, joint_probability
+from nas.prices.table import PRICES
 from search_spaces.slices import network_slice
 from supernets.flops import block_flops
 from supernets.supernet import Supernet
@@ -26,20 +27,24 @@ over_widths = pytest.mark.parametrize(
 )
 
 
-def priced(name: str, width: str, full: bool) -> tuple[Supernet, PricedSpace]:
+over_prices = pytest.mark.parametrize("price", PRICES)
+
+
+def priced(name: str, width: str, full: bool, price: str = "flops") -> tuple[Supernet, PricedSpace]:
     family, kwargs = SPACES[name]
     supernet = small_supernet(family, **kwargs)
-    return supernet, small_costs(supernet, width, full_stage_width=full)
+    return supernet, small_costs(supernet, width, full_stage_width=full, price=PRICES[price])
 
 
 def architectures(costs: PricedSpace) -> Iterator[tuple[int, ...]]:
     return itertools.product(*(range(len(options)) for options in costs.options))
 
 
-def exact_flops(supernet: Supernet, costs: PricedSpace, picks: Sequence[int]) -> int:
-    """FLOPs by the supernet's own count of the subnet, itself checked against torch's counter (invariant 3)."""
+def exact(supernet: Supernet, costs: PricedSpace, picks: Sequence[int]) -> int:
+    """The price by the supernet's own count of the subnet, itself checked against torch (invariant 3)."""
     blocks = [options[k].slice for options, k in zip(costs.options, picks, strict=True)]
-    return supernet.flops(network_slice(supernet.shapes, blocks, costs.full_stage_width))
+    subnet = network_slice(supernet.shapes, blocks, costs.full_stage_width)
+    return {"flops": supernet.flops, "params": supernet.params}[costs.price.name](subnet)
 
 
 def enumerated(supernet: Supernet, costs: PricedSpace, draw: Sequence[Mapping[str, Tensor]]) -> Tensor:
@@ -47,16 +52,17 @@ def enumerated(supernet: Supernet, costs: PricedSpace, draw: Sequence[Mapping[st
     return torch.stack(
         [
             math.prod((block["alpha"][k] for block, k in zip(draw, picks, strict=True)), start=torch.tensor(1.0))
-            * float(exact_flops(supernet, costs, picks))
+            * float(exact(supernet, costs, picks))
             for picks in architectures(costs)
         ]
     ).sum()
 
 
+@over_prices
 @over_spaces
 @over_widths
-def test_expected_flops_are_those_of_every_architecture(name: str, width: str, full: bool) -> None:
-    supernet, costs = priced(name, width, full)
+def test_the_expected_price_is_that_of_every_architecture(name: str, width: str, full: bool, price: str) -> None:
+    supernet, costs = priced(name, width, full, price)
     assert 8 <= costs.space.size() <= 400
     for seed in range(2):
         etas = soft_etas(costs, seed)
@@ -96,16 +102,17 @@ def test_gradient_of_expected_flops_is_the_finite_difference(name: str, width: s
     assert torch.autograd.gradcheck(fraction, soft_etas(costs, 5), eps=1e-5, atol=1e-9, rtol=1e-6)
 
 
+@over_prices
 @over_spaces
 @over_widths
-def test_the_selection_problem_counts_as_the_supernet_does(name: str, width: str, full: bool) -> None:
-    supernet, costs = priced(name, width, full)
+def test_the_selection_problem_counts_as_the_supernet_does(name: str, width: str, full: bool, price: str) -> None:
+    supernet, costs = priced(name, width, full, price)
     problem = costs.problem(soft_draw(soft_etas(costs, 1)))
     generator = torch.Generator().manual_seed(2)
     for _ in range(10):
         picks = [int(torch.randint(len(o), (), generator=generator)) for o in costs.options]
-        assert problem.cost(picks) == exact_flops(supernet, costs, picks)
-    assert problem.cost([0] * len(costs.options)) == supernet.flops() == costs.full  # alpha 1 everywhere
+        assert problem.cost(picks) == exact(supernet, costs, picks)
+    assert problem.cost([0] * len(costs.options)) == costs.full  # alpha 1 everywhere
 
 
 @over_spaces

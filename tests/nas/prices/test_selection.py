@@ -39,6 +39,7 @@ def flops_by_hand(problem: SelectionProblem, picks: tuple[int, ...]) -> int:
     total = problem.constant + sum(c.cost for c in chosen) + problem.stem_per_channel * widths[0]
     for merge, pair in zip(problem.merge_per_pair, itertools.pairwise(widths), strict=True):
         total += merge * math.prod(pair)
+    total += sum(m * w for m, w in zip(problem.merge_per_channel, widths, strict=False))
     return total + problem.head_per_channel * widths[-1]
 
 
@@ -90,6 +91,7 @@ def problems(draw: st.DrawFn) -> SelectionProblem:
         merge_per_pair=tuple(draw(st.integers(0, 2)) for _ in range(num_stages - 1)),
         head_per_channel=draw(cost),
         fixed_widths=tuple(24 << s for s in range(num_stages)) if draw(st.booleans()) else None,
+        merge_per_channel=tuple(draw(cost) for _ in range(num_stages - 1)) if draw(st.booleans()) else (),
     )
 
 
@@ -120,6 +122,43 @@ UNSOLVED_WITH_PRESOLVE = SelectionProblem(  # scipy 1.17's HiGHS answers "Solve 
     merge_per_pair=(),
     head_per_channel=0,
 )
+
+
+INFEASIBLE_WITH_PRESOLVE = SelectionProblem(  # says HiGHS of a band that holds just the cost of (1, 0, 0, 1, 1, 0)
+    blocks=(
+        (KnapsackItem(0, 24, 0.0), KnapsackItem(0, 12, -0.5)),
+        (KnapsackItem(10000031, 24, 0.0), KnapsackItem(0, 24, 0.0), KnapsackItem(32000096, 12, -0.5)),
+        (
+            KnapsackItem(29000088, 24, -1.0),
+            KnapsackItem(0, 24, 0.0),
+            KnapsackItem(1000003, 24, 0.0),
+            KnapsackItem(1000003, 12, 0.0),
+        ),
+        (
+            KnapsackItem(27000081, 24, -0.5),
+            KnapsackItem(20000060, 24, 0.0),
+            KnapsackItem(1000003, 24, 0.0),
+            KnapsackItem(0, 12, -0.5),
+        ),
+        (
+            KnapsackItem(0, 24, 0.0),
+            KnapsackItem(3000009, 24, 0.0),
+            KnapsackItem(25000075, 24, 0.0),
+            KnapsackItem(0, 12, 0.0),
+        ),
+        (KnapsackItem(0, 12, 0.0),),
+    ),
+    stages=(0,) * 6,
+    constant=0,
+    stem_per_channel=0,
+    merge_per_pair=(),
+    head_per_channel=2000006,
+)
+
+
+def test_a_band_that_the_solver_takes_for_empty_is_looked_at_again() -> None:
+    target = flops_by_hand(INFEASIBLE_WITH_PRESOLVE, (1, 0, 0, 1, 1, 0))
+    assert select(INFEASIBLE_WITH_PRESOLVE, target, 1.0, 0.0) == brute_force(INFEASIBLE_WITH_PRESOLVE, target, 1.0, 0.0)
 
 
 @settings(max_examples=60, deadline=None)
