@@ -1,4 +1,4 @@
-"""The methods' trainings, by the methods' names, and which options go with which."""
+"""The methods' trainings, by the methods' names: which searchers and which options go with which."""
 
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
@@ -11,6 +11,9 @@ from nas.methods.joint import JointTraining
 from nas.methods.kcr import KCRTraining
 from nas.methods.method import MethodTraining
 from nas.methods.uvc import UVCTraining
+from nas.searchers.options import SearchOptions
+from nas.searchers.searcher import Searcher
+from nas.searchers.table import SEARCHERS
 from search_spaces.errors import UserError
 from search_spaces.registry import METHODS, Space
 
@@ -26,6 +29,15 @@ TRAININGS: dict[str, MethodTraining] = {
 def training_of(space: Space) -> MethodTraining:
     """What its method adds; a method without a line of its own trains by gradient, adjoined."""
     return TRAININGS.get(space.method.name, MethodTraining())
+
+
+def searcher_of(options: SearchOptions, space: Space) -> Searcher:
+    """--searcher, or the method's own. UserError names those that it allows."""
+    allowed = training_of(space).searchers
+    name = options.searcher or allowed[0]
+    if name not in allowed:
+        raise UserError(f"--searcher {name}: {space.name} is searched by {' or '.join(allowed)}")
+    return SEARCHERS[name]
 
 
 def check_owned(options: Any, space: Space, shared: tuple[type, ...] = ()) -> None:

@@ -14,7 +14,7 @@ from nas.machine.distributed import is_main, joined, quiet_unless_main
 from nas.machine.files import write_json
 from nas.machine.timing import Network
 from nas.methods.method import GAMMA
-from nas.methods.table import check_owned, training_of
+from nas.methods.table import check_owned, searcher_of, training_of
 from nas.networks.architecture import architecture_of, slices_of, write_architecture
 from nas.networks.backbone import TimmModel
 from nas.networks.opening import meta_supernet, model_of, start_of
@@ -25,13 +25,11 @@ from nas.prices.options import one_budget
 from nas.prices.table import price_of
 from nas.runs.folder import SUPERNET, open_run, results_path
 from nas.searchers.searcher import Answer, Question, Run, Searcher
-from nas.searchers.table import SEARCHERS
 from nas.stages.prepare import Beginning, prepare
 from nas.training.evaluate import by_split, print_table, top_k
 from nas.training.loop import OnEpoch
 from nas.training.prepared import Prepared
 from search_spaces.architecture import Architecture
-from search_spaces.errors import UserError
 from search_spaces.registry import Space, get_space
 from search_spaces.slices import network_slice
 from search_spaces.space import make_space
@@ -98,15 +96,6 @@ def resolve(config: SearchConfig) -> tuple[SearchConfig, Space]:
     price_of(config.price)
     searcher_of(config, space)
     return config, space
-
-
-def searcher_of(config: SearchConfig, space: Space) -> Searcher:
-    """--searcher, or the method's own. UserError names those that it allows."""
-    allowed = training_of(space).searchers
-    name = config.searcher or allowed[0]
-    if name not in allowed:
-        raise UserError(f"--searcher {name}: {space.name} is searched by {' or '.join(allowed)}")
-    return SEARCHERS[name]
 
 
 def ask(config: SearchConfig, space: Space, num_classes: int) -> Asked:
