@@ -28,13 +28,13 @@ KILLS: list[Kill] = [  # one after the other, each in the run that the one befor
     ("torch", "save", 1, "half"),  # half a checkpoint
     None,
     ("nas.training.loop", "write_tables", 2, ""),  # the first is the resume's own, if there is a checkpoint by now
-    ("nas.training", "top_k", 1, ""),  # in validation
+    ("nas.training.make", "top_k", 1, ""),  # in validation
     None,
     ("torch", "save", 2, "half"),
     None,
     ("nas.training.loop", "update_weights", 1, ""),  # in the first step after a resume
     None,
-    ("nas.training", "top_k", 2, ""),
+    ("nas.training.make", "top_k", 2, ""),
     None,
     ("os", "replace", 5, ""),
     None,
