@@ -170,7 +170,7 @@ def lost_modules(passage: Passage) -> list[str]:
 
 def outside(passage: Passage) -> list[str]:
     """What lies on somebody's machine and not in the repository."""
-    return re.findall(r"(?:\.\./)+shared\S*|(?<![\w/.])shared/\S*|(?<!\w)/(?:work|tmp)/\S*", passage.text)
+    return re.findall(r"(?:\.\./)+shared\S*|(?<![\w/.])shared/\S*|(?<!\w)/(?:home|root|tmp)/\S*", passage.text)
 
 
 def prose(text: str) -> str:
@@ -279,7 +279,7 @@ BAD = (
     (outside, "as ../shared/page.md says"),
     (outside, "the weights of shared/weights"),
     (outside, "written to /tmp/run"),
-    (outside, "from /work/data"),
+    (outside, "from /home/me/data"),
 )
 
 
