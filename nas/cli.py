@@ -4,16 +4,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import tyro
 import yaml
 
-from nas.config import Common
+from nas.config import C
 from nas.machine.launch import launched
 from search_spaces.errors import UserError, reason
 
-C = TypeVar("C", bound=Common)
 SPACES_FLAGS = ("pretrained", "amp", "model-ema")  # booleans whose default is the space's
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nas.data.options import DataOptions
 from nas.objectives.spectrum import EpochKernel, SecondMoment, _kernel_complexity_by_h, trace_normalised
 from search_spaces.errors import UserError
 
@@ -81,14 +82,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure(options: argparse.Namespace) -> None:
     import supernets.t2t_vit  # noqa: F401 - enters T2T-ViT into timm's registry
-    from nas.data.datasets import DataSpec, open_splits
+    from nas.data.loaders import open_data
     from nas.networks.backbone import Start, starting_backbone
     from nas.networks.key_values import parse_key_values
     from nas.pictures.run import save
 
     if options.pretrained and options.checkpoint:
         raise UserError("--pretrained and --checkpoint both name the weights; give one of them")
-    splits = open_splits(DataSpec(options.dataset, options.data_dir, options.val_fraction))
+    splits = open_data(data_of(options))
     kwargs = parse_key_values(tuple(options.model_kwargs))
     start = Start(options.pretrained, options.checkpoint)
     model, notes, _ = starting_backbone(options.model, kwargs, splits.num_classes, start, splits.class_names)
@@ -108,29 +109,23 @@ def _measure(options: argparse.Namespace) -> None:
     print(options.output)
 
 
+def data_of(options: argparse.Namespace) -> DataOptions:
+    """Which images, as both stages are told."""
+    names = ("dataset", "data_dir", "val_fraction", "workers")
+    return DataOptions(**{name: getattr(options, name) for name in names})
+
+
 @torch.no_grad()
 def _kernel_of(
     model: Any, kwargs: Mapping[str, Any], images: Any, options: argparse.Namespace
 ) -> tuple[EpochKernel, int]:
     """One pass over the images, centre crops, in float32: the kernel of the pooled features, and D."""
-    from timm.data import resolve_data_config
-
     from nas.data.loader import eval_loader
-    from nas.data.transforms import LoaderSpec
+    from nas.data.loaders import loader_spec
     from nas.networks.backbone import input_size
     from nas.training.evaluate import progress
 
-    data = resolve_data_config({"input_size": input_size(model, kwargs)}, model=model)
-    crop_pct = 1.0 if data["input_size"][1] <= 64 else data["crop_pct"]  # as in training: nas.data.loaders
-    spec = LoaderSpec(
-        batch_size=options.batch_size,
-        input_size=data["input_size"],
-        mean=data["mean"],
-        std=data["std"],
-        interpolation=data["interpolation"],
-        crop_pct=crop_pct,
-        workers=options.workers,
-    )
+    spec = loader_spec(data_of(options), model, input_size(model, kwargs), options.batch_size)
     try:
         device = torch.device(options.device)
         model = model.to(device).eval()

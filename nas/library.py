@@ -8,11 +8,11 @@ from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from torch import nn
 
-from nas.config import Common, RetrainConfig, SearchConfig
+from nas.config import C, RetrainConfig, SearchConfig
 from nas.networks.architecture import architecture_of, slices_of
 from nas.networks.backbone import TimmModel
 from nas.networks.compact_file import load_compact, save_compact
@@ -29,7 +29,6 @@ from supernets.supernet import Supernet
 
 __all__ = ["Architecture", "Supernet", "cut", "load", "pick", "retrain", "save", "search"]
 
-C = TypeVar("C", bound=Common)
 COMMAND_LINE = ("list_spaces", "processes")  # fields that are no options of a run
 
 
