@@ -1,10 +1,12 @@
-"""What the importance order is worth: accuracy of freshly cut subnets, before any training of them.
+"""What the basis is worth (section 2.7): accuracy of freshly cut subnets, before any training of them.
 
     python benchmarks/importance.py                                        # digits, a few minutes on two cores
     python benchmarks/importance.py --dataset folder --data-dir DIR --epochs 10
+    python benchmarks/importance.py --space vit-an --model NAME --checkpoint FILE --data-dir DIR --epochs 0
 
-Trains one network, the large one alone, then cuts it at every alpha and width after each order. The order is
-computed on training images and everything is measured on the validation split (of the digits, the test fifth). The
+Trains one network, the large one alone, then cuts it at every alpha and width: as it stands, ordered by each
+importance, and with its stream rotated, heads and neurons ordered. Orders and rotations are found on training images,
+once per seed, which draws them; everything is measured on the validation split (of the digits, the test fifth). The
 same weights serve every row.
 """
 
@@ -14,6 +16,7 @@ import itertools
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,14 +37,17 @@ from nas.training.evaluate import top_k
 from nas.training.loop import fit
 from nas.training.losses import cross_entropy
 from nas.training.make import make_training
-from nas.training.order import TAYLOR_BATCHES
+from nas.training.basis import TAYLOR_BATCHES, first_images
 from search_spaces.errors import UserError
 from search_spaces.registry import get_space
 from search_spaces.slices import BlockShape, NetworkSlice, network_slice, prefix_slice
+from supernets.basis import Basis, rewrite
+from supernets.calibration import Wanted, calibrate
 from supernets.importance import magnitude_scores, orders_of, permute, taylor_pass
+from supernets.streams import fixed_streams
 from supernets.supernet import Supernet
 
-KINDS = ("none", "magnitude", "taylor")
+KINDS = ("none", "order magnitude", "order taylor", "order error", "rotate taylor", "rotate error")
 WIDTHS = ("stream", "inner")
 
 
@@ -57,20 +63,50 @@ def trained(config: RetrainConfig, epochs: int) -> tuple[Supernet, Loaders, torc
     return supernet.eval(), prepared.loaders, device
 
 
-def ordered(supernet: Supernet, kind: str, batches: list[tuple[Tensor, Tensor]]) -> Supernet:
-    """A copy of the supernet in the order of a kind."""
+@dataclass(frozen=True)
+class Images:
+    """What a seed draws: batches with labels for Taylor scores, images for second moments."""
+
+    labelled: list[tuple[Tensor, Tensor]]
+    calibration: list[Tensor]
+
+
+def drawn(loaders: Loaders, seed: int, count: int) -> Images:
+    """Training images, by the seed: augmented with labels, and as they are evaluated."""
+    loaders.train.set_epoch(seed)
+    labelled = list(itertools.islice(loaders.train, TAYLOR_BATCHES))
+    return Images(labelled, list(first_images(loaders.calibration(seed), count)))
+
+
+def standing(supernet: Supernet, kind: str, images: Images) -> Supernet:
+    """A copy of the supernet as a row has it."""
     other = Supernet(copy.deepcopy(supernet.backbone)).eval()
-    if kind != "none":
-        permute(
-            other,
-            orders_of(magnitude_scores(other) if kind == "magnitude" else taylor_pass(other, batches, cross_entropy)),
+    change, _, importance = kind.partition(" ")
+    if change == "none":
+        return other
+    rotated = (
+        frozenset({s.stage for s in other.shapes} - set(fixed_streams(other.adapter)))
+        if change == "rotate"
+        else frozenset()
+    )
+    wanted = Wanted(rotated, error_order=importance == "error")
+    basis = calibrate(other, images.calibration, wanted)
+    orders = dict(basis.orders)
+    if importance != "error":
+        orders = orders_of(
+            magnitude_scores(other) if importance == "magnitude" else taylor_pass(other, images.labelled, cross_entropy)
         )
+    orders = {name: order for name, order in orders.items() if name not in {f"stream.{s}" for s in rotated}}
+    if change == "rotate":
+        rewrite(other, Basis(basis.streams, basis.energy, orders=orders))
+    else:
+        permute(other, orders)
     return other
 
 
-def main() -> None:
-    """Train, cut, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def option_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options of a network and its data."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--space", default="swin-an-nano", help="a space; its model and training defaults are taken")
     parser.add_argument("--model", help="another timm name of the space's family")
     parser.add_argument("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE")
@@ -78,11 +114,13 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--checkpoint", type=Path, help="start from these weights instead of from scratch")
     parser.add_argument("--epochs", type=int, default=15, help="0: measure --checkpoint as it is")
-    parser.add_argument("--alphas", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seed", type=int, default=42, help="of the training")
     parser.add_argument("--threads", type=int)
-    options = parser.parse_args()
-    started = time.perf_counter()
+    return parser
+
+
+def opened(options: argparse.Namespace) -> tuple[Supernet, Loaders, torch.device]:
+    """The large network that the options ask for, trained, with its images and device."""
     with tempfile.TemporaryDirectory() as folder:
         config = RetrainConfig(
             space=options.space,
@@ -102,25 +140,43 @@ def main() -> None:
         config = with_defaults(config, get_space(options.space), "retrain")
         config.check()
         print(f"{options.space} on {config.dataset_name()}, {options.epochs} epochs, seed {config.seed}")
-        supernet, loaders, device = trained(config, options.epochs)
-    loaders.train.set_epoch(0)
-    batches = list(itertools.islice(loaders.train, TAYLOR_BATCHES))
+        return trained(config, options.epochs)
+
+
+def main() -> None:
+    """Train, cut, print the table."""
+    parser = option_parser(__doc__)
+    parser.add_argument("--alphas", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the images that orders and rotations see")
+    parser.add_argument("--calibration-images", type=int, default=2048)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
+    options = parser.parse_args()
+    started = time.perf_counter()
+    supernet, loaders, device = opened(options)
     columns = list(itertools.product(options.alphas, WIDTHS))
     allowed = [(a, w) for a, w in columns if all(divides(a, w, s) for s in supernet.shapes)]
     for a, w in sorted(set(columns) - set(allowed)):
         print(f"alpha {a}, {w}: left out, it does not divide every block")
-    print(f"{'order':<10} {'large':>8} " + " ".join(f"{f'{w} {a}':>10}" for a, w in allowed))
-    for kind in KINDS:
-        net = ordered(supernet, kind, batches)
-        subnets = {
-            f"{w} {a}": network_slice(net.shapes, [prefix_slice(s, a, w) for s in net.shapes]) for a, w in allowed
-        }
-        networks: dict[str, Network] = {"large": net.large}
-        networks |= {name: partial(small, net, cut) for name, cut in subnets.items()}
-        scores = top_k(networks, loaders.test, device, torch.no_grad)
-        cells = " ".join(f"{scores[f'{name}_top1']:>10.2f}" for name in subnets)
-        print(f"{kind:<10} {scores['large_top1']:>8.2f} {cells}")
+    subnets = {
+        f"{w} {a}": network_slice(supernet.shapes, [prefix_slice(s, a, w) for s in supernet.shapes]) for a, w in allowed
+    }
+    print(f"{'':<16} {'large':>14} " + " ".join(f"{name:>14}" for name in subnets))
+    for kind in options.kinds:
+        rows = []
+        for seed in options.seeds if kind != "none" else options.seeds[:1]:
+            net = standing(supernet, kind, drawn(loaders, seed, options.calibration_images))
+            networks: dict[str, Network] = {"large": net.large}
+            networks |= {name: partial(small, net, cut) for name, cut in subnets.items()}
+            scores = top_k(networks, loaders.test, device, torch.no_grad)
+            rows.append([scores[f"{name}_top1"] for name in networks])
+        print(f"{kind:<16} " + " ".join(f"{cell(values):>14}" for values in zip(*rows, strict=True)), flush=True)
     print(f"top-1 % on the {loaders.reported}, no training after the cut; {time.perf_counter() - started:.0f} s")
+
+
+def cell(values: tuple[float, ...]) -> str:
+    """Mean and, of several seeds, the standard deviation."""
+    mean = sum(values) / len(values)
+    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ± {torch.tensor(values).double().std():.2f}"
 
 
 def small(supernet: Supernet, subnet: NetworkSlice, images: Tensor) -> Tensor:

@@ -26,11 +26,14 @@ def rows_of(arch: Architecture) -> list[Row]:
     """The rows of an architecture; their FLOPs add up to the network's. UserError when it does not fit its backbone."""
     from nas.networks.architecture import slices_of
     from nas.networks.backbone import TimmModel
+    from nas.networks.basis_file import streams_of
     from nas.networks.opening import meta_supernet
     from search_spaces.registry import METHODS, get_space
-    from supernets.flops import block_flops
+    from supernets.basis import install_stages
+    from supernets.flops import block_flops, whole_stages
 
     supernet = meta_supernet(TimmModel(arch.model, arch.model_kwargs), arch.num_classes, get_space(arch.space))
+    install_stages(supernet, streams_of(arch.basis))
     subnet, costs = slices_of(arch, supernet.shapes), supernet.adapter.costs
     names = METHODS[arch.method].choice_names
     rows = []
@@ -45,6 +48,9 @@ def rows_of(arch: Architecture) -> list[Row]:
         rows.append(Row(name, (at(widths[0]), at(widths[1]))))
 
     part("stem", lambda w: per.constant + per.first * w[0])
+    if 0 in costs.streams.keys() - whole_stages(supernet.shapes, subnet):  # a layer follows it (section 2.7)
+        whole, layer = rows[-1].flops[1], costs.streams[0].flops
+        rows[-1] = Row("stem", (rows[-1].flops[0] + layer[0] + layer[1] * subnet.stage_widths[0], whole))
     for s, (pair, single) in enumerate(zip(per.merge_pair, per.merge_in, strict=True)):
         part(f"merging {s + 1}", lambda w, s=s, pair=pair, single=single: w[s] * (pair * w[s + 1] + single))
     part("classifier", lambda w: per.last * w[-1])

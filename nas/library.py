@@ -15,6 +15,7 @@ from torch import nn
 from nas.config import C, RetrainConfig, SearchConfig
 from nas.networks.architecture import architecture_of, slices_of
 from nas.networks.backbone import TimmModel
+from nas.networks.basis_file import streams_of
 from nas.networks.compact_file import load_compact, save_compact
 from nas.networks.opening import meta_supernet
 from nas.stages.retrain import run_retrain
@@ -88,6 +89,12 @@ def cut(network: nn.Module, subnet: Architecture | NetworkSlice) -> nn.Module:
     """
     supernet = network if isinstance(network, Supernet) else Supernet(network)
     if isinstance(subnet, Architecture):
+        asked, here = streams_of(subnet.basis), tuple(sorted(supernet.adapter.streams))
+        if asked != here:
+            raise UserError(
+                f"the basis of the architecture rotates stages {asked or 'none'}, that of the network {here or 'none'};"
+                " rewrite the network in it first (docs/library.md)"
+            )
         subnet = slices_of(subnet, supernet.shapes)
     return compact.cut(supernet.backbone, subnet)
 

@@ -10,7 +10,7 @@ from typing import Any
 from search_spaces.errors import UserError
 from search_spaces.method import WIDTHS
 
-SCHEMA = 1
+SCHEMA = 2  # 2: basis
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class Architecture:
 
     blocks: per block the candidate of each choice by name and, where a choice is no prefix, the kept indices
     under "kept_<choice>". permutation: importance order by dimension name, applied to the original weights
-    before slicing (section 2.7); empty when none was used. num_classes is a fact of the search, not part of
-    what binds the architecture (section 2.8). flops in MACs.
+    before slicing (section 2.7); empty when none was used. basis: where the stream was rotated, the stages ("streams")
+    and the SHA-256 of basis.safetensors beside arch.json ("sha256"), which then holds the orders too. num_classes is a
+    fact of the search, not part of what binds the architecture (section 2.8). flops in MACs.
     """
 
     space: str
@@ -37,6 +38,7 @@ class Architecture:
     backbone_flops: int
     backbone_params: int
     permutation: Mapping[str, list[int]] = field(default_factory=dict)
+    basis: Mapping[str, Any] = field(default_factory=dict)
     search: Mapping[str, Any] = field(default_factory=dict)
     version: str = "0.1.0"
     schema: int = SCHEMA
@@ -86,6 +88,7 @@ _EXPECTED: dict[str, tuple[tuple[type, ...], str]] = {
     "backbone_flops": ((int,), "a whole number"),
     "backbone_params": ((int,), "a whole number"),
     "permutation": ((dict,), "an object of index lists"),
+    "basis": ((dict,), "an object of streams and sha256, or an empty one"),
     "search": ((dict,), "an object"),
     "version": ((str,), "a string"),
 }
@@ -110,6 +113,9 @@ def load_architecture(path: Path) -> Architecture:
             f"{path}: field 'schema' is {data['schema']}, this toolkit reads up to {SCHEMA};"
             f" it was written by version {data.get('version')}, upgrade to that"
         )
+    if data["schema"] < 2:
+        data.setdefault("basis", {})
+    data["schema"] = SCHEMA
     for name, (types, words) in _EXPECTED.items():
         if name not in data:
             raise UserError(f"{path}: field '{name}' is missing; expected {words}")
@@ -148,9 +154,24 @@ def _check_values(path: Path, data: dict[str, Any]) -> None:
             good = whole(value, 0) if isinstance(value, list) else isinstance(value, int | float)
             if not good:
                 raise UserError(f"{path}: field 'blocks[{i}].{name}' is {_short(value)}; expected a number or indices")
+    _check_basis(path, data["basis"], len(data["stage_widths"]))
     for name, order in data["permutation"].items():
         if not isinstance(order, list) or not whole(order, 0) or sorted(order) != list(range(len(order))):
             raise UserError(f"{path}: field 'permutation.{name}' is {_short(order)}; expected a permutation")
+
+
+def _check_basis(path: Path, basis: dict[str, Any], stages: int) -> None:
+    if not basis:
+        return
+    streams, digest = basis.get("streams"), basis.get("sha256")
+    known = set(range(stages))
+    if set(basis) != {"streams", "sha256"} or not isinstance(streams, list) or not known.issuperset(streams):
+        raise UserError(
+            f"{path}: field 'basis' is {_short(basis)}; expected the rotated stages, of {stages}, under 'streams',"
+            " and 'sha256'"
+        )
+    if not isinstance(digest, str) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        raise UserError(f"{path}: field 'basis.sha256' is {_short(digest)}; expected 64 hexadecimal digits")
 
 
 def _short(value: Any) -> str:

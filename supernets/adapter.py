@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +12,8 @@ from search_spaces.errors import UserError
 from search_spaces.slices import BlockShape, BlockSlice
 from supernets.axes import BlockAxes, Params, take_axis
 from supernets.compact_block import CompactBlock
-from supernets.flops import BlockCosts, NetworkCosts, block_costs
+from supernets.flops import BlockCosts, NetworkCosts, StreamCosts, block_costs
+from supernets.rotated import STREAMS
 
 OuterAxis = tuple[str, int] | None  # letters as in axes.py and the stage whose stream it is; None: not sliced
 
@@ -30,9 +33,49 @@ class Adapter(ABC):
     input_size: tuple[int, int, int]  # channels, height, width
     outer_axes: Mapping[str, tuple[OuterAxis, ...]]  # of each outer parameter that has a stream axis
     outer_norms: Mapping[str, tuple[str, int]]  # name of each outer norm -> letters and stage of what it normalises
+    # What a rotation of the streams needs to know (section 2.7); a family that does not say it is not rotated:
+    outer_readers: Mapping[str, tuple[str, ...]] = MappingProxyType(
+        {}
+    )  # outer norm -> linear layers that read through it
+    stem_norm: str | None = None  # a norm whose output is the first stage's stream
+    before_stem: tuple[str, ...] = ()  # first letters of the parameters that lie before stem_norm
+    stem_tokens: int = 0  # tokens that stem_norm runs on
+    unrotated: Mapping[int, str] = MappingProxyType({})  # stage -> what stands against a rotation of its stream
 
     def __init__(self, backbone: Any) -> None:
         self.backbone = backbone
+
+    @property
+    def streams(self) -> dict[int, Tensor]:
+        """The rotation (E, E) of each stage whose stream is rotated, rows from the old to the new channels."""
+        held: Any = getattr(self.backbone, STREAMS, None)
+        return {} if held is None else {int(name): q for name, q in held.named_buffers()}
+
+    def stream_costs(self, costs: NetworkCosts) -> NetworkCosts:
+        """The costs, with what the stages whose stream is rotated cost more when they are cut."""
+        added = {}
+        for stage in self.streams:
+            found = StreamCosts()
+            if stage == 0 and self.stem_norm is not None:
+                E = self.shapes[0].embed_dim
+                names = [n for n in self.outer_axes if n.startswith((*self.before_stem, self.stem_norm))]
+                per = sum(self.backbone.get_parameter(name).numel() for name in names) // E
+                flops = costs.flops.first
+                found = StreamCosts((E * flops, self.stem_tokens * E - flops), (E * per, E - per))
+            added[stage] = found
+        return replace(costs, streams=added)
+
+    def outer_values(self) -> dict[str, tuple[Tensor, tuple[OuterAxis, ...]]]:
+        """Every outer parameter, whole, and its axes; what precedes the norm of a rotated stem has none."""
+        axes, values = self.outer_axes, {}
+        if 0 in self.streams and self.stem_norm is not None:
+            before = (*self.before_stem, self.stem_norm)
+            axes = {n: (None,) * len(a) if n.startswith(before) else a for n, a in axes.items()}
+            axes[f"{self.stem_norm}.rotation"] = (("S", 0), None)
+        for name, of in axes.items():
+            path, _, leaf = name.rpartition(".")
+            values[name] = (getattr(self.backbone.get_submodule(path), leaf), of)
+        return values
 
     def outer(self, stage_widths: tuple[int, ...], gates: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
         """Every outer parameter by its name in the backbone, sliced to the stage widths.
@@ -40,8 +83,7 @@ class Adapter(ABC):
         gates: per stage (w,), how much of each channel exists; every outer norm gets its own as `name.gate`.
         """
         sliced: dict[str, Tensor] = {}
-        for name, axes in self.outer_axes.items():
-            p: Tensor = self.backbone.get_parameter(name)
+        for name, (p, axes) in self.outer_values().items():
             for dim, axis in enumerate(axes):
                 if axis is not None:
                     letters, stage = axis
@@ -50,7 +92,8 @@ class Adapter(ABC):
             sliced[name] = p
         if gates is not None:
             for name, (letters, stage) in self.outer_norms.items():
-                sliced[f"{name}.gate"] = gates[stage].repeat(4) if letters == "4S" else gates[stage]
+                if not (stage in self.streams and name == self.stem_norm):
+                    sliced[f"{name}.gate"] = gates[stage].repeat(4) if letters == "4S" else gates[stage]
         return sliced
 
     @abstractmethod
@@ -102,6 +145,14 @@ class Adapter(ABC):
         if unknown:
             raise KeyError(f"parameters that no axis table names: {', '.join(unknown)}")
         return params
+
+    def pads_after_norm(self, block: Any) -> bool:
+        """Whether attention sees tokens of zeros that its norm has not: they get the readers' bias, not the norm's."""
+        return False
+
+    def head_parts(self, block: Any) -> dict[str, str]:
+        """What stands against a change of basis inside the heads: of "qk", of "v"; none by default but both said."""
+        return {"qk": "the family does not say how its heads multiply", "v": "the family does not say it"}
 
     def writers(self, block: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
         """The matrices from a block's heads and neurons to the stream: (S, H*V) and (R, M)."""

@@ -32,11 +32,13 @@ class HalfAxes:
     axes: letters of each dimension of every parameter that the half may have.
     outputs: modules, last first, in whose parameters what the half adds is linear; LayerScale before the projection.
     late_norms: norms that what the heads or neurons give passes through, be they inside the half or at its end.
+    norm: the one norm through which the half reads the stream; None where it reads it as it is.
     """
 
     axes: Mapping[str, tuple[str, ...]]
     outputs: tuple[str, ...]
     late_norms: tuple[str, ...] = ()
+    norm: str | None = None
 
     @cached_property
     def readers(self) -> tuple[str, ...]:

@@ -8,11 +8,13 @@ not a prefix, gets a forward of its own (compact_block.py), and every block of a
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice
 from supernets.adapter import Adapter
-from supernets.axes import slice_block, v_widths
+from supernets.axes import v_widths
+from supernets.coordinates import compact_parameters, settle_norms
 from supernets.families import adapter_for
 
 
@@ -21,7 +23,8 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     owner: Any = module.get_submodule(path)
     old = getattr(owner, leaf)
-    setattr(owner, leaf, nn.Parameter(value.detach().clone().contiguous(), requires_grad=old.requires_grad))
+    trained = old is None or old.requires_grad  # None: a bias that the backbone's layer has not
+    setattr(owner, leaf, nn.Parameter(value.detach().clone().contiguous(), requires_grad=trained))
     if leaf != "weight":
         return
     if isinstance(owner, nn.Linear):
@@ -33,10 +36,19 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def shrink(model: nn.Module, subnet: NetworkSlice) -> nn.Module:
-    """Cut a timm model down to a subnet, in place: its weights, its sizes and its attributes. Returns it."""
+    """Cut a timm model down to a subnet, in place: its weights, its sizes and its attributes. Returns it.
+
+    model: rotated or not (section 2.7); the compact network's norms are timm's either way, but for stages whose blocks
+    work on different prefixes of a rotated stream.
+    """
     adapter = adapter_for(model)
-    for name, value in adapter.outer(subnet.stage_widths).items():
-        assign(model, name, value)
+    with torch.no_grad():
+        values = compact_parameters(adapter, subnet)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    settle_norms(adapter, subnet)
+    default = next(iter(dtypes.values()))
+    for name, value in values.items():
+        assign(model, name, value.to(dtypes.get(name, default)))
     for name, shape, kept in zip(adapter.block_names, adapter.shapes, subnet.blocks, strict=True):
         _shrink_block(adapter, name, shape, kept, subnet.stage_widths[shape.stage])
     adapter.resize(subnet.stage_widths)
@@ -50,8 +62,6 @@ def _shrink_block(adapter: Adapter, name: str, shape: BlockShape, kept: BlockSli
         setattr(owner, leaf, nn.Identity())  # skipped: the others keep their names
         return
     block: Any = adapter.backbone.get_submodule(name)
-    for param, value in slice_block(adapter.block_parameters(block), adapter.block_axes, shape, kept).items():
-        assign(block, param, value)
     as_it_is = kept.attn and kept.mlp and kept.mlp_stream is None and kept.stream == stage_width
     if kept.attn:
         attn = adapter.compact_attention(block, v_widths(kept, shape))

@@ -7,7 +7,7 @@ softmax, activations and biases are not counted, as in the ViT literature and in
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice, count, identity_slice
@@ -121,12 +121,38 @@ class PerWidth:
 
 
 @dataclass(frozen=True)
+class StreamCosts:
+    """What a stage costs more where its stream is cut in a rotated basis (section 2.7): (constant, per channel).
+
+    A stem that ends in a norm runs whole and is followed by a linear layer to the stage's channels.
+    """
+
+    flops: tuple[int, int] = (0, 0)
+    params: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
 class NetworkCosts:
-    """All that FLOPs and parameters of a network depend on besides its slices."""
+    """All that FLOPs and parameters of a network depend on besides its slices. streams: rotated stages."""
 
     blocks: tuple[BlockCosts, ...]
     flops: PerWidth
     params: PerWidth
+    streams: Mapping[int, StreamCosts] = field(default_factory=dict)
+
+    def outer_flops(self) -> PerWidth:
+        """FLOPs outside the blocks, every rotated stage being cut."""
+        return _charged(self.flops, [costs.flops for costs in self.streams.values()])
+
+    def outer_params(self) -> PerWidth:
+        """Parameters outside the blocks, every rotated stage being cut."""
+        return _charged(self.params, [costs.params for costs in self.streams.values()])
+
+
+def _charged(per: PerWidth, added: Iterable[tuple[int, int]]) -> PerWidth:
+    """A cost with those of stems added, which only the first stage has."""
+    constants, channels = zip(*added, strict=True) if added else ((), ())
+    return replace(per, constant=per.constant + sum(constants), first=per.first + sum(channels))
 
 
 def block_flops(shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
@@ -164,13 +190,30 @@ def unit_flops(shape: BlockShape, costs: BlockCosts) -> UnitFlops:
     return UnitFlops(*(full - block_flops(shape, costs, kept) for kept in less))
 
 
+def whole_stages(shapes: Sequence[BlockShape], subnet: NetworkSlice) -> set[int]:
+    """Stages of whose stream no block leaves a channel out; a compact network has them in timm's own coordinates."""
+    whole = {shape.stage for shape in shapes if subnet.stage_widths[shape.stage] == shape.embed_dim}
+    for shape, kept in zip(shapes, subnet.blocks, strict=True):
+        if kept.stream < shape.embed_dim or kept.mlp_stream is not None:
+            whole.discard(shape.stage)
+    return whole
+
+
 def network_flops(shapes: Sequence[BlockShape], costs: NetworkCosts, subnet: NetworkSlice) -> int:
     """MACs of one image through a subnet: blocks, stem, merging and classifier."""
     blocks = zip(shapes, costs.blocks, subnet.blocks, strict=True)
-    return sum(block_flops(*block) for block in blocks) + costs.flops.at(subnet.stage_widths)
+    total = sum(block_flops(*block) for block in blocks) + costs.flops.at(subnet.stage_widths)
+    for stage in costs.streams.keys() - whole_stages(shapes, subnet):
+        fixed, single = costs.streams[stage].flops
+        total += fixed + single * subnet.stage_widths[stage]
+    return total
 
 
 def network_params(shapes: Sequence[BlockShape], costs: NetworkCosts, subnet: NetworkSlice) -> int:
     """Parameters of the compact network of a subnet."""
     blocks = zip(shapes, costs.blocks, subnet.blocks, strict=True)
-    return sum(block_params(*block) for block in blocks) + costs.params.at(subnet.stage_widths)
+    total = sum(block_params(*block) for block in blocks) + costs.params.at(subnet.stage_widths)
+    for stage in costs.streams.keys() - whole_stages(shapes, subnet):
+        fixed, single = costs.streams[stage].params
+        total += fixed + single * subnet.stage_widths[stage]
+    return total

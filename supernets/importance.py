@@ -74,9 +74,8 @@ def orders_of(scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {name: torch.argsort(s, descending=True, stable=True).tolist() for name, s in scores.items()}
 
 
-@torch.no_grad()
-def permute(supernet: Supernet, orders: Orders) -> None:
-    """Reorder the backbone's parameters in place. UserError when the orders are another network's."""
+def check_orders(supernet: Supernet, orders: Orders) -> None:
+    """UserError when the orders are another network's."""
     known: dict[str, int] = {}
     for _, _, letters, sizes, names in _axes(supernet):
         known |= {names[letter]: sizes[letter] for letter in letters if letter in names}
@@ -86,6 +85,12 @@ def permute(supernet: Supernet, orders: Orders) -> None:
                 f"importance order '{name}' sorts {len(order)} units, the backbone has {known.get(name, 'none')};"
                 " the architecture was made for another network"
             )
+
+
+@torch.no_grad()
+def permute(supernet: Supernet, orders: Orders) -> None:
+    """Reorder the backbone's parameters in place. UserError when the orders are another network's."""
+    check_orders(supernet, orders)
     for p, dim, letters, sizes, names in _axes(supernet):
         moved = p.detach().unflatten(dim, [sizes[letter] for letter in letters])
         for offset, letter in enumerate(letters):

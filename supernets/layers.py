@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from search_spaces.slices import Kept, count
 from supernets.axes import Params
+from supernets.rotated import StemNorm, StreamNorm
 
 
 def norm(module: nn.Module, params: Params, name: str, x: Tensor) -> Tensor:
@@ -26,6 +27,9 @@ def norm(module: nn.Module, params: Params, name: str, x: Tensor) -> Tensor:
     if isinstance(module, nn.Identity):
         return x
     weight = params.get(f"{name}.weight")
+    if isinstance(module, StreamNorm):
+        assert weight is not None
+        return module.sliced(x, weight, params.get(f"{name}.bias"), params.get(f"{name}.gate"))
     if f"{name}.gate" in params:
         return _gated_norm(module, weight, params.get(f"{name}.bias"), params[f"{name}.gate"], x)
     if isinstance(module, nn.LayerNorm):
@@ -33,6 +37,13 @@ def norm(module: nn.Module, params: Params, name: str, x: Tensor) -> Tensor:
     if isinstance(module, RmsNorm):
         return rms_norm(x, list(x.shape[-1:]), weight, module.eps)  # type: ignore[no-any-return]
     raise TypeError(f"norm layer {type(module).__name__} is not supported; adapters refuse it first")
+
+
+def stem_norm(module: nn.Module, params: Params, name: str, x: Tensor) -> Tensor:
+    """A norm whose output is the stream: over the slice, or over all of x and then into a rotated slice."""
+    if isinstance(module, StemNorm):
+        return module.sliced(x, params[f"{name}.rotation"])
+    return norm(module, params, name, x)
 
 
 def _gated_norm(module: Any, weight: Tensor | None, bias: Tensor | None, gate: Tensor, x: Tensor) -> Tensor:

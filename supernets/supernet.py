@@ -1,6 +1,7 @@
 """The supernet: a timm backbone's own parameters, used at every candidate's slice at once."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,8 +18,8 @@ Gates = Sequence[Tensor] | None
 class Supernet(nn.Module):
     """Large and small networks over one set of parameters.
 
-    backbone: a timm model, kept as it is: `supernet.backbone.state_dict()` is a timm checkpoint. Every small
-    network is described by the argument of the call, never by state.
+    backbone: a timm model, under timm's names; rewritten in a basis (basis.py) or as it came. Every small network is
+    described by the argument of the call, never by state.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -27,6 +28,7 @@ class Supernet(nn.Module):
         self.backbone = backbone
         self.adapter: Adapter = adapter_for(backbone)
         self.shapes: tuple[BlockShape, ...] = self.adapter.shapes
+        self.basis: Any = None  # the Basis in which it was rewritten (basis.py, which imports this file)
 
     def identity(self) -> NetworkSlice:
         """The backbone itself as a slice."""

@@ -1,6 +1,7 @@
 """timm's SwinTransformer as a backbone: shifted windows, relative positions, patch merging."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,22 +20,19 @@ from supernets.adapter import OuterAxis, refuse
 from supernets.axes import Params
 from supernets.compact_swin import CompactWindowAttention
 from supernets.flops import NetworkCosts, PerWidth
-from supernets.layers import by_width, norm
+from supernets.layers import by_width, norm, stem_norm
 from supernets.timm_block import TimmBlockAdapter, check_norm, num_params
 
 # W windows of one image, T tokens of a window; other letters as in layers.py
 
 
-def window_attention(
-    attn: Any, params: Params, widths: Sequence[int], x_BTS: Tensor, mask_WTT: Tensor | None
-) -> Tensor:
-    """timm's WindowAttention on sliced parameters: (B*W, T, S) -> (B*W, T, S). widths: of V in each kept head.
+def attend_windows(attn: Any, table: Tensor, widths: Sequence[int], qkv: Tensor, mask_WTT: Tensor | None) -> Tensor:
+    """q, k and v of windows (B*W, T, 2HD + V) and the table of relative positions -> (B*W, T, V).
 
     Fused attention takes the bias and the shift mask as one (W, H, T, T) mask that is broadcast over images;
-    timm's own fused path expands it to every image of the batch.
+    timm's own fused path expands it to every image of the batch. widths: of V in each kept head.
     """
-    B, T, _ = x_BTS.shape
-    table = params["attn.relative_position_bias_table"]
+    B, T, _ = qkv.shape
     bias_HTT = table[attn.relative_position_index.view(-1)].view(T, T, -1).permute(2, 0, 1)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, index: Any) -> Tensor:  # (B*W, H, T, D), v (B*W, H, T, V)
@@ -55,8 +53,15 @@ def window_attention(
             scores = scores.view(-1, heads, T, T)
         return attn.attn_drop(attn.softmax(scores)) @ v  # type: ignore[no-any-return]
 
+    return by_width(qkv, widths, attn.head_dim, attend)
+
+
+def window_attention(
+    attn: Any, params: Params, widths: Sequence[int], x_BTS: Tensor, mask_WTT: Tensor | None
+) -> Tensor:
+    """timm's WindowAttention on sliced parameters: (B*W, T, S) -> (B*W, T, S). widths: of V in each kept head."""
     qkv = F.linear(x_BTS, params["attn.qkv.weight"], params.get("attn.qkv.bias"))
-    x = by_width(qkv, widths, attn.head_dim, attend)
+    x = attend_windows(attn, params["attn.relative_position_bias_table"], widths, qkv, mask_WTT)
     x = F.linear(x, params["attn.proj.weight"], params.get("attn.proj.bias"))
     return attn.proj_drop(x)  # type: ignore[no-any-return]
 
@@ -65,8 +70,9 @@ class FusedWindowAttention(WindowAttention):  # type: ignore[misc]
     """timm's WindowAttention with fused attention on and its mask broadcast over the batch."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        params = {f"attn.{name}": p for name, p in self.named_parameters()}
-        return window_attention(self, params, (self.head_dim,) * self.num_heads, x, mask)
+        widths = (self.head_dim,) * self.num_heads
+        x = attend_windows(self, self.relative_position_bias_table, widths, self.qkv(x), mask)
+        return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]
 
 
 def windowed(block: Any, x: Tensor, attend: Any) -> Tensor:
@@ -114,7 +120,17 @@ class SwinAdapter(TimmBlockAdapter):
         self.outer_norms |= {f"layers.{s}.downsample.norm": ("4S", s - 1) for s in range(1, len(dims))}
         embed, fc = backbone.patch_embed, backbone.head.fc
         classes = fc.out_features
-        self.costs = NetworkCosts(
+        self.outer_readers = {
+            f"layers.{s}.downsample.norm": (f"layers.{s}.downsample.reduction",) for s in range(1, len(dims))
+        } | {"norm": ("head.fc",)}
+        if not isinstance(backbone.patch_embed.norm, nn.Identity):
+            self.stem_norm, self.stem_tokens = "patch_embed.norm", backbone.patch_embed.num_patches
+            self.before_stem = ("patch_embed.proj.",)
+        if backbone.global_pool not in ("avg", "fast", "fastavg"):
+            self.unrotated = {
+                len(dims) - 1: f"global_pool={backbone.global_pool} takes maxima over tokens, channel by channel"
+            }
+        network = NetworkCosts(
             blocks=tuple(costs),
             flops=PerWidth(
                 constant=0,
@@ -131,6 +147,7 @@ class SwinAdapter(TimmBlockAdapter):
                 merge_in=tuple(num_params(m.norm, d) for m, d in zip(merges, dims, strict=False)),
             ),
         )
+        self.costs = self.stream_costs(network)
 
     def _axes(self) -> dict[str, tuple[OuterAxis, ...]]:
         swin = self.backbone
@@ -170,7 +187,7 @@ class SwinAdapter(TimmBlockAdapter):
         embed = self.backbone.patch_embed
         weight, bias = params["patch_embed.proj.weight"], params["patch_embed.proj.bias"]
         x = F.conv2d(images, weight, bias, stride=embed.proj.stride).permute(0, 2, 3, 1)  # (B, h, w, S)
-        return norm(embed.norm, params, "patch_embed.norm", x)
+        return stem_norm(embed.norm, params, "patch_embed.norm", x)
 
     def enter_stage(self, stage: int, params: Params, x: Tensor) -> Tensor:
         merge = self.backbone.layers[stage].downsample
@@ -179,13 +196,15 @@ class SwinAdapter(TimmBlockAdapter):
         H, W = H + H % 2, W + W % 2
         x = x.reshape(B, H // 2, 2, W // 2, 2, S).permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4*S)
         x = norm(merge.norm, params, f"layers.{stage}.downsample.norm", x)
-        return F.linear(x, params[f"layers.{stage}.downsample.reduction.weight"])
+        layer = f"layers.{stage}.downsample.reduction"
+        return F.linear(x, params[f"{layer}.weight"], params.get(f"{layer}.bias"))
 
     def attend(self, block: Any, params: Params, widths: Sequence[int], x: Tensor) -> Tensor:
-        def attend_windows(windows: Tensor, mask: Tensor | None) -> Tensor:
-            return window_attention(block.attn, params, widths, windows, mask)
+        return windowed(block, x, partial(window_attention, block.attn, params, widths))
 
-        return windowed(block, x, attend_windows)
+    def pads_after_norm(self, block: Any) -> bool:
+        (H, W), (win_h, win_w) = block.input_resolution, block.window_size
+        return bool(H % win_h or W % win_w)
 
     def compact_attention(self, block: Any, widths: tuple[int, ...]) -> nn.Module:
         super().compact_attention(block, widths)

@@ -44,8 +44,9 @@ class T2TAdapter(TimmBlockAdapter):
             "head.bias": (None,),
         }
         self.outer_norms = {"norm": ("S", 0)}
+        self.outer_readers = {"norm": ("head",)}
         token_params = sum(p.numel() for name, p in tokens.named_parameters() if not name.startswith("project"))
-        self.costs = NetworkCosts(
+        costs = NetworkCosts(
             blocks=tuple(
                 self.block_costs(block, shape, num_tokens, num_tokens, num_tokens)
                 for block, shape in zip(backbone.blocks, self.shapes, strict=True)
@@ -66,6 +67,7 @@ class T2TAdapter(TimmBlockAdapter):
                 last=classes,
             ),
         )
+        self.costs = self.stream_costs(costs)
 
     def stem(self, params: Params, images: Tensor) -> Tensor:
         x = self.backbone.tokens_to_token.forward_tokens(images)  # (B, N, 9 D)

@@ -11,6 +11,7 @@ from search_spaces.slices import BlockShape, BlockSlice
 from supernets.adapter import Adapter, refuse
 from supernets.axes import BlockAxes, HalfAxes, Params, v_widths
 from supernets.layers import by_width, layer_scale, mlp, norm, on_channels
+from supernets.rotated import StemNorm, StreamNorm
 
 ATTENTION = HalfAxes(
     axes={
@@ -31,6 +32,7 @@ ATTENTION = HalfAxes(
     },
     outputs=("ls1", "attn.proj"),
     late_norms=("attn.norm",),
+    norm="norm1",
 )
 MLP = HalfAxes(
     axes={
@@ -46,6 +48,7 @@ MLP = HalfAxes(
     },
     outputs=("ls2", "mlp.fc2"),
     late_norms=("mlp.norm",),
+    norm="norm2",
 )
 
 
@@ -70,6 +73,14 @@ class TimmBlockAdapter(Adapter):
             return layer_scale(params, "ls2.gamma", mlp(block.mlp, params, h_R))
 
         return on_channels(after_norm, norm(block.norm2, params, "norm2", z_S), kept.mlp_stream)
+
+    def head_parts(self, block: Any) -> dict[str, str]:
+        taken = {}
+        if not isinstance(block.attn.q_norm if hasattr(block.attn, "q_norm") else nn.Identity(), nn.Identity):
+            taken["qk"] = "q and k are normalised inside the head (qk_norm)"
+        if not isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity):
+            taken["v"] = "a norm follows the heads (scale_attn_norm)"
+        return taken
 
     def compact_attention(self, block: Any, widths: tuple[int, ...]) -> nn.Module:
         attn = block.attn
@@ -113,5 +124,5 @@ def num_params(module: nn.Module | None, per: int) -> int:
 
 def check_norm(backbone: nn.Module, module: nn.Module, where: str) -> None:
     """Refuse norms that cannot be taken over a slice of channels."""
-    if not isinstance(module, nn.LayerNorm | RmsNorm | nn.Identity):
+    if not isinstance(module, nn.LayerNorm | RmsNorm | StreamNorm | StemNorm | nn.Identity):
         raise refuse(backbone, f"{where} of type {type(module).__name__}", "use LayerNorm or RmsNorm")

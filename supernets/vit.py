@@ -13,7 +13,7 @@ from search_spaces.slices import BlockShape
 from supernets.adapter import OuterAxis, refuse
 from supernets.axes import Params
 from supernets.flops import NetworkCosts, PerWidth
-from supernets.layers import attention, norm
+from supernets.layers import attention, norm, stem_norm
 from supernets.timm_block import TimmBlockAdapter, check_norm, num_params
 
 STREAM_VECTORS = ("cls_token", "dist_token", "reg_token", "pos_embed")  # (1, n, E)
@@ -39,13 +39,14 @@ class VitAdapter(TimmBlockAdapter):
             name: self._axes(name, p.dim()) for name, p in backbone.named_parameters() if not name.startswith("blocks.")
         }
         self.outer_norms = dict.fromkeys(("patch_embed.norm", "norm_pre", "norm", "fc_norm"), ("S", 0))
+        self._describe_streams(num_tokens)
         E = backbone.embed_dim
         classifiers = [getattr(backbone, name) for name in self.heads]
         vectors = [t for name in STREAM_VECTORS if (t := getattr(backbone, name, None)) is not None]
         norms = (embed.norm, backbone.norm_pre, backbone.norm, backbone.fc_norm)
         per_patch = embed.proj.weight[0].numel()
         classes = sum(c.out_features for c in classifiers)
-        self.costs = NetworkCosts(
+        costs = NetworkCosts(
             blocks=tuple(
                 self.block_costs(block, shape, num_tokens, num_tokens, num_tokens)
                 for block, shape in zip(backbone.blocks, self.shapes, strict=True)
@@ -59,6 +60,23 @@ class VitAdapter(TimmBlockAdapter):
                 last=classes,
             ),
         )
+        self.costs = self.stream_costs(costs)
+
+    def _describe_streams(self, num_tokens: int) -> None:
+        vit = self.backbone
+        last = next((n for n in ("norm", "fc_norm") if not isinstance(getattr(vit, n), nn.Identity)), None)
+        if last is not None:
+            self.outer_readers = {last: self.heads}
+        if not isinstance(vit.norm_pre, nn.Identity):
+            self.stem_norm, self.stem_tokens = "norm_pre", num_tokens
+            self.before_stem = ("patch_embed.", *STREAM_VECTORS)
+        elif not isinstance(vit.patch_embed.norm, nn.Identity):
+            self.stem_norm, self.stem_tokens = "patch_embed.norm", vit.patch_embed.num_patches
+            self.before_stem = ("patch_embed.proj.",)
+        if last is None:
+            self.unrotated = {0: "the classifier reads the stream without a norm (final_norm=False)"}
+        elif vit.global_pool in ("max", "avgmax"):
+            self.unrotated = {0: f"global_pool={vit.global_pool} takes maxima over tokens, channel by channel"}
 
     def _axes(self, name: str, dims: int) -> tuple[OuterAxis, ...]:
         if name in STREAM_VECTORS:  # (1, n, E)
@@ -95,19 +113,19 @@ class VitAdapter(TimmBlockAdapter):
         vit, embed = self.backbone, self.backbone.patch_embed
         weight, bias = params["patch_embed.proj.weight"], params.get("patch_embed.proj.bias")
         x = F.conv2d(images, weight, bias, stride=embed.proj.stride)  # (B, w, h, w)
-        x = norm(embed.norm, params, "patch_embed.norm", x.flatten(2).transpose(1, 2))  # (B, N, w)
+        x = stem_norm(embed.norm, params, "patch_embed.norm", x.flatten(2).transpose(1, 2))  # (B, N, w)
         prefix = [
             params[name].expand(x.shape[0], -1, -1)
             for name in ("cls_token", "dist_token", "reg_token")
             if name in params
         ]
         if "pos_embed" not in params:
-            return norm(vit.norm_pre, params, "norm_pre", vit.patch_drop(torch.cat([*prefix, x], dim=1)))
+            return stem_norm(vit.norm_pre, params, "norm_pre", vit.patch_drop(torch.cat([*prefix, x], dim=1)))
         if vit.no_embed_class:
             x = torch.cat([*prefix, x + params["pos_embed"]], dim=1)
         else:
             x = torch.cat([*prefix, x], dim=1) + params["pos_embed"]
-        return norm(vit.norm_pre, params, "norm_pre", vit.patch_drop(vit.pos_drop(x)))
+        return stem_norm(vit.norm_pre, params, "norm_pre", vit.patch_drop(vit.pos_drop(x)))
 
     def enter_stage(self, stage: int, params: Params, x: Tensor) -> Tensor:
         raise AssertionError("a ViT has one stage")

@@ -9,7 +9,7 @@ The mutants at the end are wrong slices that have been written before, by us and
 logits that such code would give, so that a test can show the oracle tells them apart.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
@@ -54,6 +54,49 @@ class KeptNorm(nn.Module):
         return torch.where(self.kept, x, 0)
 
 
+class RotatedNorm(nn.Module):
+    """A norm of a rotated stream (section 2.7) over its kept channels alone; the other channels come out as 0.
+
+    Of E channels w are kept: y = x * sqrt(E / w) / sqrt(sum(x^2) / w + eps), and a LayerNorm takes the mean over
+    tokens, which are one or the four of a merging, from channel 0, and so leaves none of it where there is one.
+    """
+
+    kept: Tensor  # (tokens * E,) bool
+
+    def __init__(self, norm: Any, kept: Tensor, tokens: int) -> None:
+        super().__init__()
+        self.eps, self.tokens, self.weight = norm.eps, tokens, norm.weight
+        self.bias: nn.Parameter | None = getattr(norm, "bias", None)
+        self.centred = self.bias is not None
+        self.register_buffer("kept", kept, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = int(self.kept.sum())
+        if size == 0:
+            return torch.zeros_like(x)
+        x = torch.where(self.kept, x, 0)
+        if self.centred:
+            x = x.unflatten(-1, (self.tokens, -1)).clone()
+            x[..., 0] -= x[..., 0].mean(-1, keepdim=True)
+            x = x.flatten(-2)
+        rms = torch.sqrt(x.square().sum(-1, keepdim=True) / size + self.eps)
+        y = x * (len(self.kept) / size) ** 0.5 / rms * self.weight
+        return torch.where(self.kept, y if self.bias is None else y + self.bias, 0)
+
+
+class Rotated(nn.Module):
+    """x -> Q x, (..., E), of which the kept channels are there; the others come out as 0."""
+
+    rows: Tensor  # (E, E)
+
+    def __init__(self, rotation: Tensor, kept: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.where(kept[:, None], rotation, 0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.rows.T
+
+
 def among(kept: Kept, size: int) -> Tensor:
     """(size,) bool, True where kept. IndexError when something outside is kept."""
     mask = torch.zeros(size, dtype=torch.bool)
@@ -70,6 +113,24 @@ def blocks_of(backbone: Any) -> list[tuple[int, str, Any]]:
             for i, block in enumerate(layer.blocks)
         ]
     return [(0, f"blocks.{i}", block) for i, block in enumerate(backbone.blocks)]
+
+
+def readers_of(backbone: Any) -> Iterator[tuple[int, str, list[str], bool]]:
+    """(stage, norm, the linear layers after it, whether tokens of zeros come in between) of all that reads a stream."""
+    swin = hasattr(backbone, "layers")
+    for stage, name, block in blocks_of(backbone):
+        sizes = zip(block.input_resolution, block.window_size, strict=True) if swin else ()
+        yield stage, f"{name}.norm1", [f"{name}.attn.qkv"], any(size % window for size, window in sizes)
+        yield stage, f"{name}.norm2", [f"{name}.mlp.fc1"], False
+    if swin:
+        for stage in range(1, len(backbone.layers)):
+            merging = f"layers.{stage}.downsample"
+            yield stage - 1, f"{merging}.norm", [f"{merging}.reduction"], False
+        yield len(backbone.layers) - 1, "norm", ["head.fc"], False
+    else:
+        last = "norm" if not isinstance(backbone.norm, nn.Identity) else "fc_norm"
+        heads = [name for name in ("head", "head_dist") if isinstance(getattr(backbone, name, None), nn.Linear)]
+        yield 0, last, heads, False
 
 
 @dataclass
@@ -204,22 +265,57 @@ def kept_weights(backbone: nn.Module, subnet: NetworkSlice) -> KeptWeights:
     return weights
 
 
-def oracle_logits(backbone: nn.Module, subnet: NetworkSlice, x: Tensor) -> Tensor:
+def oracle_logits(
+    backbone: nn.Module, subnet: NetworkSlice, x: Tensor, rotations: Mapping[int, Tensor] | None = None
+) -> Tensor:
     """The subnet's logits (B, classes) on images (B, C, H, W), in eval mode.
 
     Gradients flow into the backbone's own parameters, and are zero wherever nothing is kept.
+    rotations: stage -> (E, E), of streams in a rotated basis (section 2.7); the backbone is timm's own, with the
+    rewritten network's parameters under their names.
     """
     weights = kept_weights(backbone, subnet)
-    sliced = deepcopy(backbone).eval()
+    sliced: Any = deepcopy(backbone).eval()
+    whole = dict(chain(backbone.named_parameters(), backbone.named_buffers()))
+    tensors = {
+        name: torch.where(kept.to(whole[name].device), whole[name], 0)
+        for name, kept in weights.tensors.items()
+        if name in whole
+    }
+    if rotations:
+        _rotated_norms(sliced, weights, rotations)
+    if rotations and 0 in rotations:
+        _rotated_stem(sliced, weights, tensors, whole, rotations[0])
     for name, kept in weights.norms.items():
         sliced.set_submodule(name, KeptNorm(sliced.get_submodule(name), kept.to(x.device)))
-    tensors = {
-        name: torch.where(weights.tensors[name].to(tensor.device), tensor, 0)
-        for name, tensor in chain(backbone.named_parameters(), backbone.named_buffers())
-        if name in weights.tensors
-    }
     logits: Tensor = functional_call(sliced, tensors, (x,))
     return logits
+
+
+def _rotated_norms(sliced: Any, weights: KeptWeights, rotations: Mapping[int, Tensor]) -> None:
+    """The norms of rotated streams."""
+    for stage, name, _, _ in readers_of(sliced):
+        if stage in rotations:
+            kept = weights.norms.pop(name)
+            norm = RotatedNorm(sliced.get_submodule(name), kept, len(kept) // len(rotations[stage]))
+            sliced.set_submodule(name, norm)
+
+
+def _rotated_stem(
+    sliced: Any, weights: KeptWeights, tensors: dict[str, Tensor], whole: dict[str, Tensor], rotation: Tensor
+) -> None:
+    """Where a norm's output is the stream, nothing before it is cut, and the rotation follows it."""
+    stem = next((name for name in ("norm_pre", "patch_embed.norm") if name in weights.norms), None)
+    if stem is None:
+        return
+    kept, norm = weights.norms[stem], sliced.get_submodule(stem)
+    tokens = ("cls_token", "dist_token", "reg_token", "pos_embed", "norm_pre.") if stem == "norm_pre" else ()
+    for name in tensors:
+        if name.startswith(("patch_embed.", *tokens)):
+            tensors[name] = whole[name]
+            weights.norms.pop(name.rpartition(".")[0], None)
+    sliced.set_submodule(stem, nn.Sequential(norm, Rotated(rotation, kept)))
+    tensors |= {f"{stem}.0.{key}": tensors.pop(f"{stem}.{key}") for key, _ in norm.named_parameters()}
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:

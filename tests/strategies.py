@@ -4,6 +4,7 @@ Everything is drawn small enough for a forward pass to take a millisecond or two
 paths that full-size networks seldom show: padded windows, odd feature maps, images that are not square.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape, BlockSlice, Kept, NetworkSlice, network_slice, prefix_slice
+from supernets.basis import Basis
+from supernets.streams import fixed_streams, stage_is_centred
+from supernets.supernet import Supernet
 from supernets.t2t_vit import T2TViT
-from tests.oracle import blocks_of, randomise
+from tests.oracle import blocks_of, oracle_logits, randomise
 
 SEEDS = st.integers(0, 2**16)
 MIN_STREAM = 4  # a norm over fewer channels is ill-conditioned, over one it is a constant
@@ -185,3 +189,59 @@ def _with_stage_widths(draw: st.DrawFn, shapes: Sequence[BlockShape], blocks: Se
         between = tuple(draw(st.integers(low, high)) for low, high in zip(narrow, full, strict=True))
         return NetworkSlice(tuple(blocks), between)
     return NetworkSlice(tuple(blocks), narrow if kind == "narrow" else full)
+
+
+def random_basis(net: Supernet, seed: int) -> Basis:
+    """All that a basis of the network can hold, at random: every stream, q, k and v that can be rotated is."""
+    generator = torch.Generator().manual_seed(seed)
+    fixed = fixed_streams(net.adapter)
+    streams: dict[int, Tensor] = {}
+    energy: dict[int, Tensor] = {}
+    heads: dict[str, dict[str, Tensor]] = {"qk": {}, "v": {}}
+    orders: dict[str, list[int]] = {}
+    for stage, size in {shape.stage: shape.embed_dim for shape in net.shapes}.items():
+        if stage in fixed:
+            orders[f"stream.{stage}"] = torch.randperm(size, generator=generator).tolist()
+        else:
+            streams[stage] = rotation(size, stage_is_centred(net.adapter, stage), generator)
+            energy[stage] = torch.rand(size, generator=generator, dtype=torch.float64)
+    for name, block, shape in zip(net.adapter.block_names, net.adapter.blocks(), net.shapes, strict=True):
+        against = net.adapter.head_parts(block)
+        for part, matrices in heads.items():
+            if part not in against:
+                matrices[name] = well_conditioned(shape.num_heads, shape.head_dim, generator)
+        orders[f"{name}.heads"] = torch.randperm(shape.num_heads, generator=generator).tolist()
+        orders[f"{name}.hidden"] = torch.randperm(shape.hidden, generator=generator).tolist()
+    return Basis(streams, energy, heads["qk"], heads["v"], orders)
+
+
+def rotation(size: int, centred: bool, generator: torch.Generator) -> Tensor:
+    """(size, size) orthogonal, float64; the first row is constant where centred."""
+    columns = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    if centred:
+        columns[:, 0] = 1
+    rows = torch.linalg.qr(columns)[0].T
+    return (rows * rows[0, 0].sign()).contiguous()
+
+
+def well_conditioned(number: int, size: int, generator: torch.Generator) -> Tensor:
+    """(number, size, size) float64, of singular values between 1/2 and 2."""
+    noise = torch.randn(2, number, size, size, generator=generator, dtype=torch.float64)
+    left, right = torch.linalg.qr(noise)[0]
+    scales = 2 ** (2 * torch.rand(number, size, 1, generator=generator, dtype=torch.float64) - 1)
+    return left @ (scales * right)
+
+
+def disturb(model: nn.Module, seed: int, by: float = 0.05) -> None:
+    """Move every parameter by noise, in place, as a training would; buffers stay."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(by * torch.randn(p.shape, generator=generator).to(p))
+
+
+def expected_logits(backbone: nn.Module, net: Supernet, subnet: NetworkSlice, x: Tensor) -> Tensor:
+    """The oracle's, in the basis of the network. backbone: timm's own, of any weights."""
+    backbone = copy.deepcopy(backbone)
+    backbone.load_state_dict(net.backbone.state_dict())
+    return oracle_logits(backbone, subnet, x, None if net.basis is None else net.basis.streams)

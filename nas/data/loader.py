@@ -69,7 +69,7 @@ class Loader:
         device: torch.device,
     ) -> None:
         self.corrupt = Corrupt(total)
-        self.num_images = total
+        self.num_images, self.batch_size = total, spec.batch_size
         self.epoch = 0
         self._loader, self._steps, self._seed, self._device = loader, steps, seed, device
         self.stats = mean, std = spec.stats()

@@ -1,14 +1,17 @@
 """A run's images: the data set's three parts as batches, by the options."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from nas.data.datasets import DataSpec, Splits, open_splits
 from nas.data.folders import few
+from nas.data.images import Images
 from nas.data.loader import eval_loader, mixup_fn, train_loader
 from nas.data.options import DataOptions
 from nas.data.split_names import held_out_words
@@ -48,6 +51,8 @@ class Batching:
 class Loaders:
     """Batches of a run. val is None when nothing is held out, arch unless the held-out part trains the choices.
 
+    calibration: of a seed, training images prepared as in evaluation, in the order that it draws; all in every process.
+
     reported, held_out: what the images of test and of val are, in words.
     """
 
@@ -55,6 +60,7 @@ class Loaders:
     val: Any
     test: Any
     arch: Any
+    calibration: Callable[[int], Any]
     mixup: Any
     reported: str
     held_out: str
@@ -118,6 +124,7 @@ def make_loaders(
     seen_by: the weights that may have been trained on what is held out here, in words.
     """
     spec = loader_spec(options, supernet.backbone, supernet.adapter.input_size, batching.size)
+    as_evaluated = replace(spec, batch_size=min(spec.batch_size, 64))
     shard: dict[str, Any] = {"spec": spec, "device": device, "rank": rank(), "world_size": world_size()}
     mixup = mixup_fn(
         splits.num_classes,
@@ -134,10 +141,19 @@ def make_loaders(
         val=None if splits.val is None else eval_loader(splits.val, **shard),
         test=eval_loader(splits.test, **shard),
         arch=train_loader(splits.val, seed=batching.seed, **shard) if batching.held_out else None,
+        calibration=lambda seed: eval_loader(shuffled(splits.train, seed), as_evaluated, device),
         mixup=mixup,
         reported=splits.reported,
         held_out=held_out_words(seen_by),
     )
+
+
+def shuffled(dataset: Any, seed: int) -> Any:
+    """The same images in an order drawn from the seed; a stream as it comes."""
+    if not isinstance(dataset, Images):
+        return dataset
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    return Images(dataset.source, dataset.indices[order])
 
 
 def data_line(options: DataOptions, splits: Splits, loaders: Loaders) -> str:

@@ -21,13 +21,15 @@ class MethodTraining:
 
     searchers: those that it allows, its own first. options: records of options that its search reads and others' may
     not; recorded: options that its arch.json keeps beside everybody's. kernel_term: whether both stages have one.
-    objectives: its own, where a way to train in stage 2 is another one for it.
+    objectives: its own, where a way to train in stage 2 is another one for it. rotates: whether its
+    networks may stand in a rotated basis.
     """
 
     searchers: ClassVar[tuple[str, ...]] = ("gradient",)
     options: ClassVar[tuple[type, ...]] = ()
     recorded: ClassVar[tuple[str, ...]] = ()
     objectives: ClassVar[Mapping[str, Make]] = {}
+    rotates: ClassVar[bool] = True
 
     def check(self, options: SearchOptions, space: Space) -> None:
         """Refuse option values that a search of this method cannot use."""

@@ -22,6 +22,7 @@ class UVCTraining(MethodTraining):
     """Its search learns from the original network."""
 
     searchers = ("minimax",)
+    rotates = False  # its own scores say which units go
     options = (GateOptions, TeacherOptions)
     recorded = ("prune", "skip", "distill", "distill_weight", "distill_temperature", "teacher", "warmup_epochs")
 

@@ -12,11 +12,13 @@ from torch import nn
 from nas.machine.files import write_text
 from nas.networks.architecture import slices_of
 from nas.networks.backbone import build, classifier_names
+from nas.networks.basis_file import streams_of
 from nas.networks.weights import load_weights, save_weights
 from search_spaces.architecture import Architecture, load_architecture, save_architecture
 from search_spaces.errors import UserError
+from supernets.basis import install_stages
 from supernets.compact import shrink
-from supernets.families import adapter_for
+from supernets.supernet import Supernet
 
 WEIGHTS = "compact.safetensors"
 TIMM_CONFIG = "config.json"  # timm's own file; its architecture is the entry point of nas/timm_entry.py
@@ -92,4 +94,6 @@ def load_compact(
 def build_compact(arch: Architecture, num_classes: int, model_kwargs: Mapping[str, Any] | None = None) -> nn.Module:
     """The compact network's modules, with timm's initial weights cut to size."""
     model = build(arch.model, dict(arch.model_kwargs) | dict(model_kwargs or {}), num_classes=num_classes)
-    return shrink(model, slices_of(arch, adapter_for(model).shapes))
+    supernet = Supernet(model)
+    install_stages(supernet, streams_of(arch.basis))
+    return shrink(model, slices_of(arch, supernet.shapes))

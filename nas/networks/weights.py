@@ -53,6 +53,11 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     except UNREADABLE as error:
         raise UserError(f"{path} is not a readable torch file of weights: {reason(error)}") from None
     if isinstance(state, dict) and "format" in state and isinstance(state.get("objective"), dict):
+        if state.get("basis"):
+            raise UserError(
+                f"{path}: these weights stand in a rotated basis; give large.safetensors or supernet.safetensors of a"
+                " finished run, which are timm's own (--resume finishes this one)"
+            )
         own = {n.removeprefix(BACKBONE): t for n, t in state["objective"].items() if n.startswith(BACKBONE)}
         state = state.get("ema") or own
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):

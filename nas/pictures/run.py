@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nas.data.split_names import HELD_OUT
 from nas.pictures.figures import DPI, choices_figure, curves_figure
 from nas.pictures.scatter import pareto_figure
+from nas.pictures.spectrum_figure import spectra, spectrum_figure
 from nas.pictures.steps_figure import steps_figure
 from search_spaces.registry import METHODS
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
+BASIS = "basis.safetensors"
 RUN_FILES = ("config.yaml", "summary.json", "log.csv")  # any of them makes a folder a run's
 SWEEP_FILE = "trials.csv"
 NAS = Path(__file__).resolve().parents[1]
@@ -55,6 +57,9 @@ def plot_run(folder: Path, points: Sequence[Mapping[str, Any]] | None = None, x:
     if steps is not None:
         figure = steps_figure(steps, title)
         written += save(figure, folder / "steps.png") if figure is not None else []
+    if (folder / BASIS).is_file():
+        figure = spectrum_figure(*spectra(folder / BASIS), title)
+        written += save(figure, folder / "basis.png") if figure is not None else []
     own = [p for p in run_points(folder) if _drawable(p, x)]
     if own:
         if points is None:

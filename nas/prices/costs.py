@@ -9,8 +9,8 @@ from torch import Tensor
 
 from nas.prices.price import Price
 from nas.prices.selection import KnapsackItem, SelectionProblem
-from search_spaces.method import Candidate, Picks
-from search_spaces.slices import BlockSlice, identity_slice, network_slice
+from search_spaces.method import Candidate, Choices, Picks
+from search_spaces.slices import BlockShape, BlockSlice, identity_slice, network_slice
 from search_spaces.space import SearchSpace
 from supernets.flops import NetworkCosts
 
@@ -148,20 +148,24 @@ def joint_probability(weights: Mapping[str, Tensor], candidates: Mapping[str, tu
     return joint
 
 
+def block_options(space: SearchSpace, shape: BlockShape, choices: Choices) -> list[tuple[Picks, BlockSlice]]:
+    """Every option of a block; of a space too fine to list, the ends."""
+    combinations: Iterable[tuple[Candidate, ...]] = itertools.product(*choices.values())
+    if not space.method.listed:
+        combinations = [tuple(map(end, choices.values())) for end in (max, min)]
+    picks = [dict(zip(choices, combination, strict=True)) for combination in combinations]
+    return [(pick, space.method.block_slice(shape, space.settings, pick, {})) for pick in picks]
+
+
 def priced(space: SearchSpace, network: NetworkCosts, price: Price, full_stage_width: bool = False) -> PricedSpace:
     """Price every option of every block; of a space too fine to list, the ends."""
     full = price.network(space.shapes, network, network_slice(space.shapes, [identity_slice(s) for s in space.shapes]))
-    options = []
-    for shape, costs, choices in zip(space.shapes, network.blocks, space.candidates, strict=True):
-        combinations: Iterable[tuple[Candidate, ...]] = itertools.product(*choices.values())
-        if not space.method.listed:
-            combinations = [tuple(map(end, choices.values())) for end in (max, min)]
-        row = []
-        for combination in combinations:
-            picks = dict(zip(choices, combination, strict=True))
-            kept = space.method.block_slice(shape, space.settings, picks, {})
-            row.append(Option(picks, kept, price.block(shape, costs, kept)))
-        options.append(tuple(row))
+    options = tuple(
+        tuple(
+            Option(picks, kept, price.block(shape, costs, kept)) for picks, kept in block_options(space, shape, choices)
+        )
+        for shape, costs, choices in zip(space.shapes, network.blocks, space.candidates, strict=True)
+    )
     if not space.method.listed:
-        return EndsOnly(space, network, price, tuple(options), full, True)
-    return PricedSpace(space, network, price, tuple(options), full, full_stage_width)
+        return EndsOnly(space, network, price, options, full, True)
+    return PricedSpace(space, network, price, options, full, full_stage_width)

@@ -1,8 +1,10 @@
 """FLOPs: multiply-accumulates of one image, as executed."""
 
+from collections.abc import Sequence
+
 from nas.prices.price import Price
-from search_spaces.slices import BlockShape, BlockSlice
-from supernets.flops import BlockCosts, NetworkCosts, PerWidth, block_flops
+from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice
+from supernets.flops import BlockCosts, NetworkCosts, PerWidth, block_flops, network_flops
 
 
 class Flops(Price):
@@ -14,7 +16,10 @@ class Flops(Price):
         return block_flops(shape, costs, kept)
 
     def outer(self, costs: NetworkCosts) -> PerWidth:
-        return costs.flops
+        return costs.outer_flops()
+
+    def network(self, shapes: Sequence[BlockShape], costs: NetworkCosts, subnet: NetworkSlice) -> int:
+        return network_flops(shapes, costs, subnet)
 
 
 FLOPS = Flops()

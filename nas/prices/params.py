@@ -1,8 +1,10 @@
 """Parameters of the compact network."""
 
+from collections.abc import Sequence
+
 from nas.prices.price import Price
-from search_spaces.slices import BlockShape, BlockSlice
-from supernets.flops import BlockCosts, NetworkCosts, PerWidth, block_params
+from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice
+from supernets.flops import BlockCosts, NetworkCosts, PerWidth, block_params, network_params
 
 
 class Parameters(Price):
@@ -14,4 +16,7 @@ class Parameters(Price):
         return block_params(shape, costs, kept)
 
     def outer(self, costs: NetworkCosts) -> PerWidth:
-        return costs.params
+        return costs.outer_params()
+
+    def network(self, shapes: Sequence[BlockShape], costs: NetworkCosts, subnet: NetworkSlice) -> int:
+        return network_params(shapes, costs, subnet)

@@ -26,9 +26,12 @@ class Price(ABC):
 
     @abstractmethod
     def outer(self, costs: NetworkCosts) -> PerWidth:
-        """Of stem, merging and classifier, by the stage widths."""
+        """Of stem, merging and classifier, by the stage widths.
+
+        Rotated stages count as cut (section 2.7): one that turns out whole costs less than it says here.
+        """
 
     def network(self, shapes: Sequence[BlockShape], costs: NetworkCosts, subnet: NetworkSlice) -> int:
-        """Of a whole subnet."""
+        """Of a whole subnet; exactly, where a price says how."""
         blocks = zip(shapes, costs.blocks, subnet.blocks, strict=True)
         return sum(self.block(*block) for block in blocks) + self.outer(costs).at(subnet.stage_widths)

@@ -9,12 +9,14 @@ from torch import nn
 from nas.machine.timing import Network
 from nas.networks.architecture import slices_of
 from nas.networks.backbone import build
+from nas.networks.basis_file import basis_of, streams_of
 from nas.networks.compact_file import WEIGHTS, load_compact
 from nas.networks.weights import load_weights
 from nas.runs.folder import LARGE, SUPERNET
 from search_spaces.architecture import Architecture, load_architecture
 from search_spaces.errors import UserError
 from search_spaces.slices import NetworkSlice
+from supernets.basis import install_stages, rewrite
 from supernets.supernet import Supernet
 
 LARGE_FILES = (LARGE, SUPERNET)
@@ -65,7 +67,11 @@ def open_folder(path: Path, device: torch.device) -> Opened:
         except RuntimeError as error:
             reason = " ".join(str(error).splitlines()[1:3])
             raise UserError(f"{large} does not belong to {folder / 'arch.json'}: {reason}") from None
-        supernet = Supernet(backbone).to(device).eval()
+        supernet = Supernet(backbone)
+        basis = basis_of(arch, folder)
+        if basis is not None:
+            rewrite(supernet, basis)
+        supernet = supernet.to(device).eval()
     compact = load_compact(folder, device) if WEIGHTS in names else None
     shapes = (supernet or large_network(arch)).shapes
     return Opened(folder, arch, slices_of(arch, shapes), supernet, compact)
@@ -74,4 +80,6 @@ def open_folder(path: Path, device: torch.device) -> Opened:
 def large_network(arch: Architecture, device: torch.device | str = "meta") -> Supernet:
     """The large network of an architecture, at timm's initial weights; on the meta device in a moment."""
     with torch.device(device):
-        return Supernet(build(arch.model, arch.model_kwargs, num_classes=arch.num_classes)).eval()
+        supernet = Supernet(build(arch.model, arch.model_kwargs, num_classes=arch.num_classes)).eval()
+        install_stages(supernet, streams_of(arch.basis))
+        return supernet

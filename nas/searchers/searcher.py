@@ -9,6 +9,7 @@ from nas.prices.costs import PricedSpace
 from nas.prices.selection import check_budget
 from nas.searchers.options import SearchOptions
 from nas.searchers.supernet_search import Search
+from nas.training.basis import Standing
 from nas.training.loop import OnEpoch
 from nas.training.prepared import Prepared
 from search_spaces.method import Picks
@@ -28,14 +29,14 @@ class Answer:
     """One architecture.
 
     kept: per block the indices of choices that are no prefix, by their name in arch.json. in_band: whether it uses the
-    budget up. orders: the importance order that it stands in. found: what else the search says about it, for
+    budget up. standing: the basis or order that it stands in. found: what else the search says about it, for
     arch.json; finalists: those that were measured, likeliest first.
     """
 
     picks: Sequence[Picks]
     kept: Sequence[Mapping[str, list[int]]]
     in_band: bool = True
-    orders: Mapping[str, list[int]] = field(default_factory=dict)
+    standing: Standing = field(default_factory=Standing)
     found: Mapping[str, Any] = field(default_factory=dict)
     finalists: Sequence[Mapping[str, Any]] = ()
 

@@ -3,9 +3,9 @@
 from nas.machine.devices import autocast
 from nas.searchers.decide import decide
 from nas.searchers.searcher import Answer, Run, Searcher
+from nas.training.basis import find_basis
 from nas.training.loop import fit, settle
 from nas.training.make import make_training
-from nas.training.order import order_by_importance
 
 
 class Trained(Searcher):
@@ -16,7 +16,7 @@ class Trained(Searcher):
     def search(self, run: Run) -> Answer:
         options, prepared = run.options, run.prepared
         objective = run.objective()
-        orders = order_by_importance(options, prepared)
+        standing = find_basis(options, prepared)
         training = make_training(options, objective, prepared, options.arch_lr or 1e-3)
         fit(training, options.resume, "search", run.on_epoch)
         settle(training, best=False)
@@ -30,7 +30,7 @@ class Trained(Searcher):
             picks=picks,
             kept=objective.kept_indices(picks),
             in_band=selection is None or selection.in_band,
-            orders=orders,
+            standing=standing,
             found=objective.found(),
             finalists=measured,
         )

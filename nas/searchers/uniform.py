@@ -4,6 +4,7 @@ from nas.prices.costs import PricedSpace
 from nas.searchers.options import SearchOptions
 from nas.searchers.searcher import Answer, Question, Run, Searcher
 from search_spaces.errors import UserError
+from search_spaces.slices import network_slice
 from search_spaces.space import check_uniform_alpha, uniform_alphas
 
 
@@ -34,13 +35,14 @@ class Uniform(Searcher):
 
 def smallest_alpha(priced: PricedSpace, budget: float) -> int:
     """The least compression that fits a budget. UserError with what each alpha costs when none does."""
-    problem, fractions = priced.uniform(), {}
-    for alpha in uniform_alphas(priced.space):
-        picks = [[o.picks["alpha"] for o in row].index(alpha) for row in priced.options]
-        fractions[alpha] = problem.cost(picks) / priced.full
+    space, fractions = priced.space, {}
+    for alpha in uniform_alphas(space):
+        blocks = space.block_slices([{"alpha": alpha}] * len(space.shapes))
+        subnet = network_slice(space.shapes, blocks, priced.full_stage_width)
+        fractions[alpha] = priced.price.network(space.shapes, priced.network, subnet) / priced.full
         if fractions[alpha] <= budget:
             return alpha
     reach = ", ".join(f"{alpha}: {fraction:.4f}" for alpha, fraction in fractions.items())
     raise UserError(
-        f"--budget {budget:.4g}: no alpha of {priced.space.name} fits; {priced.price.words} fraction by alpha: {reach}"
+        f"--budget {budget:.4g}: no alpha of {space.name} fits; {priced.price.words} fraction by alpha: {reach}"
     )

@@ -1,6 +1,6 @@
 """What both stages do first: weights loaded, the folder opened, the images batched."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,13 +10,14 @@ from nas.data.loaders import Batching, data_line, make_loaders
 from nas.networks.backbone import Start, TimmModel
 from nas.networks.opening import started_supernet
 from nas.runs.folder import open_run
+from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
 from search_spaces.registry import Space
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a stage knows before any weight is loaded. stage: its word in a folder's name."""
+    """What a stage knows before any weight is loaded. stage: its word in a folder's name. plan: of the basis."""
 
     stage: str
     space: Space
@@ -24,6 +25,7 @@ class Beginning:
     splits: Splits
     start: Start
     device: torch.device
+    plan: BasisPlan = field(default_factory=BasisPlan)
 
 
 def prepare(
@@ -42,13 +44,22 @@ def prepare(
     # Only now: weights that cannot be had leave no folder behind.
     config = open_run(config, f"{b.stage}-{b.space.name}-{config.dataset}")
     assert config.output is not None
-    for line in (*lines, *words):
+    for line in (*lines, *words, *b.plan.lines):
         print(line)
     supernet = supernet.to(b.device)
     batching = Batching(config.batch_size or 64, config.seed, config.smoothing or 0.0, held_out)
     loaders = make_loaders(config, batching, splits, supernet, b.device, seen_by)
     print(data_line(config, splits, loaders))
     prepared = Prepared(
-        b.space, b.model, splits, b.device, config.output, supernet, b.start, fresh_classifier=fresh, loaders=loaders
+        b.space,
+        b.model,
+        splits,
+        b.device,
+        config.output,
+        supernet,
+        b.start,
+        fresh_classifier=fresh,
+        loaders=loaders,
+        plan=b.plan,
     )
     return config, prepared

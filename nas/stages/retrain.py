@@ -3,7 +3,7 @@
 Or, for comparison: the large network alone (--train plain), the small one under a frozen teacher (--train distill).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from nas.config import RetrainConfig, with_defaults
+from nas.data.datasets import Splits
 from nas.data.loaders import open_data, report_unreadable
 from nas.data.split_names import trained_before
 from nas.machine.devices import pick_device
-from nas.machine.distributed import is_main, joined, quiet_unless_main
+from nas.machine.distributed import is_main, joined, on_main, quiet_unless_main
 from nas.machine.files import write_csv, write_json
 from nas.machine.timing import Network, images_per_second
 from nas.methods.table import check_owned, training_of
 from nas.networks.architecture import architecture_of, slices_of, write_architecture
 from nas.networks.backbone import Start, TimmModel
+from nas.networks.basis_file import basis_of, recorded, save_basis, streams_of
 from nas.networks.compact_file import save_compact
 from nas.networks.opening import meta_supernet, model_of, start_of
 from nas.networks.weights import save_weights
@@ -28,12 +30,14 @@ from nas.objectives.table import Kind, kind_of
 from nas.objectives.teacher import Teacher, make_teacher
 from nas.pictures.run import plot_run
 from nas.runs.folder import LARGE, SUPERNET, results_path
+from nas.stages.planned import planned
 from nas.stages.prepare import Beginning, prepare
+from nas.training.basis import find_basis
 from nas.training.evaluate import print_table, top_k
 from nas.training.loop import OnEpoch, Training, fit, settle
 from nas.training.make import make_training
 from nas.training.objective import Objective
-from nas.training.order import order_by_importance
+from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
 from search_spaces.architecture import Architecture, load_architecture
 from search_spaces.errors import UserError
@@ -41,7 +45,9 @@ from search_spaces.method import Settings
 from search_spaces.registry import Space, get_space
 from search_spaces.slices import NetworkSlice
 from search_spaces.space import check_uniform_alpha, make_space
+from supernets.basis import Basis, install_stages, rewrite, timm_state
 from supernets.compact import cut
+from supernets.flops import whole_stages
 from supernets.importance import permute
 from supernets.supernet import Supernet
 
@@ -53,7 +59,8 @@ SEARCHED, ORIGINAL, DRAWN = "the search's supernet", "the original weights", "ti
 class Goal:
     """What is trained, known before any weight is loaded. backbone: on the meta device.
 
-    arch: None where the large network is trained alone. given: the architecture as --arch holds it.
+    arch: None where the large network is trained alone. given: the architecture as --arch holds it. plan: of the basis,
+    where that is still to be found; basis: that of --arch.
     """
 
     config: RetrainConfig
@@ -63,6 +70,8 @@ class Goal:
     subnet: NetworkSlice
     arch: Architecture | None
     given: Architecture | None
+    plan: BasisPlan = field(default_factory=BasisPlan)
+    basis: Basis | None = None
 
 
 @dataclass(frozen=True)
@@ -89,13 +98,13 @@ def _retrain(
     config: RetrainConfig, space: Space, given: Architecture | None, device: torch.device, on_epoch: OnEpoch | None
 ) -> Path:
     splits = open_data(config)
-    goal = goal_of(config, space, given, splits.num_classes)
+    goal = goal_of(config, space, given, splits)
     origin = origin_of(goal, splits.num_classes)
-    beginning = Beginning("retrain", space, goal.model, splits, origin.start, device)
+    beginning = Beginning("retrain", space, goal.model, splits, origin.start, device, goal.plan)
     config, prepared = prepare(config, beginning, seen_by=origin.seen_by)
     goal = replace(goal, config=config)
     teacher = teacher_of(goal, prepared)
-    goal = ordered(goal, origin, prepared)
+    goal = rewritten(goal, origin, prepared)
     training = make_training(config, objective_of(goal, prepared, teacher), prepared)
     print(headline(goal, origin))
     if goal.arch is not None:
@@ -128,6 +137,8 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture |
         space = get_space(config.space)
         if kind.small:
             check_unsearched(config, space)
+    if given is not None:
+        config = based(config, given)
     config = with_defaults(config, space, "retrain")
     config = replace(config, dataset=config.dataset_name())
     config.check()
@@ -139,6 +150,17 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture |
     return config, space, given
 
 
+def based(config: RetrainConfig, given: Architecture) -> RetrainConfig:
+    """The options with those of the search that hold for a basis still to be found. Refuses any where there is one."""
+    here = [name for name in ("basis", "importance") if getattr(config, name) is not None]
+    if unfounded(given):
+        asked = {name: given.search.get(name) for name in ("basis", "importance") if name not in here}
+        return replace(config, **asked)  # type: ignore[arg-type]
+    if here and not config.resume:  # else it may be the space's own default, as the run has recorded it
+        raise UserError(f"--{here[0]} goes with --space; the architecture of --arch stands as its search left it")
+    return config
+
+
 def check_unsearched(config: RetrainConfig, space: Space) -> None:
     """Refuse a space that is to be searched first, or that lacks its factor."""
     if not space.method.uniform:
@@ -147,10 +169,10 @@ def check_unsearched(config: RetrainConfig, space: Space) -> None:
         raise UserError(f"{space.name} needs --alpha, the compression factor of every block")
 
 
-def goal_of(config: RetrainConfig, space: Space, given: Architecture | None, num_classes: int) -> Goal:
+def goal_of(config: RetrainConfig, space: Space, given: Architecture | None, splits: Splits) -> Goal:
     """The architecture that is trained: --arch's, with the dataset's classes, or the one factor of --alpha."""
     model = model_of(config, space) if given is None else TimmModel(given.model, dict(given.model_kwargs))
-    backbone = meta_supernet(model, num_classes, space)
+    backbone = meta_supernet(model, splits.num_classes, space)
     if not kind_of(config.train).small:
         return Goal(config, space, model, backbone, backbone.identity(), None, given)
     if given is None:
@@ -159,17 +181,29 @@ def goal_of(config: RetrainConfig, space: Space, given: Architecture | None, num
         check_uniform_alpha(make_space(space.name, space.method, settings, backbone.shapes), config.alpha)
         picks = [{"alpha": config.alpha}] * len(backbone.shapes)
         arch = architecture_of(backbone, space.name, model.name, model.kwargs, picks, config.width)
-        return Goal(config, space, model, backbone, slices_of(arch, backbone.shapes), arch, None)
-    subnet = slices_of(given, backbone.shapes)
+    else:
+        arch = given
+    subnet, plan, basis = slices_of(arch, backbone.shapes), BasisPlan(), None
+    if given is None or unfounded(given):
+        narrowed = {shape.stage for shape in backbone.shapes} - whole_stages(backbone.shapes, subnet)
+        plan = planned(config, space, backbone, narrowed, splits, original(config, given))
+    elif config.arch is not None:
+        basis = basis_of(given, config.arch if config.arch.is_dir() else config.arch.parent)
+    install_stages(backbone, plan.streams or streams_of(arch.basis))
     arch = replace(
-        given,
-        num_classes=num_classes,
+        arch,
+        num_classes=splits.num_classes,
         flops=backbone.flops(subnet),
         params=backbone.params(subnet),
         backbone_flops=backbone.flops(),
         backbone_params=backbone.params(),
     )
-    return Goal(config, space, model, backbone, subnet, arch, given)
+    return Goal(config, space, model, backbone, subnet, arch, given, plan, basis)
+
+
+def unfounded(arch: Architecture) -> bool:
+    """Whether an architecture was picked without weights (a uniform one, by its price), so that its basis is open."""
+    return not arch.basis and not arch.permutation and arch.search.get("searcher") == "uniform"
 
 
 def origin_of(goal: Goal, num_classes: int) -> Origin:
@@ -180,7 +214,7 @@ def origin_of(goal: Goal, num_classes: int) -> Origin:
     fits = goal.given is not None and goal.given.num_classes == num_classes and config.checkpoint is None
     available = searched is not None and searched.is_file()
     if (config.init or ("supernet" if fits and available else "base")) == "base":
-        start = original(goal)
+        start = original(config, goal.given)
         return Origin(start, ORIGINAL if start.given() else DRAWN, start.name())
     if searched is None or not available:
         where = searched or "a search's folder"
@@ -192,10 +226,9 @@ def origin_of(goal: Goal, num_classes: int) -> Origin:
     return Origin(start, SEARCHED, before if same else start.name())
 
 
-def original(goal: Goal) -> Start:
+def original(config: RetrainConfig, given: Architecture | None) -> Start:
     """The weights that the search started from, or those asked for."""
-    config = goal.config
-    checkpoint = goal.given.search.get("checkpoint") if goal.given is not None else None
+    checkpoint = given.search.get("checkpoint") if given is not None else None
     if checkpoint and config.checkpoint is None:
         return Start(checkpoint=Path(str(checkpoint)), seed=config.seed)
     return start_of(config, config.seed)
@@ -205,17 +238,24 @@ def teacher_of(goal: Goal, prepared: Prepared) -> Teacher | None:
     """Whom the small network learns from, where it does."""
     if not kind_of(goal.config.train).teacher:
         return None
-    return make_teacher(goal.config, prepared, original(goal))
+    return make_teacher(goal.config, prepared, original(goal.config, goal.given))
 
 
-def ordered(goal: Goal, origin: Origin, prepared: Prepared) -> Goal:
-    """The goal with its order of importance, in which the supernet stands from here on."""
-    if goal.arch is None:
-        return goal  # the order would change nothing
-    if goal.given is None:
-        return replace(goal, arch=replace(goal.arch, permutation=order_by_importance(goal.config, prepared)))
-    if goal.arch.permutation and origin.words != SEARCHED:  # the search's weights are in that order already
-        permute(prepared.supernet, goal.arch.permutation)
+def rewritten(goal: Goal, origin: Origin, prepared: Prepared) -> Goal:
+    """The goal with its basis, or its order of importance, in which the supernet stands from here on."""
+    arch = goal.arch
+    if arch is None:
+        return goal  # a basis would change nothing
+    if goal.given is None or unfounded(goal.given):
+        standing = find_basis(goal.config, prepared)
+        return replace(goal, arch=replace(arch, permutation=standing.permutation, basis=standing.basis))
+    basis = goal.basis
+    if basis is not None:
+        on_main(lambda: save_basis(basis, prepared.folder))
+        rewrite(prepared.supernet, basis)
+        return replace(goal, arch=replace(arch, basis=on_main(lambda: recorded(basis, prepared.folder))))
+    if arch.permutation and origin.words != SEARCHED:  # the search's weights are in that order already
+        permute(prepared.supernet, arch.permutation)
     return goal
 
 
@@ -253,7 +293,7 @@ def conclude(goal: Goal, prepared: Prepared, training: Training, teacher: Teache
     if "large" in networks:
         table["large"] = {"params": goal.backbone.params(), "gflops": goal.backbone.flops() / 1e9}
         if is_main():
-            save_weights(supernet.backbone.state_dict(), folder / LARGE)
+            save_weights(timm_state(supernet), folder / LARGE)
     if arch is not None:
         compact = cut(supernet.backbone, goal.subnet).eval()
         networks["compact"] = compact

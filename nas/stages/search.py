@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from nas.config import SearchConfig, with_defaults
+from nas.data.datasets import Splits
 from nas.data.loaders import open_data, report_unreadable
 from nas.machine.devices import amp_dtype, autocast, pick_device
 from nas.machine.distributed import is_main, joined, quiet_unless_main
@@ -25,19 +26,22 @@ from nas.prices.options import one_budget
 from nas.prices.table import price_of
 from nas.runs.folder import SUPERNET, open_run, results_path
 from nas.searchers.searcher import Answer, Question, Run, Searcher
+from nas.stages.planned import narrowed_stages, planned
 from nas.stages.prepare import Beginning, prepare
 from nas.training.evaluate import by_split, print_table, top_k
 from nas.training.loop import OnEpoch
+from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
 from search_spaces.architecture import Architecture
 from search_spaces.registry import Space, get_space
 from search_spaces.slices import network_slice
 from search_spaces.space import make_space
+from supernets.basis import install_stages, timm_state
 from supernets.supernet import Supernet
 
 RECORDED = (  # options of everybody's search that arch.json keeps
     "dataset", "val_fraction", "epochs", "batch_size", "lr", "arch_lr", "arch_data", "gamma", "seed", "stage_width",
-    "alphas", "pretrained", "amp", "detach_teacher",
+    "alphas", "pretrained", "amp", "detach_teacher", "basis", "importance",
 )  # fmt: skip
 
 
@@ -51,6 +55,7 @@ class Asked:
     backbone: Supernet
     question: Question
     searcher: Searcher
+    plan: BasisPlan
 
 
 def run_search(config: SearchConfig, on_epoch: OnEpoch | None = None) -> Path:
@@ -66,12 +71,12 @@ def run_search(config: SearchConfig, on_epoch: OnEpoch | None = None) -> Path:
 
 def _search(config: SearchConfig, space: Space, device: torch.device, on_epoch: OnEpoch | None) -> Path:
     splits = open_data(config)
-    asked = ask(config, space, splits.num_classes)
+    asked = ask(config, space, splits)
     answer = asked.searcher.pick(config, asked.question)
     if answer is not None:
         return picked(asked, answer)
     start = start_of(config, config.seed)
-    beginning = Beginning("search", space, asked.model, splits, start, device)
+    beginning = Beginning("search", space, asked.model, splits, start, device, asked.plan)
     held_out = config.arch_data == "val"
     config, prepared = prepare(config, beginning, dropped(asked), start.name(), held_out)
     asked = replace(asked, config=replace(config, **training_of(space).resolved(config, prepared)))
@@ -80,7 +85,7 @@ def _search(config: SearchConfig, space: Space, device: torch.device, on_epoch: 
     arch = found(asked, answer)
     write_architecture(arch, prepared.folder)
     if is_main():
-        save_weights(prepared.supernet.backbone.state_dict(), prepared.folder / SUPERNET)
+        save_weights(timm_state(prepared.supernet), prepared.folder / SUPERNET)
     conclude(asked, answer, prepared, arch)
     return prepared.folder
 
@@ -98,16 +103,18 @@ def resolve(config: SearchConfig) -> tuple[SearchConfig, Space]:
     return config, space
 
 
-def ask(config: SearchConfig, space: Space, num_classes: int) -> Asked:
-    """The choices over the backbone's blocks, their price, the budget, and who is to answer."""
+def ask(config: SearchConfig, space: Space, splits: Splits) -> Asked:
+    """The choices over the backbone's blocks, their basis and price, the budget, and who is to answer."""
     model = model_of(config, space)
-    backbone = meta_supernet(model, num_classes, space)
+    backbone = meta_supernet(model, splits.num_classes, space)
     choices = make_space(space.name, space.method, training_of(space).settings(config, space), backbone.shapes)
+    plan = planned(config, space, backbone, narrowed_stages(choices), splits, start_of(config, config.seed))
+    install_stages(backbone, plan.streams)
     costs = priced(choices, backbone.adapter.costs, price_of(config.price), config.stage_width == "full")
     question = Question(costs, config.fraction(costs.full))
     searcher = searcher_of(config, space)
     searcher.check(config, question)
-    return Asked(config, space, model, backbone, question, searcher)
+    return Asked(config, space, model, backbone, question, searcher, plan)
 
 
 def run_of(asked: Asked, prepared: Prepared, on_epoch: OnEpoch | None) -> Run:
@@ -156,11 +163,11 @@ def found(asked: Asked, answer: Answer) -> Architecture:
     arch = architecture_of(asked.backbone, name, model.name, model.kwargs, picks, config.width, answer.kept, full)
     recorded = (*RECORDED, *training_of(asked.space).recorded)
     settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k in recorded and v is not None}
-    settings |= {"budget": asked.question.budget, "space_size": float(space.size())}
+    settings |= {"searcher": asked.searcher.name, "budget": asked.question.budget, "space_size": float(space.size())}
     settings |= answer.found
     if config.checkpoint is not None:
         settings["checkpoint"] = str(config.checkpoint)
-    return replace(arch, permutation=answer.orders, search=settings)
+    return replace(arch, permutation=answer.standing.permutation, basis=answer.standing.basis, search=settings)
 
 
 def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architecture) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from search_spaces.errors import UserError
 
+BASES = ("basis.safetensors", "permutation.json")
 WAIT = 60.0  # seconds for a process that was killed to let go of its trial
 PUTS_WHOLE = ("s3", "gcs", "abfs")  # an object appears there when all of it has arrived
 
@@ -50,9 +51,9 @@ class Storage:
 
         filesystem, root = self.open()
         there = {info.path: info for info in listing(filesystem, posixpath.join(root, name))}
-        # the checkpoint first, as on disk: the tables are written again from it
+        # the basis first, in which the checkpoint stands, and that before the tables, which are written again from it
         files = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
-        for file in sorted(files, key=lambda p: (p.suffix != ".pt", str(p))):
+        for file in sorted(files, key=lambda p: (p.name not in BASES, p.suffix != ".pt", str(p))):
             target = posixpath.join(root, name, file.relative_to(folder).as_posix())
             info = there.get(target)
             fresh = info is not None and info.type == FileType.File and info.size == file.stat().st_size

@@ -48,12 +48,12 @@ def top_k(
     return {f"{name}_top{k}": float(s[i]) for name, s in share.items() for i, k in enumerate((1, 5))}
 
 
-def progress(batches: Any, words: str) -> Iterator[Any]:
-    """The batches, with a bar and the time left while they pass."""
+def progress(batches: Any, words: str, total: int | None = None) -> Iterator[Any]:
+    """The batches, with a bar and the time left while they pass. total: their number, where they do not know it."""
     from rich.console import Console
     from rich.progress import track
 
-    yield from track(batches, words, total=len(batches), console=Console(stderr=True), transient=True)
+    yield from track(batches, words, total=total or len(batches), console=Console(stderr=True), transient=True)
 
 
 def print_table(rows: dict[str, dict[str, float]], title: str, words: Mapping[str, str] = COLUMNS) -> None:

@@ -294,6 +294,9 @@ def save(training: Training, epochs_done: int) -> None:
         "choice_rows": training.choice_rows,
         "step_rows": training.step_rows,
     }
+    basis = training.objective.supernet.basis
+    if basis is not None:
+        state["basis"] = basis.digest()  # its weights are those of timm's model only after the basis is taken back
     if training.scheduler is not None:
         state["scheduler"] = training.scheduler.state_dict()
     if training.arch_optimizer is not None:
@@ -359,7 +362,10 @@ def settle(training: Training, best: bool) -> None:
 
 
 def load_state(training: Training, state: Mapping[str, Any], path: Path) -> None:
-    """Put a checkpoint's state back. UserError when it is another run's."""
+    """Put a checkpoint's state back. UserError when it is another run's, or stands in another basis."""
+    basis = training.objective.supernet.basis
+    if state.get("basis") != (None if basis is None else basis.digest()):
+        raise UserError(f"{path} stands in another basis than basis.safetensors beside it; both are of one run")
     try:
         training.objective.load_state_dict(state["objective"])
         training.optimizer.load_state_dict(state["optimizer"])

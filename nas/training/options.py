@@ -12,9 +12,14 @@ from nas.runs.options import RunOptions
 class TrainingOptions:
     """How weights are trained."""
 
-    importance: Literal["none", "magnitude", "taylor"] | None = None
-    """order heads, neurons and channels before anything is cut; by default taylor for trained weights, magnitude
-    when their classifier is fresh, none from scratch"""
+    basis: Literal["rotate", "order", "none"] | None = None
+    """rewrite the large network, its function unchanged, so that the first channels, heads and neurons matter most:
+    rotate the stream, only order it, or leave it as it is; by default rotate for trained weights, none from scratch"""
+    importance: Literal["none", "magnitude", "taylor", "error"] | None = None
+    """by what heads and neurons are ordered, and channels that are not rotated: by default taylor for trained
+    weights, magnitude when their classifier is fresh; error: by what least squares could not take over"""
+    calibration_images: int = 2048
+    """training images, prepared as in evaluation, on which a rotation, or an order by error, is found"""
     epochs: int | None = None
     """passes over the training set"""
     batch_size: int | None = None
@@ -72,7 +77,7 @@ class TrainingOptions:
 
     def check_training(self) -> None:
         """Refuse values that no run can use."""
-        at_least_one(self, "epochs", "batch_size", "grad_accum_steps")
+        at_least_one(self, "epochs", "batch_size", "grad_accum_steps", "calibration_images")
         not_negative(self, "lr", "weight_decay", "min_lr", "warmup_lr", "opt_eps", "warmup_epochs", "cooldown_epochs")
         positive(self, "decay_epochs", "decay_rate", "layer_decay", "clip_grad")
 

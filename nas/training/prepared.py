@@ -1,6 +1,6 @@
 """What a stage has found out before it trains."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from nas.data.datasets import Splits
 from nas.data.loaders import Loaders
 from nas.networks.backbone import Start, TimmModel
+from nas.training.plan import BasisPlan
 from search_spaces.registry import Space
 from supernets.supernet import Supernet
 
@@ -17,6 +18,7 @@ class Prepared:
     """A run whose folder is open and whose weights are loaded.
 
     start: where the weights come from; fresh_classifier: whether the classifier was made anew for the dataset.
+    plan: the basis in which the network is to stand.
     """
 
     space: Space
@@ -28,3 +30,4 @@ class Prepared:
     start: Start
     fresh_classifier: bool
     loaders: Loaders
+    plan: BasisPlan = field(default_factory=BasisPlan)

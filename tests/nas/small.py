@@ -13,10 +13,13 @@ from nas.prices.flops import FLOPS
 from nas.prices.price import Price
 from search_spaces.dan import DAN
 from search_spaces.method import Picks, Settings
+from search_spaces.slices import NetworkSlice
 from search_spaces.space import SearchSpace, make_space
+from supernets.basis import rewrite
 from supernets.supernet import Supernet
 from supernets.t2t_vit import T2TViT
 from tests.oracle import randomise
+from tests.strategies import expected_logits, random_basis
 
 VIT = dict(img_size=32, patch_size=16, num_classes=5, embed_dim=24, depth=3, num_heads=6, mlp_ratio=2)
 FAMILIES: dict[str, Any] = {
@@ -31,9 +34,17 @@ FAMILIES: dict[str, Any] = {
 }
 
 
-def small_supernet(family: str, seed: int = 0, **kwargs: Any) -> Supernet:
-    """A randomised backbone of the family, float64, eval mode."""
-    return Supernet(randomise(FAMILIES[family](**kwargs), seed)).double().eval()
+def small_supernet(family: str, seed: int = 0, basis: str = "own", **kwargs: Any) -> Supernet:
+    """A randomised backbone of the family, float64, eval mode, in its own basis or a rotated one."""
+    supernet = Supernet(randomise(FAMILIES[family](**kwargs), seed)).double().eval()
+    if basis == "rotated":
+        rewrite(supernet, random_basis(supernet, seed))
+    return supernet
+
+
+def oracle_of(family: str, supernet: Supernet, subnet: NetworkSlice, x: Tensor) -> Tensor:
+    """The oracle's logits of a small_supernet of the family, in its basis."""
+    return expected_logits(FAMILIES[family]().double(), supernet, subnet, x)
 
 
 def small_costs(

@@ -1,5 +1,6 @@
 """A family is one adapter and one line of the table: here one whose blocks norm after the MLP, which is a GLU."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from search_spaces.errors import UserError
 from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice, identity_slice, network_slice, prefix_slice
 from supernets import timm_block
 from supernets.axes import BlockAxes, HalfAxes, Params, slice_block, v_widths
+from supernets.basis import Basis, rewrite, timm_state
 from supernets.compact import cut
 from supernets.compact_block import CompactBlock
 from supernets.elastic import BlockMixture, Term, mixed_block
@@ -27,7 +30,7 @@ from supernets.importance import magnitude_scores, orders_of, permute
 from supernets.layers import attention, norm, on_channels
 from supernets.supernet import Supernet
 from tests.oracle import randomise
-from tests.strategies import general_slices, prefix_slices
+from tests.strategies import general_slices, prefix_slices, random_basis
 from tests.supernets.test_invariants import few, over_widths, relative
 
 TOKENS, CLASSES = 16, 5
@@ -196,6 +199,20 @@ def test_magnitude_order_leaves_the_function_unchanged(glu: str) -> None:
     assert relative(before, supernet.large(x)) < 1e-12
     for name, scores in magnitude_scores(supernet).items():
         assert torch.all(scores[:-1] >= scores[1:] - 1e-9), name
+
+
+@over_glus
+def test_heads_are_rotated_and_the_stream_is_only_ordered(glu: str) -> None:
+    supernet, x = make(glu), images()
+    before, state = supernet.large(x), copy.deepcopy(supernet.backbone.state_dict())
+    with pytest.raises(UserError, match="do not read the stream through a norm"):
+        rewrite(supernet, Basis(streams={0: torch.eye(24).double()}))
+    basis = random_basis(supernet, 0)
+    assert basis.qk and basis.v and not basis.streams and "stream.0" in basis.orders
+    rewrite(supernet, basis)
+    assert relative(before, supernet.large(x)) < 1e-12
+    for name, tensor in timm_state(supernet).items():
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=1e-12)
 
 
 @over_glus

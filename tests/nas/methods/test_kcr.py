@@ -31,6 +31,7 @@ from search_spaces.method import Settings
 from search_spaces.registry import METHODS, get_space
 from search_spaces.slices import BlockShape, NetworkSlice
 from search_spaces.space import make_space
+from supernets.basis import rewrite
 from supernets.compact import cut
 from supernets.supernet import Supernet
 from tests.nas.kernels import (
@@ -44,14 +45,15 @@ from tests.nas.kernels import (
     tiny_vit,
     training_of,
 )
-from tests.oracle import oracle_logits, randomise
-from tests.strategies import images, swin_backbones, t2t_backbones, vit_backbones
+from tests.oracle import randomise
+from tests.strategies import expected_logits, images, random_basis, swin_backbones, t2t_backbones, vit_backbones
 
 FAMILIES = {"vit": vit_backbones, "swin": swin_backbones, "t2t": t2t_backbones}
 over_families = pytest.mark.parametrize("family", FAMILIES)
 over_methods = pytest.mark.parametrize(
     ("method", "width"), [("kcr", "stream"), ("joint", "stream"), ("joint", "inner")]
 )
+over_bases = pytest.mark.parametrize("basis", ["own", "rotated"])
 few = settings(
     max_examples=6,
     deadline=None,
@@ -68,17 +70,21 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @over_families
 @over_methods
+@over_bases
 @given(data=st.data())
 @few
-def test_5_one_hot_mixture_is_the_subnet(family: str, method: str, width: str, data: st.DataObject) -> None:
-    backbone = data.draw(FAMILIES[family]()).double()
-    objective = search_of(backbone, method, width, seed=data.draw(st.integers(0, 99))).double()
+def test_5_one_hot_mixture_is_the_subnet(family: str, method: str, width: str, basis: str, data: st.DataObject) -> None:
+    timm = data.draw(FAMILIES[family]()).double()
+    backbone, seed = copy.deepcopy(timm), data.draw(st.integers(0, 99))
+    objective = search_of(backbone, method, width, seed=seed).double()
+    if basis == "rotated":
+        rewrite(objective.supernet, random_basis(objective.supernet, seed))
     picks = data.draw(some_picks(objective.costs.space))
     subnet = subnet_of(objective, picks, full_stage_width=False)
     x = images(backbone)
     mixture, small = mixture_logits(objective, x, picks), objective.supernet.small(x, subnet)
     assert relative(small, mixture) < 1e-9
-    assert relative(oracle_logits(backbone, subnet, x), mixture) < 1e-9
+    assert relative(expected_logits(timm, objective.supernet, subnet, x), mixture) < 1e-9
     expected = gradients(backbone, small)
     scale = max(float(g.abs().max()) for g in expected.values())
     for name, grad in gradients(backbone, mixture).items():

@@ -18,13 +18,13 @@ from search_spaces.slices import network_slice
 from search_spaces.space import make_space
 from supernets.elastic import BlockMixture, Term, mixed_block
 from supernets.supernet import Gates, Small, Supernet
-from tests.nas.small import FAMILIES, hard_draw, small_costs, small_supernet, soft_draw, soft_etas
-from tests.oracle import oracle_logits
+from tests.nas.small import FAMILIES, hard_draw, oracle_of, small_costs, small_supernet, soft_draw, soft_etas
 from tests.strategies import images
 
 TIGHT = 1e-10  # of the largest entry, float64
 over_families = pytest.mark.parametrize("family", FAMILIES)
 over_widths = pytest.mark.parametrize("width", ["stream", "inner"])
+over_bases = pytest.mark.parametrize("basis", ["own", "rotated"])
 NORMS = [{"scale_attn_norm": True}, {"scale_mlp_norm": True}]  # timm's, between a gate and the projection after it
 
 
@@ -74,10 +74,11 @@ def assert_same(first: tuple, second: tuple) -> None:
 
 @over_families
 @pytest.mark.parametrize(("width", "full"), [("stream", False), ("stream", True), ("inner", False)])
+@over_bases
 @pytest.mark.parametrize("seed", range(3))
-def test_5_one_hot_mixture_is_the_subnet(family: str, width: str, full: bool, seed: int) -> None:
+def test_5_one_hot_mixture_is_the_subnet(family: str, width: str, full: bool, basis: str, seed: int) -> None:
     """At the subnet's own stage widths, or at full ones."""
-    supernet = small_supernet(family, seed)
+    supernet = small_supernet(family, seed, basis)
     costs, x = small_costs(supernet, width, full_stage_width=full), images(supernet.backbone, seed=seed)
     picks = costs.space.random(seed)
     subnet = network_slice(supernet.shapes, costs.space.block_slices(picks), full)
@@ -89,7 +90,7 @@ def test_5_one_hot_mixture_is_the_subnet(family: str, width: str, full: bool, se
         assert any(w < e for w, e in zip(subnet.stage_widths, supernet.identity().stage_widths, strict=True)) or seed
     mixture = logits_and_gradients(supernet, mixtures(supernet, costs, draw), x, gates=gates)
     assert_same(mixture, logits_and_gradients(supernet, subnet, x))
-    assert_close(mixture[0], oracle_logits(supernet.backbone, subnet, x), "oracle", 1e-9)
+    assert_close(mixture[0], oracle_of(family, supernet, subnet, x), "oracle", 1e-9)
     untouched = [name for name, grad in mixture[1].items() if "blocks" in name and grad.abs().max() == 0]
     assert not untouched  # every tensor of every block took part
 
@@ -112,8 +113,9 @@ def test_width_decides_between_slices_and_one_gated_pass(family: str, width: str
 
 
 @over_families
-def test_gated_pass_equals_the_sum_over_slices(family: str) -> None:
-    supernet = small_supernet(family)
+@over_bases
+def test_gated_pass_equals_the_sum_over_slices(family: str, basis: str) -> None:
+    supernet = small_supernet(family, basis=basis)
     costs, x = small_costs(supernet, "inner"), images(supernet.backbone)
     etas = soft_etas(costs, 3)  # of g alone the gradients differ by a constant, which a sum of one cannot feel
     gated = logits_and_gradients(supernet, mixtures(supernet, costs, soft_draw(etas)), x, etas)
@@ -143,9 +145,10 @@ def test_norms_between_gate_and_projection_fall_back_to_slices(norm: dict[str, b
 
 @over_families
 @over_widths
-def test_soft_mixture_is_equation_3_5(family: str, width: str) -> None:
+@over_bases
+def test_soft_mixture_is_equation_3_5(family: str, width: str, basis: str) -> None:
     """z' = sum_i g_i (z + MSA_i), out = sum_i g_i (z' + MLP_i): each candidate alone, summed by hand."""
-    supernet = small_supernet(family)
+    supernet = small_supernet(family, basis=basis)
     costs, adapter = small_costs(supernet, width), supernet.adapter
     made = mixtures(supernet, costs, soft_draw(soft_etas(costs, 1)))
     generator = torch.Generator().manual_seed(0)
@@ -167,9 +170,10 @@ def test_soft_mixture_is_equation_3_5(family: str, width: str) -> None:
 
 
 @over_families
-@pytest.mark.parametrize("width", ["stream", "inner"])
-def test_5_the_same_alpha_everywhere_is_an(family: str, width: str) -> None:
-    supernet = small_supernet(family)
+@over_widths
+@over_bases
+def test_5_the_same_alpha_everywhere_is_an(family: str, width: str, basis: str) -> None:
+    supernet = small_supernet(family, basis=basis)
     dan = small_costs(supernet, width).space
     an = make_space("small-an", AN(), Settings(width=width), supernet.shapes)
     for alpha in (1, 2):
@@ -179,7 +183,7 @@ def test_5_the_same_alpha_everywhere_is_an(family: str, width: str) -> None:
         full = supernet.identity().stage_widths
         assert subnet.stage_widths == (tuple(w // alpha for w in full) if width == "stream" else full)
         x = images(supernet.backbone)
-        assert_close(supernet.small(x, subnet), oracle_logits(supernet.backbone, subnet, x), "oracle", 1e-9)
+        assert_close(supernet.small(x, subnet), oracle_of(family, supernet, subnet, x), "oracle", 1e-9)
 
 
 def test_gate_of_a_unit_is_the_weight_of_the_candidates_that_keep_it() -> None:

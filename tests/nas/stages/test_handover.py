@@ -55,6 +55,7 @@ def searched(tmp_path_factory):
             model=VIT[0],
             model_kwargs=KWARGS,
             checkpoint=root / "base.safetensors",
+            basis="order",
             importance="magnitude",
             dataset="folder",
             data_dir=write_folder(root / "few", FEW),
@@ -134,7 +135,7 @@ def test_the_averaged_weights_begin_in_the_order_that_the_weights_are_in(searche
         raise KeyboardInterrupt
 
     monkeypatch.setattr(nas.stages.retrain, "fit", begun)
-    own = dict(model=VIT[0], model_kwargs=KWARGS, checkpoint=checkpoint, importance="magnitude", model_ema=True)
+    own = dict(model=VIT[0], model_kwargs=KWARGS, checkpoint=checkpoint, basis="order", model_ema=True)
     data = dict(dataset="folder", data_dir=root / "few", epochs=1, batch_size=8, workers=0)
     with pytest.raises(KeyboardInterrupt):
         run_retrain(RetrainConfig(space="vit-an-nano", alpha=2, output=tmp_path / "run", **own, **data))

@@ -1,0 +1,77 @@
+"""What is to be done to the network before it trains, known before any weight is loaded (section 2.7)."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from nas.training.options import TrainingOptions
+from search_spaces.errors import UserError
+from supernets.streams import fixed_streams
+from supernets.supernet import Supernet
+
+BasisKind = Literal["rotate", "order", "none"]
+
+
+@dataclass(frozen=True)
+class BasisPlan:
+    """kind: what becomes of the network. streams: the stages whose stream is rotated. lines: what is worth saying."""
+
+    kind: BasisKind = "none"
+    streams: tuple[int, ...] = ()
+    lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan depends on besides the options. trained: whether the weights are. images: to calibrate on.
+
+    narrowed: the stages of whose stream some block leaves a channel out. rotates: whether the method allows a rotation.
+    """
+
+    trained: bool
+    images: int
+    narrowed: Collection[int]
+    rotates: bool = True
+
+
+def plan_basis(options: TrainingOptions, backbone: Supernet, facts: Facts) -> BasisPlan:
+    """--basis and --importance, or what becomes of a start of this kind. UserError when they contradict each other."""
+    kind, importance = options.basis, options.importance
+    if kind == "rotate" and not facts.rotates:
+        raise UserError("--basis rotate: this method scores its own units; leave it out, or take --basis order or none")
+    if kind == "none" and importance not in (None, "none"):
+        raise UserError(
+            f"--importance {importance} orders the network, --basis none leaves it as it is; drop one of them"
+        )
+    if kind == "order" and importance == "none":
+        raise UserError("--basis order needs an order; --importance none has none: drop one of them")
+    if kind is None:
+        if facts.trained and facts.rotates and importance != "none":
+            kind = "rotate"
+        else:
+            kind = "none" if importance in (None, "none") else "order"
+    if kind != "rotate":
+        return BasisPlan(kind)
+    return _rotation(options, backbone, facts)
+
+
+def _rotation(options: TrainingOptions, backbone: Supernet, facts: Facts) -> BasisPlan:
+    fixed, lines, streams = fixed_streams(backbone.adapter), [], []
+    images = min(options.calibration_images, facts.images)
+    sizes = {shape.stage: shape.embed_dim for shape in backbone.shapes}
+    for stage in sorted(facts.narrowed):
+        if stage in fixed:
+            lines.append(f"stage {stage} is ordered, not rotated: {fixed[stage]}")
+        elif images < sizes[stage]:
+            lines.append(
+                f"stage {stage} is ordered, not rotated: {images} images for {sizes[stage]} channels;"
+                " give more, or a higher --calibration-images"
+            )
+        else:
+            streams.append(stage)
+    if not facts.narrowed:
+        lines.append(
+            "nothing is rotated: no candidate leaves a channel of the stream out; heads and neurons are ordered"
+        )
+    kind: BasisKind = "rotate" if streams else "none" if options.importance == "none" else "order"
+    return BasisPlan(kind, tuple(streams), tuple(lines))

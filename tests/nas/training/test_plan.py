@@ -1,0 +1,136 @@
+"""What becomes of a network before it trains: every combination of --basis and --importance, and every start."""
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+import pytest
+
+from nas.methods.table import TRAININGS
+from nas.training.options import TrainingOptions
+from nas.training.plan import BasisPlan, Facts, plan_basis
+from search_spaces.errors import UserError
+from tests.nas.small import small_supernet
+
+NONE, ORDER, ROTATE = BasisPlan(), BasisPlan("order"), BasisPlan("rotate", (0,))
+TABLE: dict[tuple[str | None, str | None], tuple[BasisPlan, BasisPlan]] = {  # from scratch, from trained weights
+    (None, None): (NONE, ROTATE),
+    (None, "none"): (NONE, NONE),
+    (None, "magnitude"): (ORDER, ROTATE),
+    (None, "taylor"): (ORDER, ROTATE),
+    (None, "error"): (ORDER, ROTATE),
+    ("none", None): (NONE, NONE),
+    ("none", "none"): (NONE, NONE),
+    ("order", None): (ORDER, ORDER),
+    ("order", "magnitude"): (ORDER, ORDER),
+    ("order", "taylor"): (ORDER, ORDER),
+    ("order", "error"): (ORDER, ORDER),
+    ("rotate", None): (ROTATE, ROTATE),
+    ("rotate", "none"): (ROTATE, ROTATE),
+    ("rotate", "taylor"): (ROTATE, ROTATE),
+    ("rotate", "error"): (ROTATE, ROTATE),
+}
+CONTRADICTIONS: dict[tuple[str, str], str] = {
+    (
+        "none",
+        "magnitude",
+    ): "--importance magnitude orders the network, --basis none leaves it as it is; drop one of them",
+    ("none", "taylor"): "--importance taylor orders the network",
+    ("none", "error"): "--importance error orders the network",
+    ("order", "none"): "--basis order needs an order; --importance none has none: drop one of them",
+}
+STARTS = pytest.mark.parametrize("trained", [False, True])
+
+
+def plan(
+    family: str = "vit",
+    trained: bool = True,
+    images: int = 1000,
+    narrowed: Collection[int] = (0,),
+    rotates: bool = True,
+    backbone: dict[str, Any] | None = None,
+    **options: Any,
+) -> BasisPlan:
+    supernet = small_supernet(family, **backbone or {})
+    return plan_basis(TrainingOptions(**options), supernet, Facts(trained, images, narrowed, rotates))
+
+
+def test_the_table_is_complete() -> None:
+    kinds, importances = (None, "rotate", "order", "none"), (None, "none", "magnitude", "taylor", "error")
+    missing = {(b, i) for b in kinds for i in importances} - TABLE.keys() - CONTRADICTIONS.keys()
+    assert missing == {("rotate", "magnitude")}  # which is as ("rotate", "taylor")
+
+
+@STARTS
+@pytest.mark.parametrize(("basis", "importance"), TABLE)
+def test_every_combination_and_start(basis: str | None, importance: str | None, trained: bool) -> None:
+    assert plan(trained=trained, basis=basis, importance=importance) == TABLE[basis, importance][trained]
+
+
+@STARTS
+@pytest.mark.parametrize(("basis", "importance"), CONTRADICTIONS)
+def test_what_contradicts_itself_is_refused(basis: str, importance: str, trained: bool) -> None:
+    with pytest.raises(UserError, match=re.escape(CONTRADICTIONS[basis, importance])) as error:
+        plan(trained=trained, basis=basis, importance=importance)
+    assert "\n" not in str(error.value)
+
+
+@STARTS
+def test_a_method_that_scores_its_own_units_is_not_rotated(trained: bool) -> None:
+    assert not TRAININGS["uvc"].rotates and all(t.rotates for name, t in TRAININGS.items() if name != "uvc")
+    with pytest.raises(UserError, match="--basis rotate: this method scores its own units; leave it out, or take"):
+        plan(trained=trained, rotates=False, basis="rotate")
+    for basis in (None, "none"):
+        assert plan(trained=trained, rotates=False, basis=basis, importance="none") == NONE
+    assert plan(trained=trained, rotates=False) == NONE
+    for options in ({"importance": "taylor"}, {"basis": "order"}, {"basis": "order", "importance": "magnitude"}):
+        assert plan(trained=trained, rotates=False, **options) == ORDER  # where it is asked for
+
+
+@pytest.mark.parametrize(("images", "calibration_images"), [(23, 2048), (5000, 23)])
+def test_fewer_images_than_channels_are_an_order(images: int, calibration_images: int) -> None:
+    found = plan(images=images, calibration_images=calibration_images)
+    assert (found.kind, found.streams) == ("order", ())
+    (line,) = found.lines
+    assert line.startswith("stage 0 is ordered, not rotated: 23 images for 24 channels;")
+    assert "--calibration-images" in line
+    assert plan(images=images, calibration_images=calibration_images, importance="none", basis="rotate").kind == "none"
+    assert plan(images=24, calibration_images=24) == ROTATE
+
+
+def test_every_stage_is_decided_by_itself() -> None:
+    """16 and 32 channels, of which 20 images are enough for the first."""
+    assert plan("swin", narrowed={0, 1}) == BasisPlan("rotate", (0, 1))
+    assert plan("swin", narrowed={1}) == BasisPlan("rotate", (1,))
+    found = plan("swin", narrowed={1, 0}, images=20)
+    assert (found.kind, found.streams) == ("rotate", (0,))
+    assert len(found.lines) == 1 and found.lines[0].startswith("stage 1 is ordered, not rotated: 20 images for 32")
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_where_nothing_is_narrowed_there_is_nothing_to_rotate(family: str, trained: bool) -> None:
+    """Inner width: heads and neurons are ordered."""
+    found = plan(family, trained, narrowed=(), basis="rotate")
+    assert (found.kind, found.streams) == ("order", ())
+    (line,) = found.lines
+    assert line.startswith("nothing is rotated: ") and line.endswith("heads and neurons are ordered")
+    assert plan(family, trained, narrowed=(), basis="rotate", importance="none").kind == "none"
+
+
+FIXED: dict[str, tuple[str, dict[str, Any], set[int], tuple[int, ...], str]] = {
+    # family, options, narrowed, rotated all the same, the reason
+    "max pooling": ("vit", {"global_pool": "max"}, {0}, (), "global_pool=max takes maxima over channels"),
+    "mean and maximum": ("vit", {"global_pool": "avgmax"}, {0}, (), "global_pool=avgmax takes maxima over channels"),
+    "no last norm": ("vit", {"final_norm": False}, {0}, (), "the classifier reads the stream without a norm"),
+    "max pooling of a Swin": ("swin", {"global_pool": "max"}, {0, 1}, (0,), "takes maxima over channels"),
+}
+
+
+@pytest.mark.parametrize("case", FIXED)
+def test_what_stands_against_a_rotation_is_said(case: str) -> None:
+    family, options, narrowed, streams, reason = FIXED[case]
+    found = plan(family, narrowed=narrowed, backbone=options)
+    assert found.streams == streams and found.kind == ("rotate" if streams else "order")
+    (line,) = found.lines
+    assert f"stage {max(narrowed)} is ordered, not rotated: " in line and reason in line
