@@ -16,7 +16,7 @@ import itertools
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,18 +26,18 @@ import torch
 from torch import Tensor
 
 from nas.config import RetrainConfig, with_defaults
-from nas.data.loaders import Loaders, open_data
+from nas.data.loaders import Loaders, open_data, shuffled
 from nas.machine.devices import pick_device
 from nas.machine.timing import Network
 from nas.networks.key_values import parse_key_values
 from nas.networks.opening import model_of, start_of
 from nas.objectives.plain import Plain
 from nas.stages.prepare import Beginning, prepare
+from nas.training.basis import TAYLOR_BATCHES, first_images
 from nas.training.evaluate import top_k
 from nas.training.loop import fit
 from nas.training.losses import cross_entropy
 from nas.training.make import make_training
-from nas.training.basis import TAYLOR_BATCHES, first_images
 from search_spaces.errors import UserError
 from search_spaces.registry import get_space
 from search_spaces.slices import BlockShape, NetworkSlice, network_slice, prefix_slice
@@ -51,12 +51,15 @@ KINDS = ("none", "order magnitude", "order taylor", "order error", "rotate taylo
 WIDTHS = ("stream", "inner")
 
 
-def trained(config: RetrainConfig, epochs: int) -> tuple[Supernet, Loaders, torch.device]:
-    """The large network after its epochs (none: as it starts), its loaders, the device."""
+def trained(config: RetrainConfig, epochs: int, test_images: int | None) -> tuple[Supernet, Loaders, torch.device]:
+    """The large network after its epochs (none: as it starts), its loaders, the device. test_images: None for all."""
     assert config.space is not None
     space, device = get_space(config.space), pick_device(config)
-    model, start = model_of(config, space), start_of(config, config.seed)
-    config, prepared = prepare(config, Beginning("importance", space, model, open_data(config), start, device))
+    model, start, splits = model_of(config, space), start_of(config, config.seed), open_data(config)
+    if test_images:
+        test = shuffled(splits.test, 0)
+        splits = replace(splits, test=type(test)(test.source, test.indices[:test_images]))
+    config, prepared = prepare(config, Beginning("importance", space, model, splits, start, device))
     supernet = prepared.supernet
     if epochs:
         fit(make_training(config, Plain(supernet, config.smoothing or 0.0), prepared), False, "large network")
@@ -115,6 +118,7 @@ def option_parser(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, help="start from these weights instead of from scratch")
     parser.add_argument("--epochs", type=int, default=15, help="0: measure --checkpoint as it is")
     parser.add_argument("--seed", type=int, default=42, help="of the training")
+    parser.add_argument("--test-images", type=int, help="measure on so many of the validation images, spread over them")
     parser.add_argument("--threads", type=int)
     return parser
 
@@ -140,7 +144,7 @@ def opened(options: argparse.Namespace) -> tuple[Supernet, Loaders, torch.device
         config = with_defaults(config, get_space(options.space), "retrain")
         config.check()
         print(f"{options.space} on {config.dataset_name()}, {options.epochs} epochs, seed {config.seed}")
-        return trained(config, options.epochs)
+        return trained(config, options.epochs, options.test_images)
 
 
 def main() -> None:

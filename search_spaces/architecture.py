@@ -164,8 +164,8 @@ def _check_basis(path: Path, basis: dict[str, Any], stages: int) -> None:
     if not basis:
         return
     streams, digest = basis.get("streams"), basis.get("sha256")
-    known = set(range(stages))
-    if set(basis) != {"streams", "sha256"} or not isinstance(streams, list) or not known.issuperset(streams):
+    known = isinstance(streams, list) and streams and all(type(s) is int and 0 <= s < stages for s in streams)
+    if set(basis) != {"streams", "sha256"} or not known:
         raise UserError(
             f"{path}: field 'basis' is {_short(basis)}; expected the rotated stages, of {stages}, under 'streams',"
             " and 'sha256'"

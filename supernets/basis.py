@@ -105,8 +105,12 @@ def install_stages(supernet: Supernet, stages: tuple[int, ...]) -> None:
 
 
 @torch.no_grad()
-def rewrite(supernet: Supernet, basis: Basis) -> None:
-    """Rewrite the backbone, in place. UserError when the basis is another network's."""
+def rewrite(supernet: Supernet, basis: Basis, again: bool = False) -> None:
+    """Rewrite the backbone, in place. UserError when the basis is another network's.
+
+    again: its weights have stood in this basis and were taken back by `timm_state`. Nothing is folded then, so that
+    every slice is what it was: a norm's bias that was trained there is one that slices cut.
+    """
     if supernet.basis is not None:
         raise ValueError("the network stands in a basis already; bases do not add up")
     check_fits(supernet, basis)
@@ -115,7 +119,8 @@ def rewrite(supernet: Supernet, basis: Basis) -> None:
     like = next(supernet.backbone.parameters())
     rotations = {stage: q.to(like.device).double() for stage, q in basis.streams.items()}
     if rotations:
-        fold(supernet, set(rotations))
+        if not again:
+            fold(supernet, set(rotations))
         _rotate(supernet, rotations)
         install(supernet, {stage: q.to(like.dtype) for stage, q in rotations.items()})
     supernet.basis = basis

@@ -110,8 +110,8 @@ def compact_parameters(adapter: Adapter, subnet: NetworkSlice) -> Tensors:
 def _fold_norm(adapter: Adapter, reading: Reading, at: Coordinates, values: Tensors) -> Tensors:
     """Fold a norm's weight, and its scale over a slice, into its readers, in `values`; returns what the norm becomes.
 
-    Its bias goes into those of the readers where they have one and read nothing else. In prefix coordinates only the
-    scale goes, into the norm's weight.
+    Its bias goes into those of the readers where they have one and read nothing else; in timm's own coordinates it
+    stays, so that it can be taken up again. In prefix coordinates only the scale goes, into the norm's weight.
     """
     module, name = adapter.backbone.get_submodule(reading.norm), f"{reading.norm}.weight"
     assert isinstance(module, StreamNorm)
@@ -120,7 +120,7 @@ def _fold_norm(adapter: Adapter, reading: Reading, at: Coordinates, values: Tens
     if at.matrix is None:
         return {name: weight} | ({} if bias is None else {f"{reading.norm}.bias": bias})
     norm = {name: torch.ones_like(weight)}
-    if bias is not None and reading.folded and all(b in values for b in reading.biases):
+    if bias is not None and not at.own and reading.folded and all(b in values for b in reading.biases):
         for matrix, reader in zip(reading.matrices, reading.biases, strict=True):
             values[reader] = values[reader].double() + values[matrix].double() @ bias.double()
         norm[f"{reading.norm}.bias"] = torch.zeros_like(weight)

@@ -24,7 +24,9 @@ SMALL = {
         "--nets nano --kinds stream inner dan-stream kcr joint uvc --alphas 1 2 4 --batches 2 --rounds 1 --seconds 0",
         "nano",
     ),
-    "importance": ("--space vit-an-nano --epochs 1 --threads 1", "taylor"),
+    "importance": ("--space vit-an-nano --epochs 1 --threads 1 --test-images 100", "rotate taylor"),
+    "rotation": ("--space vit-an-nano --epochs 1 --threads 1 --widths 48 --calibration-images 128", "gradient "),
+    "basis": ("--model deit_tiny_patch16_224 --images 8 --batch-size 4", "by error"),
 }
 
 

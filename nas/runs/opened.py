@@ -70,7 +70,7 @@ def open_folder(path: Path, device: torch.device) -> Opened:
         supernet = Supernet(backbone)
         basis = basis_of(arch, folder)
         if basis is not None:
-            rewrite(supernet, basis)
+            rewrite(supernet, basis, again=True)
         supernet = supernet.to(device).eval()
     compact = load_compact(folder, device) if WEIGHTS in names else None
     shapes = (supernet or large_network(arch)).shapes

@@ -252,7 +252,7 @@ def rewritten(goal: Goal, origin: Origin, prepared: Prepared) -> Goal:
     basis = goal.basis
     if basis is not None:
         on_main(lambda: save_basis(basis, prepared.folder))
-        rewrite(prepared.supernet, basis)
+        rewrite(prepared.supernet, basis, again=origin.words == SEARCHED)
         return replace(goal, arch=replace(arch, basis=on_main(lambda: recorded(basis, prepared.folder))))
     if arch.permutation and origin.words != SEARCHED:  # the search's weights are in that order already
         permute(prepared.supernet, arch.permutation)

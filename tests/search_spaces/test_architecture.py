@@ -45,9 +45,14 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert load_architecture(tmp_path / "arch.json") == ARCH
     assert load_architecture(tmp_path) == ARCH  # the folder will do
     assert [p.name for p in tmp_path.iterdir()] == ["arch.json"]
-    bare = replace(ARCH, permutation={}, search={})
+    bare = replace(ARCH, permutation={}, search={}, basis={"streams": [0, 1], "sha256": "0a" * 32})
     save_architecture(bare, tmp_path / "arch.json")  # over the old one
     assert load_architecture(tmp_path) == bare
+
+
+def test_an_older_schema_is_read(tmp_path: Path) -> None:
+    """Schema 1 knew no basis."""
+    assert load_architecture(written(tmp_path, schema=1, basis=gone)) == ARCH and ARCH.basis == {}
 
 
 def test_the_text_is_json_with_a_line_per_block() -> None:
@@ -78,6 +83,18 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a negative index": ({"blocks": [{"alpha": 1, "kept_x": [0, -1]}]}, r"field 'blocks\[0\].kept_x'"),
     "no permutation": ({"permutation": {"stream0": [0, 2]}}, "field 'permutation.stream0'.*expected a permutation"),
     "an index twice": ({"permutation": {"stream0": [0, 0, 1]}}, "field 'permutation.stream0'"),
+    "a basis of nothing": ({"basis": {"streams": [0]}}, "field 'basis' is .*; expected the rotated stages, of 2"),
+    "a stage that is not there": ({"basis": {"streams": [2], "sha256": "0" * 64}}, "field 'basis' is .*, of 2"),
+    "a stage below the first": ({"basis": {"streams": [-1], "sha256": "0" * 64}}, "field 'basis'"),
+    "a stage of text": ({"basis": {"streams": ["0"], "sha256": "0" * 64}}, "field 'basis'"),
+    "a stage of a list": ({"basis": {"streams": [[0]], "sha256": "0" * 64}}, "field 'basis'"),
+    "no rotated stage": ({"basis": {"streams": [], "sha256": "0" * 64}}, "field 'basis'"),
+    "a stage of truth": ({"basis": {"streams": [True], "sha256": "0" * 64}}, "field 'basis'"),
+    "stages of a number": ({"basis": {"streams": 1, "sha256": "0" * 64}}, "field 'basis'"),
+    "more than a basis": ({"basis": {"streams": [0], "sha256": "0" * 64, "x": 1}}, "field 'basis'"),
+    "half a hash": ({"basis": {"streams": [0], "sha256": "0" * 32}}, r"field 'basis\.sha256'.*64 hexadecimal digits"),
+    "no hash": ({"basis": {"streams": [0], "sha256": "g" * 64}}, r"field 'basis\.sha256'"),
+    "a hash of a number": ({"basis": {"streams": [0], "sha256": 7}}, r"field 'basis\.sha256'"),
     "a permutation of text": ({"permutation": {"stream0": "012"}}, "field 'permutation.stream0'"),
 }
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from search_spaces.slices import NetworkSlice, identity_slice, network_slice
-from supernets.basis import Basis, rewrite
+from search_spaces.slices import NetworkSlice, identity_slice, network_slice, prefix_slice
+from supernets.basis import Basis, rewrite, timm_state
 from supernets.calibration import (
     FLOOR,
     Moment,
@@ -29,7 +29,7 @@ from supernets.compact import cut
 from supernets.importance import magnitude_scores, orders_of, permute
 from supernets.supernet import Supernet
 from tests.oracle import blocks_of, randomise
-from tests.strategies import images, well_conditioned
+from tests.strategies import disturb, images, well_conditioned
 from tests.supernets.test_backbones import build
 
 OPTIONS: dict[str, dict[str, Any]] = {  # LayerScale; padded windows and an odd feature map
@@ -215,6 +215,27 @@ def test_4_what_was_found_leaves_the_function_unchanged(family: str) -> None:
     expected = supernet.large(x)
     rewrite(supernet, calibrate(supernet, images, Wanted(stages, inside=True, error_order=True)))
     assert relative(expected, supernet.large(x)) < 1e-9
+
+
+@over_families
+@pytest.mark.parametrize("alphas", [(2, 2, 2), (1, 2, 1)], ids=["one width", "several widths"])
+def test_what_was_trained_in_a_basis_comes_back_slice_by_slice(family: str, alphas: tuple[int, ...]) -> None:
+    """Through timm's own names, as a run saves it: the subnet, too, and not only the whole network."""
+    supernet = small(family, seed=5)
+    timm = copy.deepcopy(supernet.backbone)
+    stages = frozenset(shape.stage for shape in supernet.shapes)
+    basis = calibrate(supernet, batches(supernet.backbone), Wanted(stages, inside=True, error_order=True))
+    rewrite(supernet, basis)
+    disturb(supernet.backbone, seed=1)
+    timm.load_state_dict(timm_state(supernet))
+    again = Supernet(timm).eval()
+    rewrite(again, basis, again=True)
+    blocks = [prefix_slice(shape, alpha, "stream") for shape, alpha in zip(supernet.shapes, alphas, strict=False)]
+    x, subnet = images(supernet.backbone, 3, seed=9), network_slice(supernet.shapes, blocks)
+    assert relative(supernet.large(x), timm(x)) < 1e-8
+    assert relative(supernet.large(x), again.large(x)) < 1e-8
+    assert relative(supernet.small(x, subnet), again.small(x, subnet)) < 1e-8
+    assert relative(supernet.small(x, subnet), cut(again.backbone, subnet)(x)) < 1e-8
 
 
 # Inside the heads

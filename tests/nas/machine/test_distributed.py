@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import nas.stages.retrain
 import nas.stages.search
 from nas.config import Common, RetrainConfig, SearchConfig
+from nas.networks.basis_file import read_basis
 from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
 from search_spaces.architecture import load_architecture
@@ -37,6 +38,7 @@ SEARCHES: dict[str, SearchConfig] = {
     "kcr": SearchConfig(space="vit-kcr-nano", budget=0.75, arch_lr=0.3, **TINY),
     "uvc": SearchConfig(space="vit-uvc-nano", budget=0.5, warmup_epochs=1, **TINY),
     "joint": SearchConfig(space="vit-joint-nano", budget=0.5, arch_lr=0.3, model_ema=True, **TINY),
+    "rotated": SearchConfig(space="vit-dan-nano", budget=0.5, arch_lr=0.3, basis="rotate", **TINY),
 }
 
 
@@ -69,7 +71,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pat
     stages: list[tuple[str, Any, Common]] = []
     for name, config in SEARCHES.items():
         stages.append((name, run_search, replace(config, data_dir=pictures)))
-    for name, train in (("dan", "adjoined"), ("joint", "adjoined"), ("dan", "distill")):
+    for name, train in (("dan", "adjoined"), ("joint", "adjoined"), ("rotated", "adjoined"), ("dan", "distill")):
         options = {k: v for k, v in TINY.items() if k not in ("model_kwargs", "importance")}
         stages.append((f"{train}-{name}", run_retrain, RetrainConfig(train=train, data_dir=pictures, **options)))
 
@@ -96,7 +98,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pat
     return {name: (root / "one" / name, root / "two" / name) for name, *_ in stages}
 
 
-RUNS = [*SEARCHES, "adjoined-dan", "adjoined-joint", "distill-dan"]
+RUNS = [*SEARCHES, "adjoined-dan", "adjoined-joint", "adjoined-rotated", "distill-dan"]
 
 
 def rows(path: Path) -> list[dict[str, float]]:
@@ -122,7 +124,22 @@ def test_two_processes_train_as_one(pairs: dict[str, tuple[Path, Path]], name: s
     assert moved > 0
     a_arch, b_arch = load_architecture(one), load_architecture(two)
     assert (a_arch.blocks, a_arch.stage_widths) == (b_arch.blocks, b_arch.stage_widths)
-    assert a_arch.permutation == b_arch.permutation and a_arch.permutation
+    assert a_arch.permutation == b_arch.permutation
+    assert bool(a_arch.permutation) != bool(a_arch.basis)
+
+
+def test_two_processes_find_the_basis_of_one(pairs: dict[str, tuple[Path, Path]]) -> None:
+    """On the same images, which process 0 alone looks at; the size of its batches is in the last digits."""
+    for name in ("rotated", "adjoined-rotated"):
+        one, two = (read_basis(folder) for folder in pairs[name])
+        assert one.orders == two.orders and one.streams.keys() == two.streams.keys() == {0}
+        assert torch.allclose(one.energy[0], two.energy[0], atol=1e-5)
+        assert torch.allclose(one.streams[0], two.streams[0], atol=1e-3)
+        assert [load_architecture(folder).basis["streams"] for folder in pairs[name]] == [[0], [0]]
+    for side in (0, 1):  # a retrain stands in the basis of its search
+        assert (
+            load_architecture(pairs["rotated"][side]).basis == load_architecture(pairs["adjoined-rotated"][side]).basis
+        )
 
 
 def test_the_runs_differ_where_they_should(pairs: dict[str, tuple[Path, Path]]) -> None:

@@ -76,14 +76,12 @@ def test_what_is_selected_never_costs_more_than_was_believed(name: str, price: s
 def test_no_result_is_above_its_budget(name: str, price: str) -> None:
     supernet, costs = rotated(name, price)
     problem = costs.uniform()
-    least = reachable_range(problem)[0] / costs.full
+    least = (1 + 1e-9) * reachable_range(problem)[0] / costs.full
     for step in range(12):
         budget = least + (1 - least) * step / 11
         selection = select(problem, costs.full, budget)
         subnet = subnet_of(supernet, costs, selection.picks)
         assert exact(supernet, costs, subnet) <= budget * costs.full
-    with pytest.raises(AssertionError):
-        assert exact(supernet, costs, supernet.identity()) <= least * costs.full
 
 
 @over_networks
@@ -96,7 +94,7 @@ def test_the_largest_uniform_factor_that_fits_is_priced_exactly(name: str) -> No
     half = network_slice(supernet.shapes, space.block_slices([{"alpha": 2}] * len(supernet.shapes)))
     share = exact(supernet, costs, half) / costs.full
     assert smallest_alpha(an, share) == 2
-    assert smallest_alpha(an, share - 1e-9) > 2 if name != "swin" else smallest_alpha(an, share - 1e-9) == 4
+    assert smallest_alpha(an, share - 1e-9) > 2
 
 
 @over_networks
@@ -118,26 +116,7 @@ def test_structure_alone_has_the_same_costs(name: str) -> None:
     """On the meta device, before any rotation is known."""
     family, options = NETWORKS[name]
     supernet, _ = rotated(name)
-    with torch.device("meta"):
-        bare = Supernet(type(supernet.backbone)(**options_of(family, options)))
-        install_stages(bare, tuple(supernet.adapter.streams))
+    bare = Supernet(small_supernet(family, **options).backbone.to("meta"))
+    install_stages(bare, tuple(supernet.adapter.streams))
     assert bare.adapter.costs == supernet.adapter.costs
     assert all(q.is_meta for q in bare.adapter.streams.values())
-
-
-def options_of(family: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What tests.nas.small makes the family's network with."""
-    made: dict[str, Any] = {}
-
-    def noted(**kwargs: Any) -> Any:
-        made.update(kwargs)
-        raise StopIteration
-
-    from unittest.mock import patch
-
-    import tests.nas.small as small
-
-    kind = {"vit": "VisionTransformer", "swin": "SwinTransformer", "t2t": "T2TViT"}[family]
-    with patch.object(small, kind, noted), pytest.raises(StopIteration):
-        small.FAMILIES[family](**options)
-    return made
