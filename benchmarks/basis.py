@@ -47,9 +47,8 @@ def main() -> None:
     with torch.no_grad():
         supernet.large(batches[0])
     print(f"{options.model}, {options.images} images, {torch.get_num_threads()} threads")
-    print(
-        f"{f'forward pass of {len(batches[0])} images alone':<44} {time.perf_counter() - started:7.1f} s  peak {peak():5.2f} GiB"
-    )
+    words = f"forward pass of {len(batches[0])} images alone"
+    print(f"{words:<44} {time.perf_counter() - started:7.1f} s  peak {peak():5.2f} GiB")
     found = None
     for words, wanted in (
         ("stream", Wanted(stages)),

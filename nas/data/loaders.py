@@ -20,6 +20,8 @@ from nas.machine.distributed import gather, rank, world_size
 from search_spaces.errors import UserError
 from supernets.supernet import Supernet
 
+CALIBRATION_BATCH = 32  # whatever the run's own, so that a basis is the same for every number of processes
+
 
 def open_data(options: DataOptions) -> Splits:
     """The dataset's three parts."""
@@ -124,7 +126,7 @@ def make_loaders(
     seen_by: the weights that may have been trained on what is held out here, in words.
     """
     spec = loader_spec(options, supernet.backbone, supernet.adapter.input_size, batching.size)
-    as_evaluated = replace(spec, batch_size=min(spec.batch_size, 64))
+    as_evaluated = replace(spec, batch_size=CALIBRATION_BATCH)
     shard: dict[str, Any] = {"spec": spec, "device": device, "rank": rank(), "world_size": world_size()}
     mixup = mixup_fn(
         splits.num_classes,

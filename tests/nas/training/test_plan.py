@@ -120,10 +120,10 @@ def test_where_nothing_is_narrowed_there_is_nothing_to_rotate(family: str, train
 
 FIXED: dict[str, tuple[str, dict[str, Any], set[int], tuple[int, ...], str]] = {
     # family, options, narrowed, rotated all the same, the reason
-    "max pooling": ("vit", {"global_pool": "max"}, {0}, (), "global_pool=max takes maxima over channels"),
-    "mean and maximum": ("vit", {"global_pool": "avgmax"}, {0}, (), "global_pool=avgmax takes maxima over channels"),
+    "max pooling": ("vit", {"global_pool": "max"}, {0}, (), "global_pool=max takes maxima"),
+    "mean and maximum": ("vit", {"global_pool": "avgmax"}, {0}, (), "global_pool=avgmax takes maxima"),
     "no last norm": ("vit", {"final_norm": False}, {0}, (), "the classifier reads the stream without a norm"),
-    "max pooling of a Swin": ("swin", {"global_pool": "max"}, {0, 1}, (0,), "takes maxima over channels"),
+    "max pooling of a Swin": ("swin", {"global_pool": "max"}, {0, 1}, (0,), "global_pool=max takes maxima"),
 }
 
 
