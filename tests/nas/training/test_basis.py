@@ -171,7 +171,7 @@ def test_images_are_the_training_part_as_it_is_evaluated(tmp_path: Path) -> None
     """All of it, in an order drawn from the seed; no crop, flip or colour changes them."""
     _, prepared = run(tmp_path, color_jitter=0.9, hflip=1.0, batch_size=12)
     loader = prepared.loaders.calibration(0)
-    assert (loader.num_images, loader.batch_size) == (32, 12)
+    assert (loader.num_images, loader.batch_size) == (32, 32)
     first = pixels(first_images(loader, 99))
     assert first.shape == (32, 3, 16, 16)
     assert torch.equal(first, pixels(first_images(prepared.loaders.calibration(0), 99)))
