@@ -68,6 +68,11 @@ def identity_slice(shape: BlockShape) -> BlockSlice:
     return BlockSlice(stream=shape.embed_dim, heads=shape.num_heads, hidden=shape.hidden)
 
 
+def narrows_stream(shape: BlockShape, kept: BlockSlice) -> bool:
+    """Whether a block leaves a channel of the stream out, in both of its halves or in its MLP."""
+    return kept.stream < shape.embed_dim or kept.mlp_stream is not None
+
+
 def prefix_slice(shape: BlockShape, alpha: int, width: str) -> BlockSlice:
     """The first 1/alpha of a block's heads and neurons and, for width "stream", of its channels.
 

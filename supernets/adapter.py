@@ -65,26 +65,20 @@ class Adapter(ABC):
             added[stage] = found
         return replace(costs, streams=added)
 
-    def outer_values(self) -> dict[str, tuple[Tensor, tuple[OuterAxis, ...]]]:
-        """Every outer parameter, whole, and its axes; what precedes the norm of a rotated stem has none."""
-        axes, values = self.outer_axes, {}
-        if 0 in self.streams and self.stem_norm is not None:
-            before = (*self.before_stem, self.stem_norm)
-            axes = {n: (None,) * len(a) if n.startswith(before) else a for n, a in axes.items()}
-            axes[f"{self.stem_norm}.rotation"] = (("S", 0), None)
-        for name, of in axes.items():
-            path, _, leaf = name.rpartition(".")
-            values[name] = (getattr(self.backbone.get_submodule(path), leaf), of)
-        return values
-
     def outer(self, stage_widths: tuple[int, ...], gates: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
         """Every outer parameter by its name in the backbone, sliced to the stage widths.
 
         gates: per stage (w,), how much of each channel exists; every outer norm gets its own as `name.gate`.
         """
         sliced: dict[str, Tensor] = {}
-        for name, (p, axes) in self.outer_values().items():
-            for dim, axis in enumerate(axes):
+        whole: tuple[str, ...] = ()  # what precedes the rotation of a stem
+        if self.stem_norm is not None and 0 in self.streams:
+            whole = (*self.before_stem, self.stem_norm)
+            rotation: Any = self.backbone.get_submodule(self.stem_norm).rotation
+            sliced[f"{self.stem_norm}.rotation"] = rotation[: stage_widths[0]]
+        for name, axes in self.outer_axes.items():
+            p: Tensor = self.backbone.get_parameter(name)
+            for dim, axis in enumerate(() if whole and name.startswith(whole) else axes):
                 if axis is not None:
                     letters, stage = axis
                     sizes = {"4": 4, "S": p.shape[dim] // 4 if letters == "4S" else p.shape[dim]}
@@ -92,7 +86,7 @@ class Adapter(ABC):
             sliced[name] = p
         if gates is not None:
             for name, (letters, stage) in self.outer_norms.items():
-                if not (stage in self.streams and name == self.stem_norm):
+                if not (whole and name.startswith(whole)):
                     sliced[f"{name}.gate"] = gates[stage].repeat(4) if letters == "4S" else gates[stage]
         return sliced
 

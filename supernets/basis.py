@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from search_spaces.errors import UserError
 from supernets.axes import unit_sizes
-from supernets.coordinates import compact_parameters
+from supernets.coordinates import compact_parameters, settle_norms
 from supernets.families import adapter_for
 from supernets.importance import Orders, check_orders, permute
 from supernets.rotated import STREAMS, StemNorm, StreamNorm, Streams, replace_module
@@ -135,24 +135,13 @@ def timm_state(supernet: Supernet) -> dict[str, Tensor]:
         return state
     values = compact_parameters(supernet.adapter, supernet.identity())
     state |= {name: value.to(state[name].dtype) for name, value in values.items()}
-    other = Supernet(_without_rotation(supernet.backbone))
-    other.backbone.load_state_dict(state)
+    backbone = copy.deepcopy(supernet.backbone)
+    settle_norms(adapter_for(backbone), supernet.identity())
+    backbone.load_state_dict(state)
+    other = Supernet(backbone)
     permute(other, {name: _inverse(order) for name, order in basis.orders.items()})
     change_heads(other, basis, back=True)
     return dict(other.backbone.state_dict())
-
-
-def _without_rotation(backbone: nn.Module) -> nn.Module:
-    """A copy of the backbone with timm's norms."""
-    other = copy.deepcopy(backbone)
-    for name, module in list(other.named_modules()):
-        if isinstance(module, StreamNorm):
-            replace_module(other, name, module.plain(len(module.weight)))
-        elif isinstance(module, StemNorm):
-            replace_module(other, name, module.plain())
-    if hasattr(other, STREAMS):
-        delattr(other, STREAMS)
-    return other
 
 
 def _inverse(order: list[int]) -> list[int]:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from supernets.axes import HalfAxes
 from supernets.basis import Basis
 from supernets.coordinates import isometry
 from supernets.least_squares import head_order, neuron_order
@@ -230,22 +229,23 @@ class HeadMoments:
         v = {}
         for name, moment in self.out.items():
             H, d = self._shape(name)
-            proj = self._writer(name, self.supernet.adapter.block_axes.attn).double()
+            proj, _ = self._writers(name)
             v[name] = v_change(moment.value(), proj.unflatten(1, (H, d)).transpose(0, 1)).cpu()
         return qk, v
 
     def orders(self) -> dict[str, list[int]]:
         """Of heads and neurons by what least squares could not take over, by name as in importance.py."""
-        axes, orders = self.supernet.adapter.block_axes, {}
+        orders = {}
         for name in self.heads:
-            H, _ = self._shape(name)
-            orders[f"{name}.heads"] = head_order(self.heads[name].value(), self._writer(name, axes.attn).double(), H)[0]
-            orders[f"{name}.hidden"] = neuron_order(self.hidden[name].value(), self._writer(name, axes.mlp).double())[0]
+            (H, _), (proj, fc2) = self._shape(name), self._writers(name)
+            orders[f"{name}.heads"] = head_order(self.heads[name].value(), proj, H)[0]
+            orders[f"{name}.hidden"] = neuron_order(self.hidden[name].value(), fc2)[0]
         return orders
 
-    def _writer(self, name: str, half: HalfAxes) -> Tensor:
-        weight: Tensor = _layer(self.supernet.backbone.get_submodule(name), half.writers).weight
-        return weight.detach()
+    def _writers(self, name: str) -> tuple[Tensor, Tensor]:
+        """The matrices from a block's heads and neurons to the stream, float64."""
+        proj, fc2 = self.supernet.adapter.writers(self.supernet.backbone.get_submodule(name))
+        return proj.detach().double(), fc2.detach().double()
 
 
 def _layer(block: nn.Module, matrices: Iterable[str]) -> Any:

@@ -23,8 +23,7 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     owner: Any = module.get_submodule(path)
     old = getattr(owner, leaf)
-    trained = old is None or old.requires_grad  # None: a bias that the backbone's layer has not
-    setattr(owner, leaf, nn.Parameter(value.detach().clone().contiguous(), requires_grad=trained))
+    setattr(owner, leaf, nn.Parameter(value.detach().clone().contiguous(), requires_grad=old.requires_grad))
     if leaf != "weight":
         return
     if isinstance(owner, nn.Linear):

@@ -7,8 +7,8 @@ A stage of a compact network has its stream in one of three coordinates:
              orthogonal to (1, ..., 1), in which timm's own norm computes what the supernet's did
     prefix   blocks work on different prefixes, or on subsets: the rotated channels as they are, under RMS norms
 
-Affines of norms and LayerScale go into the matrices beside them, as they do when a backbone is rotated. A reader keeps
-its constant in its bias; where it has none, in a new one or, in timm's own coordinates, in that of the norm.
+But in prefix coordinates, norms' weights and LayerScale go into the matrices beside them, as they do when a backbone is
+rotated. What a norm adds goes into its readers' biases, or stays the norm's where they have none.
 """
 
 import math

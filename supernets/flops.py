@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
-from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice, count, identity_slice
+from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice, count, identity_slice, narrows_stream
 from supernets.axes import BlockAxes, Params, unit_sizes
 
 Products = tuple[tuple[int, str], ...]  # the sum of each number times how many units of its letters are kept
@@ -149,10 +149,10 @@ class NetworkCosts:
         return _charged(self.params, [costs.params for costs in self.streams.values()])
 
 
-def _charged(per: PerWidth, added: Iterable[tuple[int, int]]) -> PerWidth:
+def _charged(per: PerWidth, added: Sequence[tuple[int, int]]) -> PerWidth:
     """A cost with those of stems added, which only the first stage has."""
-    constants, channels = zip(*added, strict=True) if added else ((), ())
-    return replace(per, constant=per.constant + sum(constants), first=per.first + sum(channels))
+    constant, first = (sum(each[i] for each in added) for i in (0, 1))
+    return replace(per, constant=per.constant + constant, first=per.first + first)
 
 
 def block_flops(shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
@@ -193,27 +193,26 @@ def unit_flops(shape: BlockShape, costs: BlockCosts) -> UnitFlops:
 def whole_stages(shapes: Sequence[BlockShape], subnet: NetworkSlice) -> set[int]:
     """Stages of whose stream no block leaves a channel out; a compact network has them in timm's own coordinates."""
     whole = {shape.stage for shape in shapes if subnet.stage_widths[shape.stage] == shape.embed_dim}
-    for shape, kept in zip(shapes, subnet.blocks, strict=True):
-        if kept.stream < shape.embed_dim or kept.mlp_stream is not None:
-            whole.discard(shape.stage)
-    return whole
+    return whole - {s.stage for s, kept in zip(shapes, subnet.blocks, strict=True) if narrows_stream(s, kept)}
+
+
+def _cut_streams(
+    shapes: Sequence[BlockShape], costs: NetworkCosts, subnet: NetworkSlice
+) -> list[tuple[StreamCosts, int]]:
+    """What each rotated stage that a subnet cuts costs more, and its width."""
+    cut = costs.streams.keys() - whole_stages(shapes, subnet)
+    return [(costs.streams[stage], subnet.stage_widths[stage]) for stage in cut]
 
 
 def network_flops(shapes: Sequence[BlockShape], costs: NetworkCosts, subnet: NetworkSlice) -> int:
     """MACs of one image through a subnet: blocks, stem, merging and classifier."""
     blocks = zip(shapes, costs.blocks, subnet.blocks, strict=True)
     total = sum(block_flops(*block) for block in blocks) + costs.flops.at(subnet.stage_widths)
-    for stage in costs.streams.keys() - whole_stages(shapes, subnet):
-        fixed, single = costs.streams[stage].flops
-        total += fixed + single * subnet.stage_widths[stage]
-    return total
+    return total + sum(c.flops[0] + c.flops[1] * width for c, width in _cut_streams(shapes, costs, subnet))
 
 
 def network_params(shapes: Sequence[BlockShape], costs: NetworkCosts, subnet: NetworkSlice) -> int:
     """Parameters of the compact network of a subnet."""
     blocks = zip(shapes, costs.blocks, subnet.blocks, strict=True)
     total = sum(block_params(*block) for block in blocks) + costs.params.at(subnet.stage_widths)
-    for stage in costs.streams.keys() - whole_stages(shapes, subnet):
-        fixed, single = costs.streams[stage].params
-        total += fixed + single * subnet.stage_widths[stage]
-    return total
+    return total + sum(c.params[0] + c.params[1] * width for c, width in _cut_streams(shapes, costs, subnet))

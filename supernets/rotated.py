@@ -72,9 +72,8 @@ class StreamNorm(nn.Module):
             weight = weight * math.sqrt(whole / width)
         y = x * scale * weight
         y = y if bias is None else y + bias
-        return (
-            y.to(given) if given == self.weight.dtype else y
-        )  # under autocast weights stay float32, and so does a norm
+        under_autocast = given != self.weight.dtype  # a norm then stays in float32, as timm's
+        return y if under_autocast else y.to(given)
 
     def plain(self, width: int) -> nn.Module:
         """A norm of the class that stood here, over `width` channels, with weights of one."""
@@ -128,6 +127,5 @@ def centred(module: nn.Module) -> bool:
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module where another one stood, in the same mode."""
-    path, _, leaf = name.rpartition(".")
     module.train(model.get_submodule(name).training)
-    setattr(model.get_submodule(path), leaf, module)
+    model.set_submodule(name, module)

@@ -196,8 +196,7 @@ class SwinAdapter(TimmBlockAdapter):
         H, W = H + H % 2, W + W % 2
         x = x.reshape(B, H // 2, 2, W // 2, 2, S).permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4*S)
         x = norm(merge.norm, params, f"layers.{stage}.downsample.norm", x)
-        layer = f"layers.{stage}.downsample.reduction"
-        return F.linear(x, params[f"{layer}.weight"], params.get(f"{layer}.bias"))
+        return F.linear(x, params[f"layers.{stage}.downsample.reduction.weight"])
 
     def attend(self, block: Any, params: Params, widths: Sequence[int], x: Tensor) -> Tensor:
         return windowed(block, x, partial(window_attention, block.attn, params, widths))

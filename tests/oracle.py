@@ -45,43 +45,36 @@ class KeptNorm(nn.Module):
         size = int(self.kept.sum())
         if size == 0:
             return torch.zeros_like(x)
-        x = torch.where(self.kept, x, 0)
-        if self.centred:
-            x = torch.where(self.kept, x - x.sum(-1, keepdim=True) / size, 0)
-        x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) / size + self.eps)
+        x = self.normalised(torch.where(self.kept, x, 0), size)
         x = x if self.weight is None else x * self.weight
         x = x if self.bias is None else x + self.bias
         return torch.where(self.kept, x, 0)
 
+    def normalised(self, x: Tensor, size: int) -> Tensor:
+        """x, 0 where nothing is kept, before the affine. size: channels that are kept."""
+        if self.centred:
+            x = torch.where(self.kept, x - x.sum(-1, keepdim=True) / size, 0)
+        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) / size + self.eps)
 
-class RotatedNorm(nn.Module):
+
+class RotatedNorm(KeptNorm):
     """A norm of a rotated stream (section 2.7) over its kept channels alone; the other channels come out as 0.
 
     Of E channels w are kept: y = x * sqrt(E / w) / sqrt(sum(x^2) / w + eps), and a LayerNorm takes the mean over
     tokens, which are one or the four of a merging, from channel 0, and so leaves none of it where there is one.
     """
 
-    kept: Tensor  # (tokens * E,) bool
-
     def __init__(self, norm: Any, kept: Tensor, tokens: int) -> None:
-        super().__init__()
-        self.eps, self.tokens, self.weight = norm.eps, tokens, norm.weight
-        self.bias: nn.Parameter | None = getattr(norm, "bias", None)
-        self.centred = self.bias is not None
-        self.register_buffer("kept", kept, persistent=False)
+        super().__init__(norm, kept)
+        self.tokens = tokens
 
-    def forward(self, x: Tensor) -> Tensor:
-        size = int(self.kept.sum())
-        if size == 0:
-            return torch.zeros_like(x)
-        x = torch.where(self.kept, x, 0)
+    def normalised(self, x: Tensor, size: int) -> Tensor:
         if self.centred:
             x = x.unflatten(-1, (self.tokens, -1)).clone()
             x[..., 0] -= x[..., 0].mean(-1, keepdim=True)
             x = x.flatten(-2)
         rms = torch.sqrt(x.square().sum(-1, keepdim=True) / size + self.eps)
-        y = x * (len(self.kept) / size) ** 0.5 / rms * self.weight
-        return torch.where(self.kept, y if self.bias is None else y + self.bias, 0)
+        return x * (len(self.kept) / size) ** 0.5 / rms
 
 
 class Rotated(nn.Module):

@@ -12,6 +12,7 @@ from nas.prices.costs import block_options
 from nas.training.basis import PERMUTATION
 from nas.training.plan import BasisPlan, Facts, plan_basis
 from search_spaces.registry import Space
+from search_spaces.slices import narrows_stream
 from search_spaces.space import SearchSpace
 from supernets.supernet import Supernet
 
@@ -28,9 +29,8 @@ def planned(
 
 def narrowed_stages(space: SearchSpace) -> set[int]:
     """Stages of whose stream some candidate leaves a channel out."""
-    found = set()
-    for shape, choices in zip(space.shapes, space.candidates, strict=True):
-        slices = [kept for _, kept in block_options(space, shape, choices)]
-        if any(kept.stream < shape.embed_dim or kept.mlp_stream is not None for kept in slices):
-            found.add(shape.stage)
-    return found
+    return {
+        shape.stage
+        for shape, choices in zip(space.shapes, space.candidates, strict=True)
+        if any(narrows_stream(shape, kept) for _, kept in block_options(space, shape, choices))
+    }

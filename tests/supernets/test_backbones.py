@@ -78,6 +78,7 @@ SUPPORTED: list[tuple[str, str, dict[str, Any]]] = [
     ("`final_norm=False`", "vit", {"final_norm": False, "fc_norm": False}),
     ("`pre_norm`", "vit", {"pre_norm": True}),
     ("`embed_norm_layer`", "vit", {"embed_norm_layer": LayerNorm}),
+    ("`embed_norm_layer`", "vit", {"embed_norm_layer": LayerNorm, "pre_norm": True}),
     ("`init_values`", "vit", {"init_values": 1.0}),
     ("`qk_norm`", "vit", {"qk_norm": True}),
     ("`scale_attn_norm`, `scale_mlp_norm`", "vit", {"scale_attn_norm": True, "scale_mlp_norm": True}),
