@@ -5,9 +5,9 @@
 Draws --count architectures, each as likely as another, from those of the search's space and width whose FLOPs lie
 within its budget and at most 2 % of the backbone's below. They and the searched one are retrained alike: from the
 weights that the search started from (--init base) or arrived at (--init supernet), with the search's data, batch size
-and precision. For methods whose slices are prefixes (DAN). What is finished in --output is not run again. Prints the
-compact networks' top-1 on the reported split, the mean and the best of chance, and how many of them the searched one
-beats.
+and precision, in its basis. For methods whose slices are prefixes (DAN). What is finished in --output is not run again.
+Prints the compact networks' top-1 on the reported split, the mean and the best of chance, and how many of them the
+searched one beats.
 """
 
 import argparse
@@ -26,14 +26,16 @@ import yaml
 from nas.config import RetrainConfig
 from nas.networks.architecture import architecture_of
 from nas.networks.backbone import TimmModel
+from nas.networks.basis_file import BASIS, streams_of
 from nas.networks.opening import meta_supernet
 from nas.prices.selection import cost_band
-from nas.runs.folder import typed
+from nas.runs.folder import SUPERNET, typed
 from nas.stages.retrain import run_retrain
 from search_spaces.architecture import Architecture, load_architecture, save_architecture
 from search_spaces.method import Settings
 from search_spaces.registry import get_space
 from search_spaces.space import make_space
+from supernets.basis import install_stages
 
 SHARED = ("dataset", "data_dir", "hflip", "scale", "batch_size", "amp", "workers", "threads")
 DRAWS = 200_000
@@ -45,6 +47,7 @@ def at_random(arch: Architecture, budget: float, alphas: list[int] | None, count
     if space.method.name != "dan":
         raise SystemExit(f"{arch.space}: only architectures of DAN are drawn")
     meta = meta_supernet(TimmModel(arch.model, arch.model_kwargs), arch.num_classes, space)
+    install_stages(meta, streams_of(arch.basis))
     settings = Settings(arch.width, space.alphas if alphas is None else tuple(alphas))
     offered = [c["alpha"] for c in make_space(space.name, space.method, settings, meta.shapes).candidates]
     low, high = cost_band(arch.backbone_flops, budget)
@@ -54,7 +57,7 @@ def at_random(arch: Architecture, budget: float, alphas: list[int] | None, count
         picks: list[Any] = [{"alpha": alpha} for alpha in factors]
         other = architecture_of(meta, arch.space, arch.model, arch.model_kwargs, picks, arch.width)
         if low <= other.flops <= high and other.blocks != arch.blocks:
-            found[factors] = replace(other, permutation=arch.permutation, search=arch.search)
+            found[factors] = replace(other, permutation=arch.permutation, basis=arch.basis, search=arch.search)
         if len(found) == count:
             return list(found.values())
     raise SystemExit(
@@ -68,9 +71,9 @@ def retrained(args: argparse.Namespace, arch: Architecture, name: str, options: 
     if not (folder / "summary.json").is_file():
         place.mkdir(parents=True, exist_ok=True)
         save_architecture(arch, place / "arch.json")
-        weights = place / "supernet.safetensors"
-        if not weights.exists():
-            weights.symlink_to((args.search / "supernet.safetensors").resolve())
+        for file in (SUPERNET, BASIS) if arch.basis else (SUPERNET,):
+            if not (place / file).exists():
+                (place / file).symlink_to((args.search / file).resolve())
         resume = (folder / "config.yaml").is_file()
         config = RetrainConfig(arch=place, epochs=args.epochs, init=args.init, output=folder, resume=resume, **options)
         run_retrain(config)

@@ -33,7 +33,8 @@ from nas.networks.key_values import parse_key_values
 from nas.networks.opening import model_of, start_of
 from nas.objectives.plain import Plain
 from nas.stages.prepare import Beginning, prepare
-from nas.training.basis import TAYLOR_BATCHES, first_images
+from nas.training.basis import TAYLOR_BATCHES
+from nas.training.calibration import images_from
 from nas.training.evaluate import top_k
 from nas.training.loop import fit
 from nas.training.losses import cross_entropy
@@ -78,7 +79,8 @@ def drawn(loaders: Loaders, seed: int, count: int) -> Images:
     """Training images, by the seed: augmented with labels, and as they are evaluated."""
     loaders.train.set_epoch(seed)
     labelled = list(itertools.islice(loaders.train, TAYLOR_BATCHES))
-    return Images(labelled, list(first_images(loaders.calibration(seed), count)))
+    images = images_from(loaders.calibration(seed), torch.device("cpu"), 0, count)
+    return Images(labelled, [batch for batch, _ in images])
 
 
 def standing(supernet: Supernet, kind: str, images: Images) -> Supernet:

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from benchmarks.importance import opened, option_parser
 from nas.data.loaders import Loaders
-from nas.training.basis import TAYLOR_BATCHES, first_images
+from nas.training.basis import TAYLOR_BATCHES
+from nas.training.calibration import images_from
 from nas.training.evaluate import progress
 from nas.training.losses import cross_entropy
 from search_spaces.errors import UserError
@@ -122,7 +123,8 @@ def main() -> None:
     supernet, loaders, _ = opened(options)
     if len({shape.stage for shape in supernet.shapes}) > 1:
         raise UserError("this benchmark takes networks of one stage")
-    batches = list(first_images(loaders.calibration(0), options.calibration_images))
+    images = images_from(loaders.calibration(0), torch.device("cpu"), 0, options.calibration_images)
+    batches = [batch for batch, _ in images]
     readers = readings(supernet.adapter)
     gradient, weights = reader_moments(supernet, progress(batches, "second moments", len(batches)), readers)
     start = rotation_of(torch.stack([c for c, _ in gradient]).mean(0), stage_is_centred(supernet.adapter, 0))

@@ -38,7 +38,7 @@ from search_spaces.method import Settings
 from search_spaces.registry import SPACES, get_space
 from search_spaces.slices import network_slice, prefix_slice
 from search_spaces.space import make_space
-from supernets.axes import BlockAxes, unit_sizes, v_widths
+from supernets.axes import BlockAxes, head_widths, unit_sizes
 from supernets.compact import cut
 from supernets.layers import layer_scale, mlp
 from supernets.layers import norm as sliced_norm
@@ -103,7 +103,7 @@ class Masked(Gradient):
                     kept = {k: v[: s.stream] for k, v in p.items() if k.startswith(name)}
                     y = F.pad(sliced_norm(norm, kept, name, x[..., : s.stream]), (0, shape.embed_dim - s.stream))
                     y = (
-                        adapter.attend(block, p, v_widths(identity[i], shape), y)
+                        adapter.attend(block, p, head_widths(identity[i], shape), y)
                         if half == "attn"
                         else mlp(block.mlp, p, y)
                     )

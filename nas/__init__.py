@@ -6,9 +6,9 @@ Nothing else is imported until one of them is used: torch takes seconds, and the
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nas.library import Architecture, Supernet, cut, load, pick, retrain, save, search
+    from nas.library import Architecture, Supernet, cut, load, pick, retrain, rewrite, save, search
 
-__all__ = ["Architecture", "Supernet", "cut", "load", "pick", "retrain", "save", "search"]
+__all__ = ["Architecture", "Supernet", "cut", "load", "pick", "retrain", "rewrite", "save", "search"]
 
 
 def __getattr__(name: str) -> Any:

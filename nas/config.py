@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from nas.data.options import DataOptions
+from nas.machine.ranges import at_least_one
 from nas.networks.options import NetworkOptions
 from nas.objectives.options import LossOptions
 from nas.searchers.options import SearchOptions
@@ -63,14 +64,21 @@ class RetrainConfig(Common):
     init: Literal["base", "supernet"] | None = None
     """start from the original weights or from where the search arrived; by default the latter if the number of
     classes is the same"""
-    train: str = "adjoined"
+    train: str | None = None
     """adjoined: both networks (equation 3.4); plain: the large one alone; distill: the small one under a frozen
-    teacher"""
-    result: Literal["last", "best"] = "last"
-    """which epoch's weights are measured and cut: the last, or the best on the held-out part"""
+    teacher; by default adjoined, of free widths distill"""
+    result: Literal["last", "best"] | None = None
+    """which epoch's weights are measured and cut: the last, or the best on the held-out part, the start among them; by
+    default the last, of free widths the best"""
+
+    def trained(self) -> str:
+        """What is trained, once defaults are filled in."""
+        assert self.train is not None
+        return self.train
 
     def check(self) -> None:
         super().check()
+        at_least_one(self, "epochs")
         if self.result == "best" and self.val_fraction == 0:
             raise UserError("--result best needs a held-out part to choose by; set --val-fraction above 0")
 

@@ -58,7 +58,7 @@ def rows_of(arch: Architecture) -> list[Row]:
 
 
 def _block_row(i: int, shape: BlockShape, kept: BlockSlice, choices: str, flops: tuple[int, int]) -> Row:
-    from supernets.axes import num_heads, v_widths
+    from supernets.axes import head_widths, num_heads
 
     heads = num_heads(kept)
     return Row(
@@ -68,7 +68,7 @@ def _block_row(i: int, shape: BlockShape, kept: BlockSlice, choices: str, flops:
         choices=choices,
         stream=(kept.stream if kept.attn or kept.mlp else 0, shape.embed_dim),
         heads=(heads, shape.num_heads),
-        value_channels=(sum(v_widths(kept, shape)) if kept.attn else 0, shape.num_heads * shape.head_dim),
+        value_channels=(head_widths(kept, shape).v_total if kept.attn else 0, shape.num_heads * shape.head_dim),
         mlp_channels=(kept.num_mlp_stream() if kept.mlp else 0, shape.embed_dim),
         neurons=(count(kept.hidden) if kept.mlp else 0, shape.hidden),
     )

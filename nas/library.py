@@ -3,19 +3,19 @@
 Importing this registers T2T-ViT with timm (supernets/families.py).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from torch import nn
+from torch import Tensor, nn
 
 from nas.config import C, RetrainConfig, SearchConfig
 from nas.networks.architecture import architecture_of, slices_of
 from nas.networks.backbone import TimmModel
-from nas.networks.basis_file import streams_of
+from nas.networks.basis_file import recorded, save_basis, streams_of
 from nas.networks.compact_file import load_compact, save_compact
 from nas.networks.opening import meta_supernet
 from nas.stages.retrain import run_retrain
@@ -25,10 +25,14 @@ from search_spaces.errors import UserError
 from search_spaces.method import Picks
 from search_spaces.registry import DEFAULT_SPACE, get_space
 from search_spaces.slices import NetworkSlice
+from supernets import basis as bases
 from supernets import compact
+from supernets.calibration import Wanted, calibrate
+from supernets.importance import magnitude_scores, orders_of
+from supernets.streams import fixed_streams
 from supernets.supernet import Supernet
 
-__all__ = ["Architecture", "Supernet", "cut", "load", "pick", "retrain", "save", "search"]
+__all__ = ["Architecture", "Supernet", "cut", "load", "pick", "retrain", "rewrite", "save", "search"]
 
 COMMAND_LINE = ("list_spaces", "processes")  # fields that are no options of a run
 
@@ -56,6 +60,33 @@ def load(folder: str | Path, **options: Any) -> nn.Module:
     return load_compact(Path(folder), **options)
 
 
+def rewrite(supernet: Supernet, batches: Iterable[Tensor]) -> bases.Basis:
+    """Rewrite a supernet, in place, so that its first channels, heads and neurons matter most; its function stays.
+
+    batches: images (B, C, H, W), prepared as in evaluation, on the supernet's device, no fewer in all than its widest
+    stream has channels. Streams are rotated where that is exact and otherwise ordered, as heads and neurons are, by
+    magnitude. `pick` and `cut` then speak of this basis; `save` takes it. Raises UserError when images are too few.
+    """
+    fixed = fixed_streams(supernet.adapter)
+    widths = {shape.stage: shape.embed_dim for shape in supernet.shapes if shape.stage not in fixed}
+    found = calibrate(supernet, enough(batches, max(widths.values(), default=0)), Wanted(frozenset(widths)))
+    orders = orders_of(magnitude_scores(supernet))
+    rotated = {f"stream.{stage}" for stage in widths}
+    found = replace(found, orders={name: order for name, order in orders.items() if name not in rotated})
+    bases.rewrite(supernet, found)
+    return found
+
+
+def enough(batches: Iterable[Tensor], least: int) -> Iterator[Tensor]:
+    """The batches, and a UserError behind them where they have fewer images than that."""
+    seen = 0
+    for images in batches:
+        seen += len(images)
+        yield images
+    if seen < least:
+        raise UserError(f"a stream of {least} channels is not rotated on {seen} images; give at least {least}")
+
+
 def pick(
     supernet: Supernet,
     space: str,
@@ -79,7 +110,11 @@ def pick(
             f"{model} with {kwargs or 'its defaults'} is not the supernet's backbone;"
             " give in model_kwargs what timm.create_model was given"
         )
-    return architecture_of(supernet, space, model, kwargs, picks, width)
+    arch, basis = architecture_of(supernet, space, model, kwargs, picks, width), supernet.basis
+    if basis is None:
+        return arch
+    rotated = bool(basis.streams)
+    return replace(arch, basis=recorded(basis) if rotated else {}, permutation={} if rotated else basis.orders)
 
 
 def cut(network: nn.Module, subnet: Architecture | NetworkSlice) -> nn.Module:
@@ -99,9 +134,17 @@ def cut(network: nn.Module, subnet: Architecture | NetworkSlice) -> nn.Module:
     return compact.cut(supernet.backbone, subnet)
 
 
-def save(network: nn.Module, folder: str | Path, arch: Architecture) -> None:
-    """Write a compact network as `load` and timm open it: compact.safetensors, arch.json and config.json."""
+def save(network: nn.Module, folder: str | Path, arch: Architecture, basis: bases.Basis | None = None) -> None:
+    """Write a compact network as `load` and timm open it: compact.safetensors, arch.json and config.json.
+
+    basis: what `rewrite` gave, for `retrain`, which needs it where the architecture stands in one. UserError when it is
+    another.
+    """
+    if basis is not None and recorded(basis) != arch.basis:
+        raise UserError("the architecture stands in another basis; give what nas.rewrite gave for its supernet")
     save_compact(network, Path(folder), arch)
+    if basis is not None and arch.basis:
+        save_basis(basis, Path(folder))
 
 
 def sizes_of(supernet: Supernet) -> tuple[Any, ...]:

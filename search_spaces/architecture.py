@@ -20,7 +20,7 @@ class Architecture:
     blocks: per block the candidate of each choice by name and, where a choice is no prefix, the kept indices
     under "kept_<choice>". permutation: importance order by dimension name, applied to the original weights
     before slicing (section 2.7); empty when none was used. basis: where the stream was rotated, the stages ("streams")
-    and the SHA-256 of basis.safetensors beside arch.json ("sha256"), which then holds the orders too. num_classes is a
+    and the SHA-256 of what basis.safetensors beside arch.json holds ("sha256"), the orders among it. num_classes is a
     fact of the search, not part of what binds the architecture (section 2.8). flops in MACs.
     """
 
@@ -164,7 +164,7 @@ def _check_basis(path: Path, basis: dict[str, Any], stages: int) -> None:
     if not basis:
         return
     streams, digest = basis.get("streams"), basis.get("sha256")
-    known = isinstance(streams, list) and streams and all(type(s) is int and 0 <= s < stages for s in streams)
+    known = isinstance(streams, list) and all(type(s) is int and 0 <= s < stages for s in streams)
     if set(basis) != {"streams", "sha256"} or not known:
         raise UserError(
             f"{path}: field 'basis' is {_short(basis)}; expected the rotated stages, of {stages}, under 'streams',"

@@ -33,7 +33,7 @@ EVERYBODY = Defaults(
         pretrained=True, sched="none", warmup_epochs=0, weight_decay=0.05, drop_path=0.1,
     ),
     search=dict(epochs=100, arch_lr=1e-3),
-    retrain=dict(epochs=50),
+    retrain=dict(epochs=50, train="adjoined", result="last"),
 )  # fmt: skip
 
 # From scratch on a few thousand small images, in minutes on two cores. The rate stays up during the search: nothing
@@ -45,5 +45,5 @@ EVERYBODY_NANO = Defaults(
         scale=(0.8, 1.0), drop_path=0.0,
     ),
     search=dict(epochs=15, sched="none", lr=1e-3, arch_lr=2e-2, budget=0.5),
-    retrain=dict(epochs=30, warmup_epochs=1),
+    retrain=dict(epochs=30, warmup_epochs=1, train="adjoined", result="last"),
 )  # fmt: skip

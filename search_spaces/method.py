@@ -21,18 +21,24 @@ class Settings:
 
     width: "stream" or "inner" (section 2.1). alphas: compression factors offered to every block; None: the
     space's own. fractions: channel fractions offered to every block; None: every multiple of 8 channels
-    (Bernoulli gates, where counts are not candidates but outcomes).
+    (Bernoulli gates, where counts are not candidates but outcomes). granularity: what free widths are multiples of;
+    keep_blocks: blocks that stay whole but for their stream; fixed: choices that are not made (section 2.9).
     """
 
     width: str = "stream"
     alphas: tuple[int, ...] | None = None
     fractions: tuple[float, ...] | None = FRACTIONS
+    granularity: int = 8
+    keep_blocks: tuple[int, ...] = ()
+    fixed: tuple[str, ...] = ()
 
 
 class Method(ABC):
     """One search method: what it may choose about a block, and the defaults that belong to it. One file each.
 
     choice_names: the choices of a block, by their names in arch.json; kept_names: the index lists beside them.
+    stage_choices: those that all blocks of a stage make alike. halves: those of attention and those of the MLP, where
+    the two halves of a block choose each for itself.
     uniform: one candidate serves all blocks, so that there is nothing to search inside one. listed: whether all
     combinations of a block's candidates are few enough to be listed; otherwise their ends stand for them.
     offers: the flags that offer candidates. models: where a family's default model is another one for this method.
@@ -42,6 +48,8 @@ class Method(ABC):
     name: ClassVar[str]
     choice_names: ClassVar[tuple[str, ...]]
     kept_names: ClassVar[tuple[str, ...]] = ()
+    stage_choices: ClassVar[tuple[str, ...]] = ()
+    halves: ClassVar[tuple[tuple[str, ...], ...]] = ()
     uniform: ClassVar[bool] = False
     listed: ClassVar[bool] = True
     offers: ClassVar[str] = "--alphas"

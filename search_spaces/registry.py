@@ -10,12 +10,13 @@ from search_spaces.dan import DAN
 from search_spaces.defaults import EVERYBODY, EVERYBODY_NANO, combined
 from search_spaces.errors import UserError
 from search_spaces.families import FAMILIES, Family
+from search_spaces.free import Free
 from search_spaces.joint import Joint
 from search_spaces.kcr import KCR
 from search_spaces.method import Method
 from search_spaces.uvc import UVC
 
-METHODS: dict[str, Method] = {method.name: method for method in (AN(), DAN(), KCR(), Joint(), UVC())}
+METHODS: dict[str, Method] = {method.name: method for method in (AN(), DAN(), KCR(), Joint(), UVC(), Free())}
 DEFAULT_SPACE = "swin-dan-nano"
 
 

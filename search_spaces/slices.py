@@ -39,8 +39,10 @@ class BlockSlice:
     heads, hidden: kept heads and kept hidden neurons of the MLP.
     mlp_stream: the channels, among the first `stream`, that the MLP reads (after the norm over all of
         `stream`) and writes. None: all of them. (section 2.3)
-    v_channels: for each kept head, the kept channels of V and of the output projection, one or more; Q and K
-        keep their shape. None: all of them. (section 2.5)
+    qk: the first so many channels of Q and of K in every kept head, whose scale stays that of all of them. None: all
+        of them. (section 2.9)
+    v_channels: the kept channels of V and of the output projection: the first so many in every kept head (section
+        2.9), or for each kept head its own, one or more (section 2.5). None: all of them.
     attn, mlp: False when the half-block is skipped altogether.
     """
 
@@ -48,12 +50,13 @@ class BlockSlice:
     heads: Kept
     hidden: Kept
     mlp_stream: Kept | None = None
-    v_channels: tuple[tuple[int, ...], ...] | None = None
+    qk: int | None = None
+    v_channels: int | tuple[tuple[int, ...], ...] | None = None
     attn: bool = True
     mlp: bool = True
 
     def __post_init__(self) -> None:
-        if self.v_channels is not None and len(self.v_channels) != count(self.heads):
+        if isinstance(self.v_channels, tuple) and len(self.v_channels) != count(self.heads):
             raise ValueError(f"{len(self.v_channels)} lists of V channels for {count(self.heads)} kept heads")
         if isinstance(self.mlp_stream, tuple) and any(c >= self.stream for c in self.mlp_stream):
             raise ValueError(f"the MLP keeps channels outside the first {self.stream}: {self.mlp_stream}")

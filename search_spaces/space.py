@@ -6,7 +6,7 @@ grammar itself is asked for; slices and sizes need nothing but this file.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from search_spaces.errors import UserError
@@ -27,7 +27,20 @@ class SearchSpace:
 
     def size(self) -> int:
         """Number of architectures, at most the 1e300 that a float still holds."""
-        return min(math.prod(len(options) for block in self.candidates for options in block.values()), 10**300)
+        sizes = {
+            self.label(i, name): len(options)
+            for i, block in enumerate(self.candidates)
+            for name, options in block.items()
+        }
+        return min(math.prod(sizes.values()), 10**300)
+
+    def label(self, block: int, choice: str) -> str:
+        """The label of a choice in the grammar, "block3/alpha"; blocks of a stage that choose alike share it."""
+        return "/".join(self._scope(block, choice))
+
+    def _scope(self, block: int, choice: str) -> tuple[str, str]:
+        of_stage = choice in self.method.stage_choices
+        return f"stage{self.shapes[block].stage}" if of_stage else f"block{block}", choice
 
     def block_slices(
         self, picks: Sequence[Picks], kept: Sequence[Mapping[str, Sequence[int]]] | None = None
@@ -36,13 +49,16 @@ class SearchSpace:
         return block_slices(self.name, self.method, self.settings, self.shapes, picks, kept)
 
     def mutable(self) -> Any:
-        """The space as an nni.mutable MutableList of one MutableDict per block, labelled "block3/alpha"."""
+        """The space as an nni.mutable MutableList of one MutableDict per block, labelled as in `label`."""
         from nni.mutable import Categorical, MutableDict, MutableList, label_scope
 
         blocks = []
         for block, choices in enumerate(self.candidates):
-            with label_scope(f"block{block}"):  # nni takes no slash in a name, it joins scopes with one
-                grammar = {name: Categorical(list(options), label=name) for name, options in choices.items()}
+            grammar = {}
+            for name, options in choices.items():
+                scope, own = self._scope(block, name)
+                with label_scope(scope):  # nni takes no slash in a name, it joins scopes with one
+                    grammar[name] = Categorical(list(options), label=own)
             blocks.append(MutableDict(grammar))
         return MutableList(blocks)
 
@@ -52,7 +68,9 @@ class SearchSpace:
 
     def validated(self, picks: Sequence[Picks]) -> list[dict[str, Candidate]]:
         """Picks of every block, checked against the grammar."""
-        return self.freeze({label(i, name): option for i, pick in enumerate(picks) for name, option in pick.items()})
+        check_stages(self.name, self.method, self.shapes, picks)
+        sample = {self.label(i, name): option for i, pick in enumerate(picks) for name, option in pick.items()}
+        return self.freeze(sample)
 
     def random(self, seed: int) -> list[dict[str, Candidate]]:
         """Picks drawn uniformly."""
@@ -68,9 +86,17 @@ def spell(candidates: Sequence[Candidate]) -> str:
     return ", ".join(map(str, candidates))
 
 
-def label(block: int, choice: str) -> str:
-    """The label of a choice in the grammar."""
-    return f"block{block}/{choice}"
+def check_stages(name: str, method: Method, shapes: Sequence[BlockShape], picks: Sequence[Picks]) -> None:
+    """UserError where blocks of a stage differ in what they are to choose alike."""
+    for choice in method.stage_choices:
+        first: dict[int, tuple[int, Candidate]] = {}
+        for i, (shape, pick) in enumerate(zip(shapes, picks, strict=True)):
+            block, option = first.setdefault(shape.stage, (i, pick[choice]))
+            if pick[choice] != option:
+                raise UserError(
+                    f"{name}: block {i} has {choice} {pick[choice]:g}, block {block} of the same stage {option:g};"
+                    " they are to be the same"
+                )
 
 
 def block_slices(
@@ -84,6 +110,7 @@ def block_slices(
     """Every block's slice. UserError names the block and what it allows when a pick does not fit it."""
     if len(picks) != len(shapes):
         raise UserError(f"{name}: {len(picks)} blocks in the architecture, {len(shapes)} in the backbone")
+    check_stages(name, method, shapes, picks)
     kept = kept or [{}] * len(shapes)
     slices = []
     for i, (shape, pick, indices) in enumerate(zip(shapes, picks, kept, strict=True)):
@@ -106,15 +133,34 @@ def make_space(name: str, method: Method, settings: Settings, shapes: Sequence[B
     for f in settings.fractions or ():
         if not 0 < f <= 1:
             raise UserError(f"{name}: fraction {f:g}; expected a share of the channels, above 0, at most 1")
+    check_kept(name, method, settings, len(shapes))
     candidates, dropped = [], []
     for i, shape in enumerate(shapes):
-        choices, left_out = method.choices(shape, settings)
+        own = settings if i not in settings.keep_blocks else replace(settings, fixed=kept_whole(method))
+        choices, left_out = method.choices(shape, own)
         for choice, options in choices.items():
             if not options:
                 raise UserError(f"{name}: block {i} has no candidate of {choice}: {'; '.join(left_out)}")
         candidates.append(choices)
         dropped += [f"block {i}: {line}" for line in left_out]
     return SearchSpace(name, method, settings, tuple(shapes), tuple(candidates), tuple(dropped))
+
+
+def check_kept(name: str, method: Method, settings: Settings, blocks: int) -> None:
+    """Refuse blocks and choices to leave alone that are not there."""
+    outside = [i for i in settings.keep_blocks if not 0 <= i < blocks]
+    if outside:
+        raise UserError(f"{name}: --keep-block {outside[0]}; the backbone has blocks 0 to {blocks - 1}")
+    unknown = [choice for choice in settings.fixed if choice not in method.choice_names]
+    if unknown:
+        raise UserError(f"{name}: --fix {unknown[0]}; expected some of {', '.join(method.choice_names)}")
+    if settings.granularity < 1:
+        raise UserError(f"{name}: --granularity {settings.granularity}; expected a whole number of at least 1")
+
+
+def kept_whole(method: Method) -> tuple[str, ...]:
+    """The choices that a block which is kept does not make: all that are its own."""
+    return tuple(choice for choice in method.choice_names if choice not in method.stage_choices)
 
 
 def require_search(space: SearchSpace) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from search_spaces.errors import UserError
 from search_spaces.slices import BlockShape, BlockSlice
-from supernets.axes import BlockAxes, Params, take_axis
+from supernets.axes import BlockAxes, HeadWidths, Params, take_axis
 from supernets.compact_block import CompactBlock
 from supernets.flops import BlockCosts, NetworkCosts, StreamCosts, block_costs
 from supernets.rotated import STREAMS
@@ -33,6 +33,7 @@ class Adapter(ABC):
     input_size: tuple[int, int, int]  # channels, height, width
     outer_axes: Mapping[str, tuple[OuterAxis, ...]]  # of each outer parameter that has a stream axis
     outer_norms: Mapping[str, tuple[str, int]]  # name of each outer norm -> letters and stage of what it normalises
+    classifiers: tuple[str, ...] = ()  # linear layers that read the pooled features, (B, w), or of several (B, n, w)
     # What a rotation of the streams needs to know (section 2.7); a family that does not say it is not rotated:
     outer_readers: Mapping[str, tuple[str, ...]] = MappingProxyType(
         {}
@@ -49,7 +50,7 @@ class Adapter(ABC):
     def streams(self) -> dict[int, Tensor]:
         """The rotation (E, E) of each stage whose stream is rotated, rows from the old to the new channels."""
         held: Any = getattr(self.backbone, STREAMS, None)
-        return {} if held is None else {int(name): q for name, q in held.named_buffers()}
+        return {} if held is None else held.rotations
 
     def stream_costs(self, costs: NetworkCosts) -> NetworkCosts:
         """The costs, with what the stages whose stream is rotated cost more when they are cut."""
@@ -76,19 +77,23 @@ class Adapter(ABC):
             whole = (*self.before_stem, self.stem_norm)
             rotation: Any = self.backbone.get_submodule(self.stem_norm).rotation
             sliced[f"{self.stem_norm}.rotation"] = rotation[: stage_widths[0]]
-        for name, axes in self.outer_axes.items():
+        for name in self.outer_axes:
             p: Tensor = self.backbone.get_parameter(name)
-            for dim, axis in enumerate(() if whole and name.startswith(whole) else axes):
-                if axis is not None:
-                    letters, stage = axis
-                    sizes = {"4": 4, "S": p.shape[dim] // 4 if letters == "4S" else p.shape[dim]}
-                    p = take_axis(p, dim, letters, {"S": stage_widths[stage]}, sizes)
-            sliced[name] = p
+            sliced[name] = p if whole and name.startswith(whole) else self.slice_outer(name, p, stage_widths)
         if gates is not None:
             for name, (letters, stage) in self.outer_norms.items():
                 if not (whole and name.startswith(whole)):
                     sliced[f"{name}.gate"] = gates[stage].repeat(4) if letters == "4S" else gates[stage]
         return sliced
+
+    def slice_outer(self, name: str, p: Tensor, stage_widths: tuple[int, ...]) -> Tensor:
+        """A tensor of the shape of an outer parameter, sliced as that is."""
+        for dim, axis in enumerate(self.outer_axes[name]):
+            if axis is not None:
+                letters, stage = axis
+                sizes = {"4": 4, "S": p.shape[dim] // 4 if letters == "4S" else p.shape[dim]}
+                p = take_axis(p, dim, letters, {"S": stage_widths[stage]}, sizes)
+        return p
 
     @abstractmethod
     def stem(self, params: Params, images: Tensor) -> Tensor:
@@ -102,19 +107,20 @@ class Adapter(ABC):
     def attention_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
         """What a block's attention adds to its slice of the stream: norm, attention, LayerScale, in their order.
 
-        params: the block's, sliced to `kept`. z_S: (B, N, S) or, in Swin, (B, H, W, S); so is the result.
+        params: the block's, sliced to `kept`; without those of the half's outputs (HalfAxes) the result is what its
+        projection would read. z_S: (B, N, S) or, in Swin, (B, H, W, S); so is the result.
         """
 
     @abstractmethod
     def mlp_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
-        """What a block's MLP adds to its slice of the stream, zero in the channels outside kept.mlp_stream."""
+        """What a block's MLP adds to its slice of the stream, zero in the channels outside kept.mlp_stream.
+
+        Without the parameters of the half's outputs, what its second layer would read.
+        """
 
     @abstractmethod
-    def compact_attention(self, block: Any, widths: tuple[int, ...]) -> nn.Module:
-        """The attention of a block whose parameters were cut: the block's own, brought up to date, or one instead.
-
-        widths: channels of V in each kept head.
-        """
+    def compact_attention(self, block: Any, heads: HeadWidths) -> nn.Module:
+        """The attention of a block whose parameters were cut: the block's own, brought up to date, or one instead."""
 
     @abstractmethod
     def pool(self, params: Params, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ A family's adapter has the table of its blocks. An axis is a string of letters, 
     . nothing that a slice keeps or drops
 
 What is kept of a fused axis is kept in each part: merging columns are (4, S). qkv rows, 3HD, are (3, H, D), of which
-the last third is v's (H, V), as wide.
+the last third is v's (H, V), as wide as long as nothing is cut.
 """
 
 from collections.abc import Mapping, Sequence
@@ -115,9 +115,35 @@ def take_axis(t: Tensor, dim: int, letters: str, kept: Mapping[str, Kept], sizes
     return t.flatten(dim, dim + len(letters) - 1)
 
 
+@dataclass(frozen=True)
+class HeadWidths:
+    """The kept heads of a block. qk: channels of q and k in each; v: of v in each, or one number per head."""
+
+    number: int
+    qk: int
+    v: int | tuple[int, ...]
+
+    @property
+    def even(self) -> bool:
+        """Whether all run together, q, k and v padded to one width; heads of their own widths run by width."""
+        return isinstance(self.v, int)
+
+    @property
+    def v_total(self) -> int:
+        """Channels of v in all heads together."""
+        return self.number * self.v if isinstance(self.v, int) else sum(self.v)
+
+
+def head_widths(kept: BlockSlice, shape: BlockShape) -> HeadWidths:
+    """How wide the kept heads are."""
+    v = shape.head_dim if kept.v_channels is None else kept.v_channels
+    widths = v if isinstance(v, int) else tuple(map(len, v))
+    return HeadWidths(count(kept.heads), shape.head_dim if kept.qk is None else kept.qk, widths)
+
+
 def v_rows(shape: BlockShape, kept: BlockSlice) -> list[int]:
     """Rows of V (and columns of the output projection) that are kept, head by head: flat indices into (H, V)."""
-    assert kept.v_channels is not None
+    assert isinstance(kept.v_channels, tuple)
     heads = range(kept.heads) if isinstance(kept.heads, int) else kept.heads
     return [h * shape.head_dim + c for h, channels in zip(heads, kept.v_channels, strict=True) for c in channels]
 
@@ -126,34 +152,43 @@ def slice_block(params: Params, axes: BlockAxes, shape: BlockShape, kept: BlockS
     """A block's parameters under their own names, cut to a slice.
 
     params: the block's parameters, full size. Returns views where the slice is a prefix and gathers where it
-    is not; gradients flow back either way. Half-blocks that the slice skips are left out. With v_channels,
-    qkv rows are (q: h*D, k: h*D, v: V) and the projection reads V channels, head by head, none of them padding.
+    is not; gradients flow back either way. Half-blocks that the slice skips are left out. qkv rows are
+    (q: h*D, k: h*D, v: V) and the projection reads V channels, head by head, none of them padding.
     """
     mlp_stream = kept.stream if kept.mlp_stream is None else kept.mlp_stream
     keep: dict[str, Kept] = {"S": kept.stream, "R": mlp_stream, "H": kept.heads, "M": kept.hidden}
+    if kept.qk is not None:
+        keep["D"] = kept.qk
+    if isinstance(kept.v_channels, int):
+        keep["V"] = kept.v_channels
     sizes = unit_sizes(shape)
     sliced: dict[str, Tensor] = {}
     for name, t in params.items():
         if not axes.has(name, kept):
             continue
         for dim, letters in enumerate(axes[name]):
-            if kept.v_channels is not None and letters in ("3HD", "HV"):
-                t = _take_uneven(t, dim, letters, shape, kept)
+            if letters == "HV" and isinstance(kept.v_channels, tuple):
+                t = t.index_select(dim, torch.tensor(v_rows(shape, kept), device=t.device))
+            elif letters == "3HD" and (kept.qk, kept.v_channels) != (None, None):
+                t = _take_qkv(t, dim, shape, kept)
             else:
                 t = take_axis(t, dim, letters, keep, sizes)
         sliced[name] = t
     return sliced
 
 
-def _take_uneven(t: Tensor, dim: int, letters: str, shape: BlockShape, kept: BlockSlice) -> Tensor:
-    """One axis of v's channels, or of fused q, k and v, of a block whose heads keep different channels of v."""
-    rows = torch.tensor(v_rows(shape, kept), device=t.device)
-    if letters == "HV":
-        return t.index_select(dim, rows)
-    width = shape.num_heads * shape.head_dim
-    qk = t.narrow(dim, 0, 2 * width).unflatten(dim, (2, shape.num_heads, shape.head_dim))
-    qk = take(qk, dim + 1, kept.heads).flatten(dim, dim + 2)
-    return torch.cat([qk, t.narrow(dim, 2 * width, width).index_select(dim, rows)], dim)
+def _take_qkv(t: Tensor, dim: int, shape: BlockShape, kept: BlockSlice) -> Tensor:
+    """The axis of fused q, k and v of a block whose kept heads are narrower than they were."""
+    q, k, v = t.unflatten(dim, (3, shape.num_heads, shape.head_dim)).unbind(dim)
+    widths = shape.head_dim if kept.qk is None else kept.qk
+    parts = [take(take(part, dim, kept.heads), dim + 1, widths).flatten(dim, dim + 1) for part in (q, k)]
+    if isinstance(kept.v_channels, tuple):
+        rows = torch.tensor(v_rows(shape, kept), device=t.device)
+        parts.append(v.flatten(dim, dim + 1).index_select(dim, rows))
+    else:
+        width = shape.head_dim if kept.v_channels is None else kept.v_channels
+        parts.append(take(take(v, dim, kept.heads), dim + 1, width).flatten(dim, dim + 1))
+    return torch.cat(parts, dim)
 
 
 class _Prefixes(torch.autograd.Function):
@@ -190,7 +225,7 @@ def _corner(t: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _is_prefix(kept: BlockSlice) -> bool:
-    whole = kept.attn and kept.mlp and kept.v_channels is None
+    whole = kept.attn and kept.mlp and kept.qk is None and kept.v_channels is None
     return whole and all(isinstance(k, int | None) for k in (kept.heads, kept.hidden, kept.mlp_stream))
 
 
@@ -230,13 +265,6 @@ def _fused(cut: tuple[int, ...], factors: list[list[int]]) -> list[int]:
             place += 1
         shape.append(size)
     return shape
-
-
-def v_widths(kept: BlockSlice, shape: BlockShape) -> tuple[int, ...]:
-    """Channels of V in each kept head."""
-    if kept.v_channels is None:
-        return (shape.head_dim,) * count(kept.heads)
-    return tuple(map(len, kept.v_channels))
 
 
 def num_heads(kept: BlockSlice) -> int:

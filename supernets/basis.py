@@ -33,7 +33,8 @@ class Basis:
     streams: stage -> (E, E) orthogonal, rows from the old to the new channels; where the stage's norms take the mean
     away, the first row is that mean, which none of its blocks sees. energy: stage -> (E,) the share of each new channel
     in what is read; before: of each old one. qk, v: block -> (H, d, d): q -> A q, k -> A^-T k and v -> T v, heads as
-    they stood. orders: as in importance.py, of heads, of hidden neurons, and of streams that are not rotated.
+    they stood. orders: as in importance.py, of heads, of hidden neurons, and of streams that are not rotated. lost:
+    what least squares cannot take over where only the first units stay, by the same names (calibration.py).
     """
 
     streams: Mapping[int, Tensor] = field(default_factory=dict)
@@ -42,6 +43,7 @@ class Basis:
     v: Mapping[str, Tensor] = field(default_factory=dict)
     orders: Orders = field(default_factory=dict)
     before: Mapping[int, Tensor] = field(default_factory=dict)
+    lost: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything by name, for a file."""
@@ -49,10 +51,11 @@ class Basis:
         found |= {f"energy.{stage}": e for stage, e in self.energy.items()}
         found |= {f"before.{stage}": e for stage, e in self.before.items()}
         found |= {f"qk.{name}": a for name, a in self.qk.items()} | {f"v.{name}": t for name, t in self.v.items()}
+        found |= {f"lost.{name}": t for name, t in self.lost.items()}
         return found | {f"order.{name}": torch.tensor(order) for name, order in self.orders.items()}
 
     def digest(self) -> str:
-        """SHA-256 of what it holds, in hexadecimal: whether two are the same."""
+        """SHA-256 of what it holds, in hexadecimal: whether two are the same. arch.json and checkpoints name it."""
         found = hashlib.sha256()
         for name, tensor in sorted(self.tensors().items()):
             found.update(name.encode() + tensor.contiguous().numpy().tobytes())
@@ -61,7 +64,7 @@ class Basis:
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> "Basis":
         """The opposite of `tensors`. ValueError for a name that is none of a basis."""
-        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("stream", "energy", "before", "qk", "v", "order")}
+        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             if kind not in parts:
@@ -74,9 +77,11 @@ class Basis:
             parts["v"],
             {name: order.tolist() for name, order in parts["order"].items()},
             {int(stage): e for stage, e in parts["before"].items()},
+            parts["lost"],
         )
 
 
+KINDS = ("stream", "energy", "before", "qk", "v", "order", "lost")  # first parts of the names in a file
 ORTHOGONAL = 1e-8  # largest deviation of a rotation that is applied, float64
 
 

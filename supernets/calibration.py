@@ -2,23 +2,30 @@
 
 The large network runs over the images once; what is kept of them is the second moments, in float64: of each stage's
 stream as its readers see it, of q, k and the attention's output inside the heads, of heads and neurons where their
-order is by least squares.
+order is by least squares. Where errors of halves are to be compared with each other, also the second moment of the
+gradient at what each half adds, the loss being cross-entropy with labels drawn from the network's own prediction: to
+second order, the divergence of the prediction that an error there makes is half its square in that metric.
 """
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from supernets.basis import Basis
+from search_spaces.slices import identity_slice
+from supernets.axes import slice_block
+from supernets.basis import Basis, change_heads
 from supernets.coordinates import isometry
 from supernets.least_squares import head_order, neuron_order
 from supernets.streams import Reading, readings, stage_is_centred
 from supernets.supernet import Supernet
 
+QK_IMAGES, QK_WIDTHS = 64, 8  # on which, and at how many widths, a narrowed softmax is measured
 TINY = 1e-30  # of a sum that something is divided by, lest it be nothing
 FLOOR = 1e-6  # of a second moment's mean eigenvalue: added, so that directions without images have a place
 
@@ -32,6 +39,7 @@ class Moment:
         self.sum: Tensor | float = 0.0
         self.origin: Tensor | float | None = None if centred else 0.0
 
+    @torch.no_grad()
     def add(self, x: Tensor) -> None:
         """x (..., rows, n): products in its own precision over a batch, sums in float64."""
         if self.origin is None:  # near the mean, lest a variance be lost beside its square
@@ -53,39 +61,119 @@ class Moment:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a basis is to hold: rotated stages; changes inside heads; orders by least squares."""
+    """What a basis is to hold: rotated stages; changes inside heads; orders by least squares.
+
+    gradient_images: so many of the images weigh what halves add by its gradient; 0: channels of the stream count alike.
+    """
 
     stages: frozenset[int] = frozenset()
     inside: bool = False
     error_order: bool = False
+    gradient_images: int = 0
+    seed: int = 0
 
 
 @torch.no_grad()
-def calibrate(
-    supernet: Supernet,
-    batches: Iterable[Tensor],
-    wanted: Wanted,
-    on_batch: Callable[[int], None] | None = None,
-) -> Basis:
-    """The basis that the images ask for. batches: (B, C, H, W) on the backbone's device, as they are evaluated.
-
-    on_batch: called with the number of images seen so far.
-    """
-    seen, was_training = 0, supernet.training
-    supernet.eval()
+def calibrate(supernet: Supernet, batches: Iterable[Tensor], wanted: Wanted) -> Basis:
+    """The basis that the images ask for. batches: (B, C, H, W) on the backbone's device, as they are evaluated."""
+    seen = 0
     with ExitStack() as hooks:
+        hooks.callback(supernet.train, supernet.training)
+        supernet.eval()
         streams = StreamMoments(supernet, wanted.stages, hooks)
-        heads = HeadMoments(supernet, wanted, hooks)
+        metric = Metric(supernet, wanted.seed) if wanted.gradient_images else None
+        heads = HeadMoments(supernet, wanted, hooks, metric)
         for images in batches:
-            supernet.large(images)
+            if metric is not None and seen < wanted.gradient_images:
+                metric.large(images)
+            else:
+                supernet.large(images)
             seen += len(images)
-            if on_batch is not None:
-                on_batch(seen)
-    supernet.train(was_training)
     rotations, energy, before = streams.rotations()
     qk, v = heads.changes() if wanted.inside else ({}, {})
-    orders = heads.orders() if wanted.error_order else {}
-    return Basis(rotations, energy, qk, v, orders, before)
+    orders, lost = heads.orders() if wanted.error_order else ({}, {})
+    if metric is not None:
+        lost |= qk_lost(supernet, qk, metric)
+    return Basis(rotations, energy, qk, v, orders, before, lost)
+
+
+class Metric:
+    """The second moment, per token, of the gradient at what each half of a block adds: (E, E) by block and half."""
+
+    def __init__(self, supernet: Supernet, seed: int) -> None:
+        self.supernet, self.generator = supernet, torch.Generator().manual_seed(seed)
+        self.moments: dict[tuple[str, int], Moment] = {}
+        self.images: list[Tensor] = []
+        self.seen = 0
+
+    @torch.enable_grad()
+    def large(self, images: Tensor) -> None:
+        """A forward and a backward pass of the large network; no parameter gets a gradient."""
+        adapter, parameters = self.supernet.adapter, list(self.supernet.parameters())
+        trained = [p.requires_grad for p in parameters]
+        with ExitStack() as hooks:
+            for p in parameters:
+                p.requires_grad_(False)
+            for name, block in zip(adapter.block_names, adapter.blocks(), strict=True):
+                for half, module in enumerate((block.drop_path1, block.drop_path2)):
+                    hooks.callback(module.register_forward_hook(self._watch((name, half))).remove)
+            logits = self.supernet.large(images.detach().requires_grad_())
+            drawn = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=self.generator)
+            nn.functional.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum").backward()
+        self.seen += len(images)
+        if self.seen <= QK_IMAGES or not self.images:
+            self.images.append(images)
+        for p, required in zip(parameters, trained, strict=True):
+            p.requires_grad_(required)
+
+    def _watch(self, key: tuple[str, int]) -> Callable[..., None]:
+        moment = self.moments.setdefault(key, Moment())
+
+        def hook(_: Any, __: Any, y: Tensor) -> None:
+            y.register_hook(lambda gradient: moment.add(gradient.flatten(0, -2)))
+
+        return hook
+
+    def root(self, name: str, half: int) -> Tensor:
+        """(E, E), float64: of what a half adds, the square of the root times it is nats of divergence per image."""
+        moment = self.moments[name, half]
+        tokens = moment.rows / self.seen
+        root, _ = _root(moment.value() * (tokens / 2), floor=0.0)
+        return root
+
+
+@torch.no_grad()
+def qk_lost(supernet: Supernet, qk: Mapping[str, Tensor], metric: Metric) -> dict[str, Tensor]:
+    """By "<block>.qk" what is lost with only the first channels of q and k in every head: (d + 1,).
+
+    Measured on the metric's first images, as an error in logits goes through a softmax; between at most QK_WIDTHS
+    widths it is taken as linear, and with no channel at all as with the first few.
+    """
+    changed = Supernet(copy.deepcopy(supernet.backbone)).eval()
+    change_heads(changed, Basis(qk=qk))
+    adapter, lost = changed.adapter, {}
+    outer = adapter.outer(changed.identity().stage_widths)
+    streams, stage = [adapter.stem(outer, images) for images in metric.images], 0
+    for name, block, shape in zip(adapter.block_names, adapter.blocks(), adapter.shapes, strict=True):
+        if shape.stage != stage:
+            stage = shape.stage
+            streams = [adapter.enter_stage(stage, outer, z) for z in streams]
+        params, d, whole = adapter.block_parameters(block), shape.head_dim, identity_slice(shape)
+        added = [adapter.attention_half(block, shape, params, whole, z) for z in streams]
+        root, widths, errors = metric.root(name, 0), [], []
+        for width in sorted({max(1, round(d * k / QK_WIDTHS)) for k in range(1, QK_WIDTHS)} - {d}):
+            kept = replace(whole, qk=width)
+            own = slice_block(params, adapter.block_axes, shape, kept)
+            error = Moment()
+            for z, y in zip(streams, added, strict=True):
+                error.add((adapter.attention_half(block, shape, own, kept, z) - y).flatten(0, -2))
+            widths.append(width)
+            errors.append(float((root @ error.value() @ root).diagonal().sum()))
+        points = torch.from_numpy(np.interp(np.arange(d + 1), [*widths, d], [*errors, 0.0]))
+        lost[f"{name}.qk"] = points.flip(0).cummax(0).values.flip(0)  # more channels never lose more
+        streams = [z + y for z, y in zip(streams, added, strict=True)]
+        streams = [z + adapter.mlp_half(block, shape, params, whole, z) for z in streams]
+    return lost
 
 
 class StreamMoments:
@@ -171,8 +259,8 @@ def _signed(rows: Tensor) -> Tensor:
 class HeadMoments:
     """Second moments inside the heads of every block and, for an order by least squares, of its heads and neurons."""
 
-    def __init__(self, supernet: Supernet, wanted: Wanted, hooks: ExitStack) -> None:
-        self.supernet, adapter = supernet, supernet.adapter
+    def __init__(self, supernet: Supernet, wanted: Wanted, hooks: ExitStack, metric: Metric | None = None) -> None:
+        self.supernet, self.metric, adapter = supernet, metric, supernet.adapter
         self.q: dict[str, Moment] = {}
         self.k: dict[str, Moment] = {}
         self.out: dict[str, Moment] = {}
@@ -228,24 +316,46 @@ class HeadMoments:
         qk = {name: qk_change(self.q[name].value(), self.k[name].value()).cpu() for name in self.q}
         v = {}
         for name, moment in self.out.items():
-            H, d = self._shape(name)
-            proj, _ = self._writers(name)
-            v[name] = v_change(moment.value(), proj.unflatten(1, (H, d)).transpose(0, 1)).cpu()
+            v[name] = v_change(moment.value(), self._by_head(name)).cpu()
         return qk, v
 
-    def orders(self) -> dict[str, list[int]]:
-        """Of heads and neurons by what least squares could not take over, by name as in importance.py."""
-        orders = {}
+    def _by_head(self, name: str) -> Tensor:
+        """The matrix from the heads to the stream, (H, E, d)."""
+        by_head: Tensor = self._writers(name)[0].unflatten(1, self._shape(name))
+        return by_head.transpose(0, 1)
+
+    def orders(self) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
+        """Of heads and neurons by what least squares could not take over, by name as in importance.py; and that.
+
+        What is lost with only the first units, by the same names: (H + 1,) and (M + 1,); by "<block>.v" with only the
+        first channels of v in a head, in the order of the heads, (H, d + 1).
+        """
+        orders: dict[str, list[int]] = {}
+        lost: dict[str, Tensor] = {}
         for name in self.heads:
             (H, _), (proj, fc2) = self._shape(name), self._writers(name)
-            orders[f"{name}.heads"] = head_order(self.heads[name].value(), proj, H)[0]
-            orders[f"{name}.hidden"] = neuron_order(self.hidden[name].value(), fc2)[0]
-        return orders
+            orders[f"{name}.heads"], heads = head_order(self.heads[name].value(), proj, H)
+            orders[f"{name}.hidden"], hidden = neuron_order(self.hidden[name].value(), fc2)
+            lost |= {f"{name}.heads": heads.cpu(), f"{name}.hidden": hidden.cpu()}
+            if name in self.out:
+                kept = torch.tensor(orders[f"{name}.heads"])
+                lost[f"{name}.v"] = v_lost(self.out[name].value(), self._by_head(name))[kept].cpu()
+        return orders, lost
 
     def _writers(self, name: str) -> tuple[Tensor, Tensor]:
-        """The matrices from a block's heads and neurons to the stream, float64."""
-        proj, fc2 = self.supernet.adapter.writers(self.supernet.backbone.get_submodule(name))
-        return proj.detach().double(), fc2.detach().double()
+        """The matrices from a block's heads and neurons to what the halves add, in the metric, float64."""
+        adapter, block = self.supernet.adapter, self.supernet.backbone.get_submodule(name)
+        found = []
+        halves = (adapter.block_axes.attn, adapter.block_axes.mlp)
+        for half, (axes, matrix) in enumerate(zip(halves, adapter.writers(block), strict=True)):
+            weight = matrix.detach().double()
+            before = tuple(f"{module}." for module in axes.outputs[:-1])
+            for leaf, scale in block.named_parameters():
+                if leaf.startswith(before):  # LayerScale
+                    weight = weight * scale.detach().double()[:, None]
+            found.append(weight if self.metric is None else self.metric.root(name, half) @ weight)
+        proj, fc2 = found
+        return proj, fc2
 
 
 def _layer(block: nn.Module, matrices: Iterable[str]) -> Any:
@@ -254,11 +364,14 @@ def _layer(block: nn.Module, matrices: Iterable[str]) -> Any:
     return block.get_submodule(name.removesuffix(".weight"))
 
 
-def _root(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric square root of a second moment (..., n, n), floored, and its inverse."""
+def _root(moment: Tensor, floor: float = FLOOR) -> tuple[Tensor, Tensor]:
+    """The symmetric square root of a second moment (..., n, n), floored, and its inverse; finite with a floor."""
     values, vectors = torch.linalg.eigh(moment)
-    floor = FLOOR * values.clamp_min(0).mean(-1, keepdim=True)
-    values = (values.clamp_min(0) + torch.where(floor > 0, floor, 1.0)).sqrt()
+    values = values.clamp_min(0)
+    if floor:
+        least = floor * values.mean(-1, keepdim=True)
+        values = values + torch.where(least > 0, least, 1.0)
+    values = values.sqrt()
     return vectors * values[..., None, :] @ vectors.mT, vectors / values[..., None, :] @ vectors.mT
 
 
@@ -280,10 +393,7 @@ def v_change(out: Tensor, proj: Tensor) -> Tensor:
     With U S Vᵀ the singular values of proj C_v^½, T = S^½ Vᵀ C_v^-½, as large as it was on the whole.
     """
     root, inverse = _root(out)
-    _, s, vt = torch.linalg.svd(proj @ root, full_matrices=False)
-    if vt.shape[-2] < vt.shape[-1]:  # fewer stream channels than channels of a head
-        _, s_, vt = torch.linalg.svd((proj @ root).mT @ (proj @ root))
-        s = s_.sqrt()
+    s, vt = _right_singular(proj @ root)
     s = s + FLOOR * s.mean(-1, keepdim=True).clamp_min(TINY)
     t = s.sqrt()[..., None] * (vt @ inverse)
     before = out.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -291,3 +401,19 @@ def v_change(out: Tensor, proj: Tensor) -> Tensor:
     ratio = torch.where((after > 0) & (before > 0), before / after, 1.0).sqrt()
     changed: Tensor = t * ratio[:, None, None]
     return changed
+
+
+def v_lost(out: Tensor, proj: Tensor) -> Tensor:
+    """(H, d + 1): the squared error of each head's part of the output with only the first channels of `v_change`."""
+    s, _ = _right_singular(proj @ _root(out)[0])
+    tails = s.square().flip(-1).cumsum(-1).flip(-1)
+    return torch.cat([tails, tails.new_zeros(len(tails), 1)], dim=1)
+
+
+def _right_singular(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values (H, d) of (H, E, d), of which there are d even if E is less, and right vectors (H, d, d)."""
+    if matrices.shape[-2] >= matrices.shape[-1]:
+        _, s, vt = torch.linalg.svd(matrices, full_matrices=False)
+        return s, vt
+    _, squares, vt = torch.linalg.svd(matrices.mT @ matrices)
+    return squares.sqrt(), vt

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice
 from supernets.adapter import Adapter
-from supernets.axes import v_widths
+from supernets.axes import head_widths
 from supernets.coordinates import compact_parameters, settle_norms
 from supernets.families import adapter_for
 
@@ -63,7 +63,7 @@ def _shrink_block(adapter: Adapter, name: str, shape: BlockShape, kept: BlockSli
     block: Any = adapter.backbone.get_submodule(name)
     as_it_is = kept.attn and kept.mlp and kept.mlp_stream is None and kept.stream == stage_width
     if kept.attn:
-        attn = adapter.compact_attention(block, v_widths(kept, shape))
+        attn = adapter.compact_attention(block, head_widths(kept, shape))
         as_it_is = as_it_is and attn is block.attn
         block.attn = attn
     if not as_it_is:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supernets.layers import by_width, join_heads
+from supernets.axes import HeadWidths
+from supernets.layers import by_width, join_heads, padded
 
 
 class CompactWindowAttention(nn.Module):
@@ -32,32 +33,29 @@ class CompactWindowAttention(nn.Module):
     gather: Tensor | None
     scatter: Tensor | None
 
-    def __init__(self, block: Any, widths: tuple[int, ...]) -> None:
-        """block: timm's SwinTransformerBlock, already cut, whose parameters are taken over. widths: V's, by head."""
+    def __init__(self, block: Any, heads: HeadWidths) -> None:
+        """block: timm's SwinTransformerBlock, already cut, whose parameters are taken over."""
         super().__init__()
         attn = block.attn
         for name, child in attn.named_children():
             if name != "softmax":
                 setattr(self, name, child)
         self.relative_position_bias_table = attn.relative_position_bias_table
-        self.num_heads, self.head_dim, self.scale = attn.num_heads, attn.head_dim, attn.scale
-        self.v_widths, self.uneven = widths, len(set(widths)) > 1
+        self.num_heads, self.head_dim, self.scale = heads.number, heads.qk, attn.scale
+        self.heads = heads
+        by_token = block.attn_mask is not None and heads.even  # windows are gathered (T, W)
         self.window_size = block.window_size  # read by timm where it resizes tables
         self.window_area = block.window_size[0] * block.window_size[1]
         for name, buffer in (
             ("relative_position_index", attn.relative_position_index),
             ("attn_mask", block.attn_mask),
-            *zip(("gather", "scatter"), _gathers(block, by_token=self._by_token(block.attn_mask)), strict=True),
+            *zip(("gather", "scatter"), _gathers(block, by_token), strict=True),
         ):
             self.register_buffer(name, buffer, persistent=False)
         self.num_windows = block.attn_mask.shape[0] if block.attn_mask is not None else 0
         H, W = block.input_resolution
         self.padded = H % block.window_size[0] != 0 or W % block.window_size[1] != 0
         self._bias: tuple[nn.Parameter, Tensor, Any, Tensor] | None = None  # table, its memory, key, bias
-
-    def _by_token(self, mask: Tensor | None) -> bool:
-        """Whether windows are gathered token by token, (T, W)."""
-        return mask is not None and not self.uneven
 
     def bias(self, dtype: torch.dtype) -> Tensor:
         """Relative positions, and the mask of shifted windows: (1, h, T, T) or (1, W*h, T, T)."""
@@ -92,7 +90,7 @@ class CompactWindowAttention(nn.Module):
             if self.padded:
                 x = F.pad(x, (0, 0, 0, 1))  # the token of zeros that every padded place reads
             x = x.index_select(1, self.gather)  # (B, W*T, S) or, shifted, (B, T*W, S)
-        x = self._uneven_heads(x) if self.uneven else self._even_heads(x)  # (B, W*T, h*V) or (B, T*W, h*V)
+        x = self._even_heads(x) if self.heads.even else self._uneven_heads(x)  # (B, W*T, h*V) or (B, T*W, h*V)
         x = self.proj_drop(self.proj(x))
         if self.scatter is not None:
             x = x.index_select(1, self.scatter)
@@ -109,7 +107,8 @@ class CompactWindowAttention(nn.Module):
             biases = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.split(rows)
             parts = tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
             q, k, v = (t.view(B, T, self.num_windows * h, -1).transpose(1, 2) for t in parts)  # (B, W*h, T, D)
-        return join_heads(self._attend(q, k, v, self._cached_bias(q.dtype))).reshape(B, -1, rows[2])
+        x = self._attend(*padded(q, k, v), self._cached_bias(q.dtype))
+        return join_heads(x[..., : v.shape[-1]]).reshape(B, -1, rows[2])
 
     def _uneven_heads(self, x: Tensor) -> Tensor:
         B, T, W = x.shape[0], self.window_area, self.num_windows
@@ -124,7 +123,7 @@ class CompactWindowAttention(nn.Module):
             return self._attend(q, k, v, bias).reshape(B * W, heads, T, -1)
 
         qkv = self.qkv(x).view(-1, T, self.qkv.out_features)
-        return by_width(qkv, self.v_widths, self.head_dim, attend).reshape(B, -1, self.proj.in_features)
+        return by_width(qkv, self.heads, attend).reshape(B, -1, self.proj.in_features)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         dropout_p = self.attn_drop.p if self.training else 0.0

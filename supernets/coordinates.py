@@ -134,7 +134,8 @@ def _fold_norm(adapter: Adapter, reading: Reading, at: Coordinates, values: Tens
 def settle_norms(adapter: Adapter, subnet: NetworkSlice) -> None:
     """Put the norms of the compact network in place of those of the rotated backbone, and take its rotations away.
 
-    Their parameters are of no account yet: those of `compact_parameters` follow, those of a stem's layer among them.
+    Their parameters are of no account yet, but for which are frozen: those of `compact_parameters` follow, those of a
+    stem's layer among them, which is trained where the norm before it is.
     """
     model, where = adapter.backbone, coordinates(adapter, subnet)
     for reading in readings(adapter):
@@ -154,7 +155,7 @@ def settle_norms(adapter: Adapter, subnet: NetworkSlice) -> None:
         norm = stem.plain()
         if not where[0].own:
             layer = nn.Linear(stem.rotation.shape[1], where[0].width, bias=False).to(stem.rotation)
-            norm = StemLayer(norm, layer)
+            norm = StemLayer(norm, layer.requires_grad_(stem.weight.requires_grad))
         replace_module(model, adapter.stem_norm, norm)
     if hasattr(model, STREAMS):
         delattr(model, STREAMS)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from search_spaces.slices import BlockShape, BlockSlice
 from supernets.adapter import Adapter
-from supernets.axes import BlockAxes, Params, slice_block_each, v_widths
+from supernets.axes import BlockAxes, Params, head_widths, slice_block_each
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def gated(params: Params, axes: BlockAxes, shape: BlockShape, term: Term) -> dic
             scaled[name] = scaled[name] * by
 
     if term.head_gate is not None:
-        widths = torch.tensor(v_widths(term.slice, shape), device=term.head_gate.device)
+        v = head_widths(term.slice, shape).v
+        widths = v if isinstance(v, int) else torch.tensor(v, device=term.head_gate.device)
         for name in axes.attn.writers:
             scale(name, term.head_gate.repeat_interleave(widths))
     if term.hidden_gate is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice, count, identity_slice, narrows_stream
-from supernets.axes import BlockAxes, Params, unit_sizes
+from supernets.axes import BlockAxes, HeadWidths, Params, head_widths, unit_sizes
 
 Products = tuple[tuple[int, str], ...]  # the sum of each number times how many units of its letters are kept
 
@@ -23,8 +23,8 @@ class BlockCosts:
     attn_tokens: tokens that qkv, attention and projection run on (Swin pads after norm1). attended: T, tokens
     each of them attends to. mlp_tokens: tokens of the MLP. attn_weights, mlp_weights: entries of each half's weight
     matrices, which are its MACs per token; attn_params, mlp_params: entries of all its parameters. Letters as in
-    axes.py, V for all of v's channels. norm_after_gate: a norm stands behind the gates of heads or neurons, so that
-    nested slices in one gated pass are not their sum.
+    axes.py, but Q and V for the channels of q and of v in all heads. norm_after_gate: a norm stands behind the gates
+    of heads or neurons, so that nested slices in one gated pass are not their sum.
     """
 
     attn_tokens: int
@@ -73,21 +73,21 @@ def block_costs(
 
 def _kept_size(letters: str, size: int, shape: BlockShape) -> dict[str, int]:
     """How long a sliced axis is: unit -> number, the sum of each number times the kept units. "": none."""
-    if letters == "3HD":  # q and k, whole in a kept head, and v
-        return {"H": 2 * shape.head_dim, "V": 1}
+    if letters == "3HD":
+        return {"Q": 2, "V": 1}
     if letters == "HV":
         return {"V": 1}
     if letters == ".":
         return {"": size}
     sizes = unit_sizes(shape)
-    (unit,) = (letter for letter in letters if letter in "SRHM")
+    (unit,) = (letter for letter in letters if letter in "SRHDM")
     return {unit: math.prod(sizes[letter] for letter in letters if letter != unit)}
 
 
 def _kept_units(shape: BlockShape, kept: BlockSlice) -> dict[str, int]:
-    heads = count(kept.heads)
-    v = heads * shape.head_dim if kept.v_channels is None else sum(map(len, kept.v_channels))
-    return {"S": kept.stream, "R": kept.num_mlp_stream(), "H": heads, "V": v, "M": count(kept.hidden)}
+    heads = head_widths(kept, shape)
+    units = {"S": kept.stream, "R": kept.num_mlp_stream(), "M": count(kept.hidden)}
+    return units | {"H": heads.number, "D": heads.qk, "Q": heads.number * heads.qk, "V": heads.v_total}
 
 
 def _sum(products: Products, kept: Mapping[str, int]) -> int:
@@ -159,7 +159,7 @@ def block_flops(shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
     """MACs of one block at a slice: every weight on every token, and q k^T and the scores times v in attention."""
     units, total = _kept_units(shape, kept), 0
     if kept.attn:
-        attention = costs.attended * (units["H"] * shape.head_dim + units["V"])
+        attention = costs.attended * attention_channels(head_widths(kept, shape))
         total += costs.attn_tokens * (_sum(costs.attn_weights, units) + attention)
     if kept.mlp:
         total += costs.mlp_tokens * _sum(costs.mlp_weights, units)
@@ -171,6 +171,16 @@ def block_params(shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
     units = _kept_units(shape, kept)
     attn, mlp = _sum(costs.attn_params, units) * kept.attn, _sum(costs.mlp_params, units) * kept.mlp
     return attn + mlp
+
+
+def attention_channels(heads: HeadWidths) -> int:
+    """Channels of all heads in q k^T and in the scores times v, as they run: padded to one width where heads are even.
+
+    Source: `by_width` (layers.py).
+    """
+    if isinstance(heads.v, int):
+        return 2 * heads.number * max(heads.qk, heads.v)
+    return heads.number * heads.qk + heads.v_total
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,13 @@ def _axes(supernet: Supernet) -> Iterator[tuple[nn.Parameter, int, str, dict[str
                     yield block.get_parameter(name), dim, letters, sizes, orders
 
 
-def group_scores(supernet: Supernet, weight_score: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+def group_scores(
+    supernet: Supernet, weight_score: Callable[[nn.Parameter], Tensor | None], inside: bool = False
+) -> dict[str, Tensor]:
     """Sum a score of single weights over every group: order's name -> (units,) in float64.
 
-    weight_score: parameter -> scores of its shape, or None to leave it out.
+    weight_score: parameter -> scores of its shape, or None to leave it out. inside: also of the channels of q and k and
+    of v inside a block's heads, over all of its heads: "<block>.qk" and "<block>.v", (d,).
     """
     totals: dict[str, Tensor] = {}
     for p, dim, letters, sizes, orders in _axes(supernet):
@@ -51,10 +54,14 @@ def group_scores(supernet: Supernet, weight_score: Callable[[nn.Parameter], Tens
         if scores is None:
             continue
         factors = scores.detach().double().unflatten(dim, [sizes[letter] for letter in letters])
+        if inside and "H" in orders:
+            block = orders["H"].removesuffix(".heads")
+            orders = orders | {"D": f"{block}.qk", "V": f"{block}.v"}
         for offset, letter in enumerate(letters):
             if letter in orders:
+                units = factors.narrow(dim, 0, 2) if letters == "3HD" and letter == "D" else factors  # q's and k's
                 others = [d for d in range(factors.dim()) if d != dim + offset]
-                group = factors.sum(others) if others else factors
+                group = units.sum(others) if others else units
                 totals[orders[letter]] = totals.get(orders[letter], 0) + group
     return totals
 
@@ -64,9 +71,23 @@ def magnitude_scores(supernet: Supernet) -> dict[str, Tensor]:
     return group_scores(supernet, lambda p: p.detach().square())
 
 
-def taylor_scores(supernet: Supernet) -> dict[str, Tensor]:
+def taylor_scores(supernet: Supernet, inside: bool = False) -> dict[str, Tensor]:
     """First-order Taylor: |w * dL/dw| summed over every group, from the gradients that the parameters hold."""
-    return group_scores(supernet, lambda p: None if p.grad is None else (p.detach() * p.grad).abs())
+    return group_scores(supernet, lambda p: None if p.grad is None else (p.detach() * p.grad).abs(), inside)
+
+
+def taylor_lost(supernet: Supernet, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What goes with all but the first units, by Taylor: names and shapes as in `Basis.lost`.
+
+    scores: those of `taylor_pass` with inside. The heads of a block share its channels' scores alike.
+    """
+    lost = {}
+    for name, shape in zip(supernet.adapter.block_names, supernet.shapes, strict=True):
+        for part in ("heads", "qk", "v", "hidden"):
+            tails = scores[f"{name}.{part}"].cpu().flip(0).cumsum(0).flip(0)
+            own = torch.cat([tails, tails.new_zeros(1)])
+            lost[f"{name}.{part}"] = own.expand(shape.num_heads, -1) / shape.num_heads if part == "v" else own
+    return lost
 
 
 def orders_of(scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
@@ -105,10 +126,12 @@ def taylor_pass(
     batches: list[tuple[Tensor, Tensor]],
     loss: Callable[[Tensor, Tensor], Tensor],
     reduce_gradients: Callable[[Iterable[nn.Parameter]], None] | None = None,
+    inside: bool = False,
 ) -> dict[str, Tensor]:
     """Taylor scores of the large network, summed over batches of (images, target). Leaves no gradients behind.
 
-    reduce_gradients: makes a batch's gradients those of all processes' batches, where there are several.
+    reduce_gradients: makes a batch's gradients those of all processes' batches, where there are several. inside: as in
+    `group_scores`.
     """
     was_training = supernet.training
     supernet.eval()
@@ -118,7 +141,7 @@ def taylor_pass(
         loss(supernet.large(images), target).backward()
         if reduce_gradients is not None:
             reduce_gradients(supernet.parameters())
-        for name, score in taylor_scores(supernet).items():
+        for name, score in taylor_scores(supernet, inside).items():
             totals[name] = totals.get(name, 0) + score
     supernet.zero_grad(set_to_none=True)
     supernet.train(was_training)

@@ -4,7 +4,7 @@ Shape letters: B images (times windows in Swin), N tokens, S slice of the stream
 H kept heads, D head width, V channels of V in a head (without an H beside it, in all of them).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from timm.layers.fast_norm import rms_norm
 from torch import Tensor, nn
 
 from search_spaces.slices import Kept, count
-from supernets.axes import Params
+from supernets.axes import HeadWidths, Params
 from supernets.rotated import StemNorm, StreamNorm
 
 
@@ -57,14 +57,6 @@ def _gated_norm(module: Any, weight: Tensor | None, bias: Tensor | None, gate: T
     return (y if bias is None else y + bias * gate).to(x.dtype)
 
 
-def split_heads(qkv: Tensor, widths: Sequence[int], head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N, 2HD + V) -> q, k (B, H, N, D) and v (B, N, V). widths: channels of V in each head."""
-    heads = len(widths)
-    qk, v = qkv.split([2 * heads * head_dim, sum(widths)], dim=-1)
-    q, k = qk.unflatten(-1, (2, heads, head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
-
-
 def join_heads(x: Tensor) -> Tensor:
     """(B, H, N, V), as attention leaves it -> (B, N, H*V)."""
     x = x.transpose(1, 2)
@@ -73,54 +65,86 @@ def join_heads(x: Tensor) -> Tensor:
     return x.flatten(2)
 
 
-def by_width(
-    qkv: Tensor, widths: Sequence[int], head_dim: int, attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-) -> Tensor:
-    """(B, N, 2HD + V) -> (B, N, V): heads whose V has the same width run together, without padding (section 2.5).
+def padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With zeros at the end of the last axis, up to the wider of q and v."""
+    more = q.shape[-1] - v.shape[-1]
+    if more > 0:
+        v = F.pad(v, (0, more))
+    elif more < 0:
+        q, k = F.pad(q, (0, -more)), F.pad(k, (0, -more))
+    return q, k, v
 
-    attend: q, k (B, h, N, D), v (B, h, N, w) and an index of those h heads -> (B, h, N, w).
+
+def by_width(
+    qkv: Tensor,
+    heads: HeadWidths,
+    attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor],
+    norm_qk: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """(B, N, 2HD + V) -> (B, N, V): attention of every head at the width of its own q, k and v.
+
+    attend: q, k (B, h, N, D), v (B, h, N, w) and an index of those h heads -> (B, h, N, w). norm_qk: before it. Even
+    heads run together, what is narrower padded: fused kernels want one width, and others take two to three times as
+    long. Heads whose V differ (section 2.5) run with those of their own width, without padding.
     """
     B, N, _ = qkv.shape
-    if all(w == head_dim for w in widths):  # one permute of the whole, as timm does
-        q, k, v = qkv.reshape(B, N, 3, len(widths), head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    h, D = heads.number, heads.qk
+    if heads.v == D:  # one permute of the whole, as timm does
+        q, k, v = qkv.reshape(B, N, 3, h, D).permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        qk, v = qkv.split([2 * h * D, heads.v_total], dim=-1)
+        q, k = qk.unflatten(-1, (2, h, D)).permute(2, 0, 3, 1, 4).unbind(0)
+    if norm_qk is not None:
+        q, k = norm_qk(q, k)
+    if heads.v == D:
         return join_heads(attend(q, k, v, slice(None)))
-    q, k, v = split_heads(qkv, widths, head_dim)
-    if len(set(widths)) == 1:
-        v = v.unflatten(-1, (len(widths), -1)).transpose(1, 2)
-        return join_heads(attend(q, k, v, slice(None)))
-    parts = list(v.split(list(widths), dim=-1))
-    for width in sorted(set(widths)):
-        heads = [h for h, w in enumerate(widths) if w == width]
-        x = attend(q[:, heads], k[:, heads], torch.stack([parts[h] for h in heads], dim=1), heads)
-        for h, part in zip(heads, x.unbind(1), strict=True):
-            parts[h] = part
+    if isinstance(heads.v, int):
+        v = v.unflatten(-1, (h, heads.v)).transpose(1, 2)
+        return join_heads(attend(*padded(q, k, v), slice(None))[..., : heads.v])
+    parts = list(v.split(list(heads.v), dim=-1))
+    for width in sorted(set(heads.v)):
+        alike = [i for i, w in enumerate(heads.v) if w == width]
+        x = attend(q[:, alike], k[:, alike], torch.stack([parts[i] for i in alike], dim=1), alike)
+        for i, part in zip(alike, x.unbind(1), strict=True):
+            parts[i] = part
     return torch.cat(parts, dim=-1)
 
 
-def attention(attn: Any, params: Params, widths: Sequence[int], x_BNS: Tensor, scale: float | None = None) -> Tensor:
-    """timm's Attention on sliced parameters, widths: channels of V in each kept head. Returns (B, N, S)."""
+def linear(params: Params, name: str, x: Tensor) -> Tensor:
+    """A linear layer `name.*` on its sliced parameters; x itself where they are left out, as what it would read."""
+    weight = params.get(f"{name}.weight")
+    return x if weight is None else F.linear(x, weight, params.get(f"{name}.bias"))
+
+
+def attention(attn: Any, params: Params, heads: HeadWidths, x_BNS: Tensor, scale: float | None = None) -> Tensor:
+    """timm's Attention on sliced parameters. Returns (B, N, S); without its projection (B, N, V).
+
+    scale: of q k^T; by default that of heads as wide as the backbone's.
+    """
+    if scale is None and heads.qk != attn.head_dim:
+        scale = attn.scale
 
     def attend(q_BHND: Tensor, k_BHND: Tensor, v_BHNV: Tensor, _: Any) -> Tensor:
-        q_BHND, k_BHND = attn.q_norm(q_BHND), attn.k_norm(k_BHND)
         if attn.fused_attn:
             dropout_p = attn.attn_drop.p if attn.training else 0.0
             return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHNV, dropout_p=dropout_p, scale=scale)
         scores = (q_BHND * attn.scale) @ k_BHND.transpose(-2, -1)
         return attn.attn_drop(scores.softmax(dim=-1)) @ v_BHNV  # type: ignore[no-any-return]
 
-    qkv = F.linear(x_BNS, params["attn.qkv.weight"], params.get("attn.qkv.bias"))
-    x = by_width(qkv, widths, attn.head_dim, attend)
+    def norm_qk(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return norm(attn.q_norm, params, "attn.q_norm", q), norm(attn.k_norm, params, "attn.k_norm", k)
+
+    x = by_width(linear(params, "attn.qkv", x_BNS), heads, attend, norm_qk)
     x = norm(attn.norm, params, "attn.norm", x)
-    x = F.linear(x, params["attn.proj.weight"], params.get("attn.proj.bias"))
-    return attn.proj_drop(x)  # type: ignore[no-any-return]
+    return attn.proj_drop(linear(params, "attn.proj", x))  # type: ignore[no-any-return]
 
 
 def mlp(module: Any, params: Params, x: Tensor) -> Tensor:
-    """timm's Mlp on sliced parameters: (..., R) -> (..., R)."""
-    x = F.linear(x, params["mlp.fc1.weight"], params.get("mlp.fc1.bias"))
+    """timm's Mlp on sliced parameters: (..., R) -> (..., R); without its second layer (..., M)."""
+    x = linear(params, "mlp.fc1", x)
     x = module.drop1(module.act(x))
     x = norm(module.norm, params, "mlp.norm", x)
-    return module.drop2(F.linear(x, params["mlp.fc2.weight"], params.get("mlp.fc2.bias")))  # type: ignore[no-any-return]
+    return module.drop2(linear(params, "mlp.fc2", x))  # type: ignore[no-any-return]
 
 
 def layer_scale(params: Params, name: str, y: Tensor) -> Tensor:
@@ -128,12 +152,17 @@ def layer_scale(params: Params, name: str, y: Tensor) -> Tensor:
     return y * params[name] if name in params else y
 
 
-def on_channels(half: Callable[[Tensor], Tensor], x_S: Tensor, kept: Kept | None) -> Tensor:
-    """What a half gives for the kept channels of its input, (..., S), and zero in the others. None: all are kept."""
+def on_channels(half: Callable[[Tensor], Tensor], x_S: Tensor, kept: Kept | None, writes: bool = True) -> Tensor:
+    """What a half gives for the kept channels of its input, (..., S), and zero in the others. None: all are kept.
+
+    writes: whether it gives channels at all; otherwise its result is returned as it is.
+    """
     if kept is None:
         return half(x_S)
     index = torch.arange(count(kept), device=x_S.device)
     if not isinstance(kept, int):
         index = torch.tensor(kept, device=x_S.device)
     y_R = half(x_S.index_select(-1, index))
+    if not writes:
+        return y_R
     return torch.zeros_like(x_S, dtype=y_R.dtype).index_copy(-1, index, y_R)

@@ -25,6 +25,11 @@ class Streams(nn.Module):
         for stage, rotation in rotations.items():
             self.register_buffer(str(stage), rotation, persistent=False)
 
+    @property
+    def rotations(self) -> dict[int, Tensor]:
+        """By stage, as the buffers are now; every forward pass asks, so that no tree of modules is walked for it."""
+        return {int(stage): q for stage, q in self._buffers.items() if q is not None}
+
 
 class StreamNorm(nn.Module):
     """What a timm norm is in rotated channels, with its names, shapes and epsilon.
@@ -76,8 +81,11 @@ class StreamNorm(nn.Module):
         return y if under_autocast else y.to(given)
 
     def plain(self, width: int) -> nn.Module:
-        """A norm of the class that stood here, over `width` channels, with weights of one."""
-        return self.original(width, eps=self.eps).to(self.weight)  # type: ignore[no-any-return]
+        """A norm of the class that stood here, over `width` channels, with weights of one; frozen where this one is."""
+        norm: nn.Module = self.original(width, eps=self.eps).to(self.weight)
+        for name, p in self.named_parameters():
+            norm.get_parameter(name).requires_grad_(p.requires_grad)
+        return norm
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

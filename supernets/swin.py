@@ -1,6 +1,5 @@
 """timm's SwinTransformer as a backbone: shifted windows, relative positions, patch merging."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,66 +16,66 @@ from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape
 from supernets.adapter import OuterAxis, refuse
-from supernets.axes import Params
+from supernets.axes import HeadWidths, Params
 from supernets.compact_swin import CompactWindowAttention
 from supernets.flops import NetworkCosts, PerWidth
-from supernets.layers import by_width, norm, stem_norm
+from supernets.layers import by_width, linear, norm, stem_norm
 from supernets.timm_block import TimmBlockAdapter, check_norm, num_params
 
 # W windows of one image, T tokens of a window; other letters as in layers.py
 
 
-def attend_windows(attn: Any, table: Tensor, widths: Sequence[int], qkv: Tensor, mask_WTT: Tensor | None) -> Tensor:
+def attend_windows(attn: Any, table: Tensor, heads: HeadWidths, qkv: Tensor, mask_WTT: Tensor | None) -> Tensor:
     """q, k and v of windows (B*W, T, 2HD + V) and the table of relative positions -> (B*W, T, V).
 
     Fused attention takes the bias and the shift mask as one (W, H, T, T) mask that is broadcast over images;
-    timm's own fused path expands it to every image of the batch. widths: of V in each kept head.
+    timm's own fused path expands it to every image of the batch.
     """
     B, T, _ = qkv.shape
     bias_HTT = table[attn.relative_position_index.view(-1)].view(T, T, -1).permute(2, 0, 1)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, index: Any) -> Tensor:  # (B*W, H, T, D), v (B*W, H, T, V)
-        bias, heads = bias_HTT[index].unsqueeze(0), q.shape[1]
+        bias, h = bias_HTT[index].unsqueeze(0), q.shape[1]
         if attn.fused_attn:
             dropout_p = attn.attn_drop.p if attn.training else 0.0
             if mask_WTT is not None:
                 W = mask_WTT.shape[0]
                 bias = (bias + mask_WTT.unsqueeze(1)).flatten(0, 1).unsqueeze(0)  # (1, W*H, T, T)
-                q, k, v = (t.reshape(B // W, W * heads, T, -1) for t in (q, k, v))
+                q, k, v = (t.reshape(B // W, W * h, T, -1) for t in (q, k, v))
             bias = bias.to(q.dtype)
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=attn.scale)
-            return x.reshape(B, heads, T, -1)
+            return x.reshape(B, h, T, -1)
         scores = (q * attn.scale) @ k.transpose(-2, -1) + bias
         if mask_WTT is not None:
             W = mask_WTT.shape[0]
-            scores = scores.view(-1, W, heads, T, T) + mask_WTT[None, :, None]
-            scores = scores.view(-1, heads, T, T)
+            scores = scores.view(-1, W, h, T, T) + mask_WTT[None, :, None]
+            scores = scores.view(-1, h, T, T)
         return attn.attn_drop(attn.softmax(scores)) @ v  # type: ignore[no-any-return]
 
-    return by_width(qkv, widths, attn.head_dim, attend)
+    return by_width(qkv, heads, attend)
 
 
-def window_attention(
-    attn: Any, params: Params, widths: Sequence[int], x_BTS: Tensor, mask_WTT: Tensor | None
-) -> Tensor:
-    """timm's WindowAttention on sliced parameters: (B*W, T, S) -> (B*W, T, S). widths: of V in each kept head."""
-    qkv = F.linear(x_BTS, params["attn.qkv.weight"], params.get("attn.qkv.bias"))
-    x = attend_windows(attn, params["attn.relative_position_bias_table"], widths, qkv, mask_WTT)
-    x = F.linear(x, params["attn.proj.weight"], params.get("attn.proj.bias"))
-    return attn.proj_drop(x)  # type: ignore[no-any-return]
+def window_attention(attn: Any, params: Params, heads: HeadWidths, x_BTS: Tensor, mask_WTT: Tensor | None) -> Tensor:
+    """timm's WindowAttention on sliced parameters: (B*W, T, S) -> (B*W, T, S); without its projection V instead."""
+    qkv = linear(params, "attn.qkv", x_BTS)
+    x = attend_windows(attn, params["attn.relative_position_bias_table"], heads, qkv, mask_WTT)
+    return attn.proj_drop(linear(params, "attn.proj", x))  # type: ignore[no-any-return]
 
 
 class FusedWindowAttention(WindowAttention):  # type: ignore[misc]
     """timm's WindowAttention with fused attention on and its mask broadcast over the batch."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        widths = (self.head_dim,) * self.num_heads
-        x = attend_windows(self, self.relative_position_bias_table, widths, self.qkv(x), mask)
+        heads = HeadWidths(self.num_heads, self.head_dim, self.head_dim)
+        x = attend_windows(self, self.relative_position_bias_table, heads, self.qkv(x), mask)
         return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]
 
 
 def windowed(block: Any, x: Tensor, attend: Any) -> Tensor:
-    """timm's SwinTransformerBlock._attn around `attend`: roll, pad, partition, attend, and back. (B, H, W, S)."""
+    """timm's SwinTransformerBlock._attn around `attend`: roll, pad, partition, attend, and back.
+
+    (B, H, W, S) -> (B, H, W, what attend gives of each token).
+    """
     _, H, W, S = x.shape
     shift_h, shift_w = block.shift_size
     win_h, win_w = block.window_size
@@ -86,7 +85,7 @@ def windowed(block: Any, x: Tensor, attend: Any) -> Tensor:
     Hp, Wp = x.shape[1:3]
     windows = window_partition(x, block.window_size).view(-1, win_h * win_w, S)
     windows = attend(windows, block.attn_mask)
-    x = window_reverse(windows.view(-1, win_h, win_w, S), block.window_size, Hp, Wp)[:, :H, :W]
+    x = window_reverse(windows.unflatten(1, (win_h, win_w)), block.window_size, Hp, Wp)[:, :H, :W]
     return torch.roll(x, shifts=(shift_h, shift_w), dims=(1, 2)) if shift_h or shift_w else x
 
 
@@ -120,9 +119,10 @@ class SwinAdapter(TimmBlockAdapter):
         self.outer_norms |= {f"layers.{s}.downsample.norm": ("4S", s - 1) for s in range(1, len(dims))}
         embed, fc = backbone.patch_embed, backbone.head.fc
         classes = fc.out_features
+        self.classifiers = ("head.fc",)
         self.outer_readers = {
             f"layers.{s}.downsample.norm": (f"layers.{s}.downsample.reduction",) for s in range(1, len(dims))
-        } | {"norm": ("head.fc",)}
+        } | {"norm": self.classifiers}
         if not isinstance(backbone.patch_embed.norm, nn.Identity):
             self.stem_norm, self.stem_tokens = "patch_embed.norm", backbone.patch_embed.num_patches
             self.before_stem = ("patch_embed.proj.",)
@@ -196,18 +196,18 @@ class SwinAdapter(TimmBlockAdapter):
         H, W = H + H % 2, W + W % 2
         x = x.reshape(B, H // 2, 2, W // 2, 2, S).permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4*S)
         x = norm(merge.norm, params, f"layers.{stage}.downsample.norm", x)
-        return F.linear(x, params[f"layers.{stage}.downsample.reduction.weight"])
+        return linear(params, f"layers.{stage}.downsample.reduction", x)
 
-    def attend(self, block: Any, params: Params, widths: Sequence[int], x: Tensor) -> Tensor:
-        return windowed(block, x, partial(window_attention, block.attn, params, widths))
+    def attend(self, block: Any, params: Params, heads: HeadWidths, x: Tensor) -> Tensor:
+        return windowed(block, x, partial(window_attention, block.attn, params, heads))
 
     def pads_after_norm(self, block: Any) -> bool:
         (H, W), (win_h, win_w) = block.input_resolution, block.window_size
         return bool(H % win_h or W % win_w)
 
-    def compact_attention(self, block: Any, widths: tuple[int, ...]) -> nn.Module:
-        super().compact_attention(block, widths)
-        return CompactWindowAttention(block, widths)
+    def compact_attention(self, block: Any, heads: HeadWidths) -> nn.Module:
+        super().compact_attention(block, heads)
+        return CompactWindowAttention(block, heads)
 
     def pool(self, params: Params, x: Tensor) -> Tensor:
         x = norm(self.backbone.norm, params, "norm", x)

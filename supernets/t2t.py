@@ -1,6 +1,5 @@
 """T2T-ViT as a backbone: the token module is shared whole, its projection is cut to the stream. One stage."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape
 from supernets.adapter import refuse
-from supernets.axes import Params
+from supernets.axes import HeadWidths, Params
 from supernets.flops import NetworkCosts, PerWidth
 from supernets.layers import attention, norm
 from supernets.t2t_tokens import TokenPerformer, token_macs
@@ -44,7 +43,8 @@ class T2TAdapter(TimmBlockAdapter):
             "head.bias": (None,),
         }
         self.outer_norms = {"norm": ("S", 0)}
-        self.outer_readers = {"norm": ("head",)}
+        self.classifiers = ("head",)
+        self.outer_readers = {"norm": self.classifiers}
         token_params = sum(p.numel() for name, p in tokens.named_parameters() if not name.startswith("project"))
         costs = NetworkCosts(
             blocks=tuple(
@@ -78,9 +78,9 @@ class T2TAdapter(TimmBlockAdapter):
     def enter_stage(self, stage: int, params: Params, x: Tensor) -> Tensor:
         raise AssertionError("a T2T-ViT has one stage")
 
-    def attend(self, block: Any, params: Params, widths: Sequence[int], x: Tensor) -> Tensor:
+    def attend(self, block: Any, params: Params, heads: HeadWidths, x: Tensor) -> Tensor:
         # published checkpoints scale by the width of the whole stream, whatever the slice
-        return attention(block.attn, params, widths, x, scale=block.attn.scale)
+        return attention(block.attn, params, heads, x, scale=block.attn.scale)
 
     def pool(self, params: Params, x: Tensor) -> Tensor:
         return norm(self.backbone.norm, params, "norm", x)[:, 0]

@@ -1,7 +1,6 @@
 """timm's transformer block, pre-norm with Attention or WindowAttention and Mlp: its axes, its halves, cut attention."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import RmsNorm
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape, BlockSlice
 from supernets.adapter import Adapter, refuse
-from supernets.axes import BlockAxes, HalfAxes, Params, v_widths
+from supernets.axes import BlockAxes, HalfAxes, HeadWidths, Params, head_widths
 from supernets.layers import by_width, layer_scale, mlp, norm, on_channels
 from supernets.rotated import StemNorm, StreamNorm
 
@@ -19,10 +18,10 @@ ATTENTION = HalfAxes(
         "norm1.bias": ("S",),
         "attn.qkv.weight": ("3HD", "S"),
         "attn.qkv.bias": ("3HD",),
-        "attn.q_norm.weight": (".",),
-        "attn.q_norm.bias": (".",),
-        "attn.k_norm.weight": (".",),
-        "attn.k_norm.bias": (".",),
+        "attn.q_norm.weight": ("D",),
+        "attn.q_norm.bias": ("D",),
+        "attn.k_norm.weight": ("D",),
+        "attn.k_norm.bias": ("D",),
         "attn.relative_position_bias_table": (".", "H"),
         "attn.norm.weight": ("HV",),
         "attn.norm.bias": ("HV",),
@@ -58,21 +57,19 @@ class TimmBlockAdapter(Adapter):
     block_axes = BlockAxes(ATTENTION, MLP)
 
     @abstractmethod
-    def attend(self, block: Any, params: Params, widths: Sequence[int], x: Tensor) -> Tensor:
-        """The block's attention on its normed slice, before LayerScale and the residual.
-
-        widths: channels of V in each kept head.
-        """
+    def attend(self, block: Any, params: Params, heads: HeadWidths, x: Tensor) -> Tensor:
+        """The block's attention on its normed slice, before LayerScale and the residual."""
 
     def attention_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
-        y_S = self.attend(block, params, v_widths(kept, shape), norm(block.norm1, params, "norm1", z_S))
+        y_S = self.attend(block, params, head_widths(kept, shape), norm(block.norm1, params, "norm1", z_S))
         return layer_scale(params, "ls1.gamma", y_S)
 
     def mlp_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
         def after_norm(h_R: Tensor) -> Tensor:
             return layer_scale(params, "ls2.gamma", mlp(block.mlp, params, h_R))
 
-        return on_channels(after_norm, norm(block.norm2, params, "norm2", z_S), kept.mlp_stream)
+        h_S = norm(block.norm2, params, "norm2", z_S)
+        return on_channels(after_norm, h_S, kept.mlp_stream, writes="mlp.fc2.weight" in params)
 
     def head_parts(self, block: Any) -> dict[str, str]:
         taken = {}
@@ -82,14 +79,14 @@ class TimmBlockAdapter(Adapter):
             taken["v"] = "a norm follows the heads (scale_attn_norm)"
         return taken
 
-    def compact_attention(self, block: Any, widths: tuple[int, ...]) -> nn.Module:
+    def compact_attention(self, block: Any, heads: HeadWidths) -> nn.Module:
         attn = block.attn
-        attn.num_heads, attn.attn_dim, attn.dim = len(widths), sum(widths), attn.qkv.in_features
-        return attn if set(widths) == {attn.head_dim} else UnevenAttention(attn, widths)
+        attn.num_heads, attn.attn_dim, attn.dim = heads.number, heads.v_total, attn.qkv.in_features
+        return attn if heads.qk == heads.v == attn.head_dim else NarrowAttention(attn, heads)
 
 
-class UnevenAttention(nn.Module):
-    """timm's Attention whose V is narrower than its Q and K, head by head (section 2.5)."""
+class NarrowAttention(nn.Module):
+    """timm's Attention whose heads are narrower than they were, Q and K, V, or V head by head (2.5, 2.9)."""
 
     qkv: Any
     q_norm: Any
@@ -99,21 +96,22 @@ class UnevenAttention(nn.Module):
     proj: Any
     proj_drop: Any
 
-    def __init__(self, attn: Any, widths: tuple[int, ...]) -> None:
+    def __init__(self, attn: Any, heads: HeadWidths) -> None:
         super().__init__()
         for name, child in attn.named_children():
             setattr(self, name, child)
-        self.num_heads, self.head_dim, self.scale = attn.num_heads, attn.head_dim, attn.scale
-        self.v_widths = widths
+        self.num_heads, self.head_dim, self.scale = heads.number, heads.qk, attn.scale
+        self.heads = heads
 
     def forward(self, x: Tensor) -> Tensor:
         def attend(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
             dropout_p = self.attn_drop.p if self.training else 0.0
-            return nn.functional.scaled_dot_product_attention(
-                self.q_norm(q), self.k_norm(k), v, dropout_p=dropout_p, scale=self.scale
-            )
+            return nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self.scale)
 
-        x = self.norm(by_width(self.qkv(x), self.v_widths, self.head_dim, attend))
+        def norm_qk(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+            return self.q_norm(q), self.k_norm(k)
+
+        x = self.norm(by_width(self.qkv(x), self.heads, attend, norm_qk))
         return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]
 
 

@@ -1,6 +1,5 @@
 """timm's VisionTransformer (ViT, DeiT, two-headed distilled DeiT) as a backbone. One stage."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape
 from supernets.adapter import OuterAxis, refuse
-from supernets.axes import Params
+from supernets.axes import HeadWidths, Params
 from supernets.flops import NetworkCosts, PerWidth
 from supernets.layers import attention, norm, stem_norm
 from supernets.timm_block import TimmBlockAdapter, check_norm, num_params
@@ -34,14 +33,14 @@ class VitAdapter(TimmBlockAdapter):
             BlockShape(0, backbone.embed_dim, b.attn.num_heads, b.attn.head_dim, b.mlp.fc1.out_features)
             for b in backbone.blocks
         )
-        self.heads = tuple(name for name in ("head", "head_dist") if getattr(backbone, name, None) is not None)
+        self.classifiers = tuple(name for name in ("head", "head_dist") if getattr(backbone, name, None) is not None)
         self.outer_axes = {
             name: self._axes(name, p.dim()) for name, p in backbone.named_parameters() if not name.startswith("blocks.")
         }
         self.outer_norms = dict.fromkeys(("patch_embed.norm", "norm_pre", "norm", "fc_norm"), ("S", 0))
         self._describe_streams(num_tokens)
         E = backbone.embed_dim
-        classifiers = [getattr(backbone, name) for name in self.heads]
+        classifiers = [getattr(backbone, name) for name in self.classifiers]
         vectors = [t for name in STREAM_VECTORS if (t := getattr(backbone, name, None)) is not None]
         norms = (embed.norm, backbone.norm_pre, backbone.norm, backbone.fc_norm)
         per_patch = embed.proj.weight[0].numel()
@@ -66,7 +65,7 @@ class VitAdapter(TimmBlockAdapter):
         vit = self.backbone
         last = next((n for n in ("norm", "fc_norm") if not isinstance(getattr(vit, n), nn.Identity)), None)
         if last is not None:
-            self.outer_readers = {last: self.heads}
+            self.outer_readers = {last: self.classifiers}
         if not isinstance(vit.norm_pre, nn.Identity):
             self.stem_norm, self.stem_tokens = "norm_pre", num_tokens
             self.before_stem = ("patch_embed.", *STREAM_VECTORS)
@@ -81,7 +80,7 @@ class VitAdapter(TimmBlockAdapter):
     def _axes(self, name: str, dims: int) -> tuple[OuterAxis, ...]:
         if name in STREAM_VECTORS:  # (1, n, E)
             return None, None, ("S", 0)
-        if name.startswith(self.heads):  # weight (classes, E), bias (classes,)
+        if name.startswith(self.classifiers):  # weight (classes, E), bias (classes,)
             return (None, ("S", 0)) if dims == 2 else (None,)
         return (("S", 0), *([None] * (dims - 1)))  # patch_embed.proj (E, C, p, p) and (E,); norms (E,)
 
@@ -106,8 +105,8 @@ class VitAdapter(TimmBlockAdapter):
                 raise refuse(backbone, kind, "use timm's plain Attention")
             if type(block.mlp) is not Mlp:
                 raise refuse(backbone, f"MLP type {type(block.mlp).__name__}", "use timm's plain Mlp")
-            for where in ("norm1", "norm2"):
-                check_norm(backbone, getattr(block, where), where)
+            for where in ("norm1", "norm2", "attn.q_norm", "attn.k_norm"):
+                check_norm(backbone, block.get_submodule(where), where)
 
     def stem(self, params: Params, images: Tensor) -> Tensor:
         vit, embed = self.backbone, self.backbone.patch_embed
@@ -130,20 +129,20 @@ class VitAdapter(TimmBlockAdapter):
     def enter_stage(self, stage: int, params: Params, x: Tensor) -> Tensor:
         raise AssertionError("a ViT has one stage")
 
-    def attend(self, block: Any, params: Params, widths: Sequence[int], x: Tensor) -> Tensor:
-        return attention(block.attn, params, widths, x)
+    def attend(self, block: Any, params: Params, heads: HeadWidths, x: Tensor) -> Tensor:
+        return attention(block.attn, params, heads, x)
 
     def pool(self, params: Params, x: Tensor) -> Tensor:
         """(B, N, w) -> (B, w); for the two-headed DeiT (B, 2, w), class and distillation token."""
         vit = self.backbone
         x = norm(vit.norm, params, "norm", x)
-        if "head_dist" in self.heads:
+        if "head_dist" in self.classifiers:
             return x[:, :2]
         return norm(vit.fc_norm, params, "fc_norm", vit.pool(x))
 
     def classify(self, params: Params, features: Tensor) -> Tensor:
         features = self.backbone.head_drop(features)
-        if "head_dist" in self.heads:  # inference averages the two heads, and so does adjoined training
+        if "head_dist" in self.classifiers:  # inference averages the two heads, and so does adjoined training
             logits = F.linear(features[:, 0], params["head.weight"], params["head.bias"])
             dist = F.linear(features[:, 1], params["head_dist.weight"], params["head_dist.bias"])
             return (logits + dist) / 2

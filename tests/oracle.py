@@ -168,9 +168,12 @@ class KeptWeights:
 
         stream = among(kept.stream if kept.attn else 0, embed_dim)
         heads = among(kept.heads if kept.attn else 0, num_heads)
-        qk_HD = heads[:, None].expand(num_heads, head_dim)
-        v_HD = qk_HD.clone()
-        if kept.attn and kept.v_channels is not None:
+        qk_D = among((head_dim if kept.qk is None else kept.qk) if kept.attn else 0, head_dim)
+        qk_HD = heads[:, None] & qk_D
+        v_HD = heads[:, None].repeat(1, head_dim)
+        if kept.attn and isinstance(kept.v_channels, int):
+            v_HD &= among(kept.v_channels, head_dim)
+        elif kept.attn and kept.v_channels is not None:
             for head, channels in zip(heads.nonzero().flatten(), kept.v_channels, strict=True):
                 v_HD[head] = among(channels, head_dim)
         v = v_HD.flatten()  # timm: x.transpose(1, 2).reshape(B, N, H * d)
@@ -178,8 +181,8 @@ class KeptWeights:
 
         self.norm(f"{name}.norm1", block.norm1, stream)
         self.linear(f"{name}.attn.qkv", attn.qkv, qkv, stream)
-        for key in ("q_norm", "k_norm"):  # over one head's d channels, which are all kept or all not
-            self.scale(f"{name}.attn.{key}", getattr(attn, key, None), among(head_dim * kept.attn, head_dim))
+        for key in ("q_norm", "k_norm"):  # over one head's d channels
+            self.norm(f"{name}.attn.{key}", getattr(attn, key, None), qk_D)
         table = getattr(attn, "relative_position_bias_table", None)  # (number of offsets, H)
         self.last_axis(f"{name}.attn.relative_position_bias_table", table, heads)
         self.norm(f"{name}.attn.norm", getattr(attn, "norm", None), v)

@@ -164,7 +164,10 @@ def _general_blocks(draw: st.DrawFn, shape: BlockShape) -> BlockSlice:
         heads=heads,
         hidden=draw(_kept(shape.hidden)),
         mlp_stream=draw(st.none() | _kept(stream)),
-        v_channels=draw(st.none() | st.tuples(*[_indices(shape.head_dim)] * num_heads)),
+        qk=draw(st.none() | st.integers(1, shape.head_dim)),
+        v_channels=draw(
+            st.none() | st.integers(1, shape.head_dim) | st.tuples(*[_indices(shape.head_dim)] * num_heads)
+        ),
         attn=draw(st.integers(0, 4)) > 0,
         mlp=draw(st.integers(0, 4)) > 0,
     )

@@ -2,12 +2,21 @@
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
-from nas.config import SearchConfig
+import nas
+from nas.config import RetrainConfig, SearchConfig
+from nas.machine.files import write_json
+from nas.networks.weights import save_weights
+from nas.runs.folder import SUPERNET, open_run
+from nas.runs.opened import open_folder
 from nas.stages.search import run_search
+from supernets.basis import timm_state
 
 
 def run(name: str, arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
@@ -61,6 +70,39 @@ def test_torch_pruning_meets_the_budget(monkeypatch: pytest.MonkeyPatch, capsys:
     rows = run("other_tools", arguments, monkeypatch, capsys).splitlines()[-2:]
     assert [row.split()[1] for row in rows] == ["uniform", "bottleneck-distilled"]
     assert all(0.4 < float(row.split()[2]) <= 0.5 for row in rows)
+
+
+def test_networks_drawn_at_random_stand_in_the_basis_of_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a retrain of each would read; none is run. A Swin, whose rotated stem costs a layer more."""
+    import benchmarks.chance
+
+    options = dict(img_size=16, patch_size=2, embed_dim=24, depths=(2, 2), num_heads=(6, 12), window_size=4)
+    supernet = nas.Supernet(timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, **options)).eval()
+    basis = nas.rewrite(supernet, [torch.randn(48, 3, 16, 16)])
+    arch = nas.pick(supernet, "swin-dan-nano", [{"alpha": 2}] * 4, model_kwargs=options)
+    budget = arch.flops / arch.backbone_flops + 0.01
+    arch = replace(arch, search={"budget": budget})
+    nas.save(nas.cut(supernet, arch), tmp_path / "s", arch, basis)
+    save_weights(timm_state(supernet), tmp_path / "s" / SUPERNET)
+    config = SearchConfig(space="swin-dan-nano", dataset="digits", batch_size=256, output=tmp_path / "s")
+    open_run(config, "search")
+    x, read = torch.randn(2, 3, 16, 16), []
+
+    def retrained(config: RetrainConfig) -> None:
+        assert config.arch is not None and config.output is not None
+        opened = open_folder(config.arch, torch.device("cpu"))
+        assert opened.supernet is not None
+        assert torch.allclose(opened.supernet.large(x), supernet.large(x), rtol=1e-4, atol=1e-4)
+        assert opened.arch.flops == supernet.flops(opened.subnet) <= budget * arch.backbone_flops
+        read.append(opened.arch)
+        config.output.mkdir()
+        write_json(config.output / "summary.json", {"compact": {"top1": 0.0}})
+
+    monkeypatch.setattr(benchmarks.chance, "run_retrain", retrained)
+    run("chance", f"--search {tmp_path / 's'} --output {tmp_path / 'chance'} --count 3", monkeypatch, capsys)
+    assert [a.basis for a in read] == [arch.basis] * 4 and len({str(a.blocks) for a in read}) == 4
 
 
 @pytest.mark.slow

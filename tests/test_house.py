@@ -81,7 +81,7 @@ def names_of(method: str, text: str) -> list[str]:
     """Where a text names a method: its name or a space of it in quotes, in an import, or (no English word) at all."""
     found = re.findall(rf"""["'](?:\w+-)?{method}(?:-nano)?["']""", text)
     found += re.findall(rf"^\s*(?:from|import)\s.*\b(?:search_spaces|methods)\.{method}\b.*$", text, re.MULTILINE)
-    if method not in ("an", "joint"):
+    if method not in ("an", "joint", "free"):
         prose = re.sub(r"docs/\w+\.md", "", text)
         found += re.findall(rf"(?i)\b{method}\b|{method}_|_{method}", prose)
     return found

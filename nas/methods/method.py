@@ -22,7 +22,8 @@ class MethodTraining:
     searchers: those that it allows, its own first. options: records of options that its search reads and others' may
     not; recorded: options that its arch.json keeps beside everybody's. kernel_term: whether both stages have one.
     objectives: its own, where a way to train in stage 2 is another one for it. rotates: whether its
-    networks may stand in a rotated basis.
+    networks may stand in a rotated basis. refits: whether they are refitted when they are cut (section 2.11), and when
+    they begin to be distilled.
     """
 
     searchers: ClassVar[tuple[str, ...]] = ("gradient",)
@@ -30,6 +31,7 @@ class MethodTraining:
     recorded: ClassVar[tuple[str, ...]] = ()
     objectives: ClassVar[Mapping[str, Make]] = {}
     rotates: ClassVar[bool] = True
+    refits: ClassVar[bool] = False
 
     def check(self, options: SearchOptions, space: Space) -> None:
         """Refuse option values that a search of this method cannot use."""

@@ -7,6 +7,7 @@ from typing import Any
 from nas.machine.ranges import flag
 from nas.methods.an import ANTraining
 from nas.methods.dan import DANTraining
+from nas.methods.free import FreeTraining
 from nas.methods.joint import JointTraining
 from nas.methods.kcr import KCRTraining
 from nas.methods.method import MethodTraining
@@ -23,6 +24,7 @@ TRAININGS: dict[str, MethodTraining] = {
     "kcr": KCRTraining(),
     "joint": JointTraining(),
     "uvc": UVCTraining(),
+    "free": FreeTraining(),
 }
 
 

@@ -1,4 +1,4 @@
-"""A basis on disk: basis.safetensors beside its arch.json, which has its hash."""
+"""A basis on disk: basis.safetensors beside its arch.json, which has the hash of what it holds."""
 
 import hashlib
 from collections.abc import Mapping
@@ -29,28 +29,22 @@ def read_basis(folder: Path) -> Basis:
         raise UserError(f"{path} is not a basis of this toolkit: {error}") from None
 
 
-def recorded(basis: Basis, folder: Path) -> dict[str, Any]:
-    """What arch.json says of the basis that a folder holds; nothing where no stream is rotated."""
-    if not basis.streams:
-        return {}
-    return {"streams": sorted(basis.streams), "sha256": hash_of(folder / BASIS)}
-
-
-def hash_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def recorded(basis: Basis) -> dict[str, Any]:
+    """What arch.json says of the basis that it stands in."""
+    return {"streams": sorted(basis.streams), "sha256": basis.digest()}
 
 
 def basis_of(arch: Architecture, folder: Path) -> Basis | None:
     """The basis that an architecture stands in; None where it has none. UserError when the folder holds another."""
     if not arch.basis:
         return None
-    basis = read_basis(folder)
-    found, expected = hash_of(folder / BASIS), arch.basis["sha256"]
-    if found != expected:
+    basis, path = read_basis(folder), folder / BASIS
+    found, expected = basis.digest(), arch.basis["sha256"]
+    of_file = hashlib.sha256(path.read_bytes()).hexdigest()  # which the first arch.json of schema 2 name
+    if expected not in (found, of_file):
         raise UserError(
-            f"{folder / BASIS} has SHA-256 {found[:12]}…, arch.json names {expected[:12]}…; they are of different runs:"
-            " bring the basis.safetensors that was written with this arch.json"
+            f"{path} holds a basis of SHA-256 {found[:12]}…, arch.json names {expected[:12]}…; they are of different"
+            " runs: bring the basis.safetensors that was written with this arch.json"
         )
     return basis
 

@@ -108,6 +108,7 @@ class PricedSpace:
         per, shapes = self.price.outer(self.network), self.space.shapes
         stages = range(shapes[-1].stage + 1)
         full = tuple(shapes[self.blocks_of(s)[0]].embed_dim for s in stages)
+        whole = [any(o.slice == identity_slice(s) for o in row) for s, row in zip(shapes, self.options, strict=True)]
         return SelectionProblem(
             blocks=tuple(blocks),
             stages=tuple(shape.stage for shape in shapes),
@@ -117,6 +118,7 @@ class PricedSpace:
             merge_per_channel=per.merge_in,
             head_per_channel=per.last,
             fixed_widths=full if self.full_stage_width else None,
+            has_backbone=all(whole),
         )
 
     def uniform(self) -> "SelectionProblem":
@@ -135,7 +137,9 @@ class EndsOnly(PricedSpace):
     def uniform(self) -> SelectionProblem:
         blocks = [{"end": torch.full((len(options),), 1.0 / len(options))} for options in self.options]
         ends = replace(self.space, candidates=tuple({"end": tuple(range(len(o)))} for o in self.options))
-        return PricedSpace(ends, self.network, self.price, self.options, self.full, True).problem(blocks)
+        return PricedSpace(ends, self.network, self.price, self.options, self.full, self.full_stage_width).problem(
+            blocks
+        )
 
 
 def joint_probability(weights: Mapping[str, Tensor], candidates: Mapping[str, tuple[object, ...]]) -> Tensor:
@@ -167,5 +171,5 @@ def priced(space: SearchSpace, network: NetworkCosts, price: Price, full_stage_w
         for shape, costs, choices in zip(space.shapes, network.blocks, space.candidates, strict=True)
     )
     if not space.method.listed:
-        return EndsOnly(space, network, price, options, full, True)
+        return EndsOnly(space, network, price, options, full, full_stage_width=not space.method.stage_choices)
     return PricedSpace(space, network, price, options, full, full_stage_width)

@@ -28,12 +28,40 @@ class SpaceOptions:
 
 
 @dataclass(frozen=True)
+class FreeOptions:
+    """Which widths a space of free widths offers."""
+
+    granularity: int | None = None
+    """of free widths: what they are multiples of (8; in the -nano spaces 1)"""
+    keep_block: tuple[int, ...] = ()
+    """of free widths: blocks that stay whole but for their stream, counted from 0"""
+    fix: tuple[str, ...] = ()
+    """of free widths: choices that stay whole in every block: stream, heads, qk, v or hidden"""
+
+
+@dataclass(frozen=True)
+class ImportanceOptions:
+    """A search by importance: seconds, and no training."""
+
+    score: Literal["error", "taylor"] = "error"
+    """of a search by importance: what a unit is worth; the divergence that least squares cannot make up for, or the
+    first-order effect on the loss"""
+    decide: Literal["kl", "top1", "score"] = "kl"
+    """of a search by importance: measure candidates by the divergence of their prediction from the large network's, by
+    top-1, or not at all"""
+    evals: int = 12
+    """of a search by importance: candidates that are refitted and measured"""
+    labels: bool = True
+    """of a search by importance: use the images' labels where a score is better for it; --no-labels reads none"""
+
+
+@dataclass(frozen=True)
 class SearcherOptions:
     """What every search takes."""
 
     searcher: str | None = None
-    """how the architecture is found: gradient, minimax or uniform, of which a space allows some; by default as its
-    method does it (docs/method.md)"""
+    """how the architecture is found: gradient, importance, minimax or uniform, of which a space allows some; by default
+    as its method does it (docs/method.md)"""
     arch_lr: float | None = None
     """Adam's rate for the architecture logits, times lambda(t) where factors are chosen (docs/method.md); of a minimax
     search that of its gates' SGD, as of the published run's length"""
@@ -71,6 +99,15 @@ class GateOptions:
 # A dataclass lists the fields of its last base first.
 @dataclass(frozen=True)
 class SearchOptions(
-    SearcherOptions, PriceOptions, GateOptions, ScoreOptions, SelectionOptions, SpaceOptions, LossOptions, LoopOptions
+    SearcherOptions,
+    PriceOptions,
+    ImportanceOptions,
+    GateOptions,
+    ScoreOptions,
+    SelectionOptions,
+    FreeOptions,
+    SpaceOptions,
+    LossOptions,
+    LoopOptions,
 ):
     """All that a search reads."""

@@ -1,8 +1,10 @@
 """Searches that train: the objective's parameters with the supernet's weights, then the last choice among finalists."""
 
 from nas.machine.devices import autocast
+from nas.machine.ranges import at_least_one
 from nas.searchers.decide import decide
-from nas.searchers.searcher import Answer, Run, Searcher
+from nas.searchers.options import SearchOptions
+from nas.searchers.searcher import Answer, Question, Run, Searcher
 from nas.training.basis import find_basis
 from nas.training.loop import fit, settle
 from nas.training.make import make_training
@@ -12,6 +14,10 @@ class Trained(Searcher):
     """By the one training loop; what is minimised is the method's objective."""
 
     name = "gradient"
+
+    def check(self, options: SearchOptions, question: Question) -> None:
+        at_least_one(options, "epochs")
+        super().check(options, question)
 
     def search(self, run: Run) -> Answer:
         options, prepared = run.options, run.prepared

@@ -1,7 +1,7 @@
 """The basis that a stage's network is to stand in, from its options, its space and its images."""
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from nas.config import Common
 from nas.data.datasets import Splits
@@ -10,27 +10,48 @@ from nas.methods.table import training_of
 from nas.networks.backbone import Start
 from nas.prices.costs import block_options
 from nas.training.basis import PERMUTATION
-from nas.training.plan import BasisPlan, Facts, plan_basis
+from nas.training.plan import BasisPlan, Facts, parts_of, plan_basis
+from search_spaces.errors import UserError
 from search_spaces.registry import Space
 from search_spaces.slices import narrows_stream
 from search_spaces.space import SearchSpace
 from supernets.supernet import Supernet
 
 
-def planned(
-    config: Common, space: Space, backbone: Supernet, narrowed: Collection[int], splits: Splits, start: Start
-) -> BasisPlan:
-    """What becomes of the network. narrowed: stages of whose stream some block leaves a channel out."""
+@dataclass(frozen=True)
+class Cuts:
+    """stages: those of whose stream some block leaves a channel out. inside: whether some cuts inside its heads."""
+
+    stages: Collection[int]
+    inside: bool = False
+
+
+def planned(config: Common, space: Space, backbone: Supernet, cuts: Cuts, splits: Splits, start: Start) -> BasisPlan:
+    """What becomes of the network."""
     if config.resume and config.output is not None and on_main((config.output / PERMUTATION).is_file):
         config = replace(config, basis="order")  # as it began, be it before there were rotations
-    facts = Facts(start.given(), len(splits.train), narrowed, training_of(space).rotates)
+    training = training_of(space)
+    if training.refits and not start.given():
+        raise UserError(
+            f"{space.name} asks what trained weights can do without; give --checkpoint or --pretrained"
+            f" (from scratch, first: python retrain.py --space {space.name} --train plain)"
+        )
+    facts = Facts(start.given(), len(splits.train), cuts.stages, cuts.inside, training.rotates, training.refits)
     return plan_basis(config, backbone, facts)
 
 
-def narrowed_stages(space: SearchSpace) -> set[int]:
-    """Stages of whose stream some candidate leaves a channel out."""
-    return {
-        shape.stage
-        for shape, choices in zip(space.shapes, space.candidates, strict=True)
-        if any(narrows_stream(shape, kept) for _, kept in block_options(space, shape, choices))
-    }
+def looked_at(space: Space, splits: Splits) -> BasisPlan:
+    """The plan of a network whose basis is known: of the training images, which it is refitted on."""
+    deciding, images = parts_of(len(splits.train), training_of(space).refits)
+    return BasisPlan(deciding=deciding, images=images)
+
+
+def cuts_of(space: SearchSpace) -> Cuts:
+    """What the candidates of a space cut."""
+    stages, inside = set(), False
+    for shape, choices in zip(space.shapes, space.candidates, strict=True):
+        for _, kept in block_options(space, shape, choices):
+            if narrows_stream(shape, kept):
+                stages.add(shape.stage)
+            inside = inside or kept.qk is not None or isinstance(kept.v_channels, int)
+    return Cuts(stages, inside)

@@ -1,18 +1,22 @@
 """What both stages do first: weights loaded, the folder opened, the images batched."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from nas.config import C
+from nas.config import C, Common
 from nas.data.datasets import Splits
-from nas.data.loaders import Batching, data_line, make_loaders
+from nas.data.loaders import Batching, Loaders, data_line, make_loaders
 from nas.networks.backbone import Start, TimmModel
 from nas.networks.opening import started_supernet
 from nas.runs.folder import open_run
 from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
 from search_spaces.registry import Space
+
+TOLERANCE = 1e-5  # invariant 2: compact against subnet, relative to the largest logit
 
 
 @dataclass(frozen=True)
@@ -63,3 +67,24 @@ def prepare(
         plan=b.plan,
     )
     return config, prepared
+
+
+def preparation(config: Common, loaders: Loaders) -> dict[str, Any]:
+    """How a run prepares its images, in timm's words, for whoever opens its compact network."""
+    mean, std = loaders.test.stats
+    return {"mean": mean, "std": std, "interpolation": config.interpolation, "crop_pct": config.crop_pct}
+
+
+def check_compact(subnet: Any, compact: Any, images: Tensor) -> float:
+    """How far a compact network is from its subnet on some images; an AssertionError where that is no float error."""
+    difference = relative_difference(subnet, compact, images)
+    if difference > TOLERANCE:
+        raise AssertionError(f"compact and subnet differ by {difference:.1e} of the largest logit")
+    return difference
+
+
+@torch.no_grad()
+def relative_difference(first: Any, second: Any, images: Tensor) -> float:
+    """max |a - b| / max |a| over the logits, in float32."""
+    a, b = first(images), second(images)
+    return float((a - b).abs().max() / a.abs().max())

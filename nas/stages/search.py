@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from nas.config import SearchConfig, with_defaults
 from nas.data.datasets import Splits
@@ -18,6 +19,7 @@ from nas.methods.method import GAMMA
 from nas.methods.table import check_owned, searcher_of, training_of
 from nas.networks.architecture import architecture_of, slices_of, write_architecture
 from nas.networks.backbone import TimmModel
+from nas.networks.compact_file import save_compact
 from nas.networks.opening import meta_supernet, model_of, start_of
 from nas.networks.weights import save_weights
 from nas.pictures.run import plot_run
@@ -26,17 +28,20 @@ from nas.prices.options import one_budget
 from nas.prices.table import price_of
 from nas.runs.folder import SUPERNET, open_run, results_path
 from nas.searchers.searcher import Answer, Question, Run, Searcher
-from nas.stages.planned import narrowed_stages, planned
-from nas.stages.prepare import Beginning, prepare
+from nas.stages.planned import cuts_of, planned
+from nas.stages.prepare import Beginning, check_compact, preparation, prepare
 from nas.training.evaluate import by_split, print_table, top_k
 from nas.training.loop import OnEpoch
 from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
+from nas.training.refit import refitted
 from search_spaces.architecture import Architecture
 from search_spaces.registry import Space, get_space
-from search_spaces.slices import network_slice
+from search_spaces.slices import NetworkSlice, network_slice
 from search_spaces.space import make_space
 from supernets.basis import install_stages, timm_state
+from supernets.compact import cut
+from supernets.refit import written
 from supernets.supernet import Supernet
 
 RECORDED = (  # options of everybody's search that arch.json keeps
@@ -108,7 +113,7 @@ def ask(config: SearchConfig, space: Space, splits: Splits) -> Asked:
     model = model_of(config, space)
     backbone = meta_supernet(model, splits.num_classes, space)
     choices = make_space(space.name, space.method, training_of(space).settings(config, space), backbone.shapes)
-    plan = planned(config, space, backbone, narrowed_stages(choices), splits, start_of(config, config.seed))
+    plan = planned(config, space, backbone, cuts_of(choices), splits, start_of(config, config.seed))
     install_stages(backbone, plan.streams)
     costs = priced(choices, backbone.adapter.costs, price_of(config.price), config.stage_width == "full")
     question = Question(costs, config.fraction(costs.full))
@@ -171,28 +176,27 @@ def found(asked: Asked, answer: Answer) -> Architecture:
 
 
 def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architecture) -> None:
-    """Measure what was found, write the summary, draw.
+    """Refit and cut where that is the method's way; measure what was found, write the summary, draw.
 
-    Large and subnet are measured on the reported split too, once and last: it decides nothing.
+    The networks are measured on the reported split too, once and last: it decides nothing.
     """
     remarks(asked, answer, arch)
     config, supernet, loaders = asked.config, prepared.supernet, prepared.loaders
     subnet = slices_of(arch, supernet.shapes)
     precision = partial(autocast, config, prepared.device)
     full = network_slice(supernet.shapes, subnet.blocks, full_stage_width=True)
-    networks: dict[str, Network] = {
-        "large": supernet.large,
-        "full_width": partial(supernet.small, small=full),
-        "subnet": partial(supernet.small, small=subnet),
-    }
-    held_out = {} if loaders.val is None else top_k(networks, loaders.val, prepared.device, precision)
-    both = {name: networks[name] for name in ("large", "subnet")}
+    networks: dict[str, Network] = {"large": supernet.large, "subnet": partial(supernet.small, small=subnet)}
+    more: dict[str, Network] = {}
+    if training_of(asked.space).refits:
+        networks["compact"] = refitted_compact(config, prepared, arch, subnet)
+    else:
+        more["full_width"] = partial(supernet.small, small=full)
+    held_out = {} if loaders.val is None else top_k(networks | more, loaders.val, prepared.device, precision)
     words = f"measuring on the {loaders.reported}"
-    scores = top_k(both, loaders.test, prepared.device, precision, words)
-    table: dict[str, dict[str, float]] = {
-        "large": {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9},
-        "subnet": {"params": arch.params, "gflops": arch.flops / 1e9},
-    }
+    scores = top_k(networks, loaders.test, prepared.device, precision, words)
+    small = {"params": arch.params, "gflops": arch.flops / 1e9}
+    table: dict[str, dict[str, float]] = {name: dict(small) for name in networks}
+    table["large"] = {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9}
     for name, row in table.items():
         for k in ("top1", "top5"):
             row[k] = scores[f"{name}_{k}"]
@@ -212,13 +216,25 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
         return
     write_json(prepared.folder / "summary.json", facts | dict(answer.found) | table | {"narrowing": narrowing})
     print_table(table, f"{arch.space} on {config.dataset}", by_split(loaders.reported, loaders.held_out))
-    if subnet != full and held_out:
+    if "full_width" in more and subnet != full and held_out:
         print(
             f"top-1 of the subnet before narrowing its stages {held_out['full_width_top1']:.2f} %,"
             f" after {held_out['subnet_top1']:.2f} %, on {loaders.held_out}"
         )
     plot_run(prepared.folder)
     print(f"results in {results_path(prepared.folder)}\nnext: {next_command(asked, prepared.folder)}")
+
+
+def refitted_compact(config: SearchConfig, prepared: Prepared, arch: Architecture, subnet: NetworkSlice) -> nn.Module:
+    """The compact network, refitted (section 2.11), written beside arch.json; the supernet stays as it is."""
+    supernet, loaders = prepared.supernet, prepared.loaders
+    with written(supernet, subnet, refitted(config, prepared, subnet)):
+        compact = cut(supernet.backbone, subnet).eval()
+        images = next(iter(loaders.test))[0].to(prepared.device)
+        check_compact(partial(supernet.small, small=subnet), compact, images)
+    if is_main():
+        save_compact(compact, prepared.folder, arch, preparation(config, loaders))
+    return compact
 
 
 def remarks(asked: Asked, answer: Answer, arch: Architecture) -> None:

@@ -2,16 +2,15 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
-
-from nas.data.loader import Loader
+from nas.data.loaders import CALIBRATION_BATCH
 from nas.machine.distributed import is_main, mean_gradients, on_main
 from nas.machine.files import write_text
 from nas.networks.basis_file import BASIS, read_basis, recorded, save_basis
+from nas.training.calibration import calibration_images
 from nas.training.evaluate import progress
 from nas.training.loop import seed_everything
 from nas.training.losses import cross_entropy
@@ -22,6 +21,7 @@ from supernets.calibration import Wanted, calibrate
 from supernets.importance import Orders, magnitude_scores, orders_of, permute, taylor_pass
 
 TAYLOR_BATCHES = 8
+GRADIENT_IMAGES = 256  # on which the metric of what halves add is found
 PERMUTATION = "permutation.json"
 
 
@@ -42,7 +42,7 @@ def find_basis(options: LoopOptions, prepared: Prepared) -> Standing:
     if plan.kind == "none":
         return Standing()
     kind = options.importance or by_default(prepared)
-    if plan.kind == "order":
+    if plan.kind == "order" and not plan.weighed:
         return Standing(permutation=_ordered(options, prepared, kind))
     if options.resume and on_main((folder / BASIS).is_file):
         basis = on_main(lambda: read_basis(folder))
@@ -52,13 +52,14 @@ def find_basis(options: LoopOptions, prepared: Prepared) -> Standing:
         on_main(lambda: save_basis(basis, folder))
     rewrite(prepared.supernet, basis)
     print(words(basis, kind))
-    return Standing(basis=on_main(lambda: recorded(basis, folder)))
+    return Standing(basis=recorded(basis))
 
 
 def words(basis: Basis, kind: str) -> str:
     """What was done, in one line: how much of what its readers see the first half of each rotated stream holds."""
     halves = [f"{float(energy[: len(energy) // 2].sum()):.1%}" for _, energy in sorted(basis.energy.items())]
     line = f"stream rotated: the first half of its channels holds {', '.join(halves)} of the energy"
+    line = line if halves else "stream not rotated"
     return line + ("" if kind == "none" else f"; heads and neurons sorted by importance ({kind})")
 
 
@@ -77,7 +78,12 @@ def _ordered(options: LoopOptions, prepared: Prepared, kind: str) -> Orders:
 
 
 def by_default(prepared: Prepared) -> str:
-    """What orders a network where nothing is said: gradients of a new classifier would mean nothing."""
+    """What orders a network where nothing is said: what least squares cannot take over, where it is to."""
+    return "error" if prepared.plan.weighed else unfitted(prepared)
+
+
+def unfitted(prepared: Prepared) -> str:
+    """What orders units that no refit follows: gradients of a new classifier would mean nothing."""
     return "magnitude" if prepared.fresh_classifier else "taylor"
 
 
@@ -87,7 +93,7 @@ def _orders(options: LoopOptions, prepared: Prepared, kind: str, by_error: Order
         return {}
     streams = {f"stream.{shape.stage}": shape.stage in prepared.plan.streams for shape in prepared.supernet.shapes}
     if kind == "error":
-        others = {} if all(streams.values()) else _orders(options, prepared, by_default(prepared), {})
+        others = {} if all(streams.values()) else _orders(options, prepared, unfitted(prepared), {})
         return dict(by_error) | {name: order for name, order in others.items() if name in streams}
     if kind == "magnitude":
         scores = magnitude_scores(prepared.supernet)
@@ -102,19 +108,15 @@ def _orders(options: LoopOptions, prepared: Prepared, kind: str, by_error: Order
 
 
 def _calibrated(options: LoopOptions, prepared: Prepared, kind: str) -> Basis:
-    plan, count = prepared.plan, options.calibration_images
-    wanted = Wanted(frozenset(plan.streams), error_order=kind == "error")
-    loader = prepared.loaders.calibration(options.seed)
-    batches = -(-min(count, loader.num_images) // loader.batch_size)
-    images = progress(first_images(loader, count), "finding a basis", batches)
-    return calibrate(prepared.supernet, (batch.to(prepared.device) for batch in images), wanted)
-
-
-def first_images(loader: Loader, count: int) -> Iterator[Tensor]:
-    """The first `count` images of a loader, (B, C, H, W)."""
-    left = count
-    for images, _ in loader:
-        yield images[:left]
-        left -= len(images)
-        if left <= 0:
-            return
+    plan = prepared.plan
+    count = min(options.calibration_images, plan.images)
+    wanted = Wanted(
+        frozenset(plan.streams),
+        inside=plan.inside,
+        error_order=kind == "error",
+        gradient_images=GRADIENT_IMAGES if plan.weighed else 0,
+        seed=options.seed,
+    )
+    batches = -(-count // CALIBRATION_BATCH)
+    images = progress(calibration_images(options, prepared, count), "finding a basis", batches)
+    return calibrate(prepared.supernet, (batch for batch, _ in images), wanted)

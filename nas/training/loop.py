@@ -40,7 +40,8 @@ class Training:
     (--arch-data val), None when they share the weights' batches. evaluate: accuracy on the held-out part, which
     held_out says in words. accum_steps: batches per optimiser step.
     clip clips the weights' gradients. ema: timm's average of the weights, which is evaluated instead of them.
-    keep: checkpoints of the last so many epochs to keep.
+    keep: checkpoints of the last so many epochs to keep. measure_start: whether the network as it starts is evaluated,
+    and may be the best.
     """
 
     objective: Objective
@@ -63,6 +64,7 @@ class Training:
     ema: Any = None
     keep: int = 0
     tensorboard: bool = False
+    measure_start: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
     choice_rows: list[dict[str, Any]] = field(default_factory=list)
     step_rows: list[dict[str, Any]] = field(default_factory=list)
@@ -110,23 +112,29 @@ def fit(training: Training, resume: bool, words: str, on_epoch: OnEpoch | None =
     events = EventFiles(training.folder, first) if training.tensorboard and main else None
     with Progress(*columns, TextColumn("left"), disable=not main) as progress:
         task = progress.add_task(words, total=training.epochs * per_epoch, completed=first * per_epoch)
+
+        def done(row: dict[str, Any]) -> None:
+            training.rows.append(row)
+            if main:
+                save(training, row["epoch"])
+            if events is not None:
+                events.add(row)
+            line = summary_line(row, training.epochs, training.held_out)
+            progress.console.print(line, highlight=False, soft_wrap=True)
+            if on_epoch is not None:
+                on_epoch(row)
+
+        if training.measure_start and not training.rows:
+            training.objective.eval()
+            done({"epoch": 0, "t": 0.0} | dict(training.evaluate()))
         for epoch in range(first, training.epochs):
             row = train_epoch(training, epoch, grad_scaler, lambda: progress.advance(task))
             training.objective.eval()
             with averaged(training):
                 row |= training.evaluate()
-            training.rows.append(row)
             training.choice_rows += [{"epoch": epoch + 1} | r for r in training.objective.choice_rows()]
             training.step_rows += training.objective.step_rows()
-            if main:
-                save(training, epoch + 1)
-            if events is not None:
-                events.add(row)
-            progress.console.print(
-                summary_line(row, training.epochs, training.held_out), highlight=False, soft_wrap=True
-            )
-            if on_epoch is not None:
-                on_epoch(row)
+            done(row)
     training.parallel = None  # before its process group ends
 
 
@@ -311,8 +319,8 @@ def save(training: Training, epochs_done: int) -> None:
 def keep_copies(training: Training) -> None:
     """Keep the checkpoint just written under further names: as the best, and among the last epochs.
 
-    The best is the epoch whose subnet (or large network, where that is all there is) has the highest top-1 on the
-    held-out part, the first of equals; without a held-out part there is none.
+    The best is the epoch (0: the start) whose subnet (or large network, where that is all there is) has the highest
+    top-1 on the held-out part, the first of equals; without a held-out part there is none.
     """
     path, epoch = training.folder / CHECKPOINT, int(training.rows[-1]["epoch"])
     key = "held_out_subnet_top1" if "held_out_subnet_top1" in training.rows[-1] else "held_out_large_top1"
@@ -390,10 +398,11 @@ def peak_memory_mb(device: torch.device) -> float:
 
 def summary_line(row: Mapping[str, Any], epochs: int, held_out: str) -> str:
     """One epoch in one line."""
-    parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.3f}"]
+    parts = [f"epoch {row['epoch']}/{epochs}"] + ([f"loss {row['loss']:.3f}"] if "loss" in row else [])
     keys = {name: f"held_out_{name}_top1" for name in ("large", "subnet")}
     scores = [f"{name} {row[key]:.2f} %" for name, key in keys.items() if key in row]
     parts += [f"{', '.join(scores)} on {held_out}"] if scores else []
     if "expected_gflops" in row:
         parts.append(f"expected {row['expected_gflops']:.4g} G, selected {row['selected_gflops']:.4g} G")
-    return "  ".join([*parts, f"{row['images_per_s']:.0f} images/s"])
+    parts += [f"{row['images_per_s']:.0f} images/s"] if "images_per_s" in row else []
+    return "  ".join(parts)

@@ -20,6 +20,8 @@ class TrainingOptions:
     weights, magnitude when their classifier is fresh; error: by what least squares could not take over"""
     calibration_images: int = 2048
     """training images, prepared as in evaluation, on which a rotation, or an order by error, is found"""
+    refit_images: int = 2048
+    """training images, prepared as in evaluation, on which free widths are refitted when they are cut; 0: not at all"""
     epochs: int | None = None
     """passes over the training set"""
     batch_size: int | None = None
@@ -77,8 +79,19 @@ class TrainingOptions:
 
     def check_training(self) -> None:
         """Refuse values that no run can use."""
-        at_least_one(self, "epochs", "batch_size", "grad_accum_steps", "calibration_images")
-        not_negative(self, "lr", "weight_decay", "min_lr", "warmup_lr", "opt_eps", "warmup_epochs", "cooldown_epochs")
+        at_least_one(self, "batch_size", "grad_accum_steps", "calibration_images")
+        not_negative(
+            self,
+            "epochs",
+            "refit_images",
+            "lr",
+            "weight_decay",
+            "min_lr",
+            "warmup_lr",
+            "opt_eps",
+            "warmup_epochs",
+            "cooldown_epochs",
+        )
         positive(self, "decay_epochs", "decay_rate", "layer_decay", "clip_grad")
 
 

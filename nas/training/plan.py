@@ -9,29 +9,53 @@ from search_spaces.errors import UserError
 from supernets.streams import fixed_streams
 from supernets.supernet import Supernet
 
+DECIDING = 1024  # training images that decide between candidates
 BasisKind = Literal["rotate", "order", "none"]
 
 
 @dataclass(frozen=True)
 class BasisPlan:
-    """kind: what becomes of the network. streams: the stages whose stream is rotated. lines: what is worth saying."""
+    """kind: what becomes of the network. streams: the stages whose stream is rotated. lines: what is worth saying.
+
+    inside: whether q, k and v are changed inside the heads, where that is exact. weighed: whether it is to be found,
+    too, what is lost with fewer units. deciding: of the training images in the order of calibration, so many decide
+    between candidates, the first; images: how many the others are.
+    """
 
     kind: BasisKind = "none"
     streams: tuple[int, ...] = ()
     lines: tuple[str, ...] = ()
+    inside: bool = False
+    weighed: bool = False
+    deciding: int = 0
+    images: int = 0
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a plan depends on besides the options. trained: whether the weights are. images: to calibrate on.
+    """What a plan depends on besides the options. trained: whether the weights are. images: to train on.
 
-    narrowed: the stages of whose stream some block leaves a channel out. rotates: whether the method allows a rotation.
+    narrowed: the stages of whose stream some block leaves a channel out; inside: whether some block leaves channels of
+    its heads out. rotates: whether the method allows a rotation; refits: whether candidates are refitted and measured,
+    on images of their own.
     """
 
     trained: bool
     images: int
     narrowed: Collection[int]
+    inside: bool = False
     rotates: bool = True
+    refits: bool = False
+
+    def parts(self) -> tuple[int, int]:
+        """As of `parts_of`."""
+        return parts_of(self.images, self.refits)
+
+
+def parts_of(images: int, refits: bool) -> tuple[int, int]:
+    """How many training images decide between candidates, where any do, and how many calibrate and refit."""
+    deciding = min(DECIDING, images // 4) if refits else 0
+    return deciding, images - deciding
 
 
 def plan_basis(options: TrainingOptions, backbone: Supernet, facts: Facts) -> BasisPlan:
@@ -51,13 +75,15 @@ def plan_basis(options: TrainingOptions, backbone: Supernet, facts: Facts) -> Ba
         else:
             kind = "none" if importance in (None, "none") else "order"
     if kind != "rotate":
-        return BasisPlan(kind)
+        deciding, images = facts.parts()
+        return BasisPlan(kind, weighed=facts.refits and kind != "none", deciding=deciding, images=images)
     return _rotation(options, backbone, facts)
 
 
 def _rotation(options: TrainingOptions, backbone: Supernet, facts: Facts) -> BasisPlan:
     fixed, lines, streams = fixed_streams(backbone.adapter), [], []
-    images = min(options.calibration_images, facts.images)
+    deciding, left = facts.parts()
+    images = min(options.calibration_images, left)
     sizes = {shape.stage: shape.embed_dim for shape in backbone.shapes}
     for stage in sorted(facts.narrowed):
         if stage in fixed:
@@ -69,9 +95,9 @@ def _rotation(options: TrainingOptions, backbone: Supernet, facts: Facts) -> Bas
             )
         else:
             streams.append(stage)
-    if not facts.narrowed:
+    if not facts.narrowed and not facts.inside:
         lines.append(
             "nothing is rotated: no candidate leaves a channel of the stream out; heads and neurons are ordered"
         )
-    kind: BasisKind = "rotate" if streams else "none" if options.importance == "none" else "order"
-    return BasisPlan(kind, tuple(streams), tuple(lines))
+    kind: BasisKind = "rotate" if streams or facts.inside else "none" if options.importance == "none" else "order"
+    return BasisPlan(kind, tuple(streams), tuple(lines), facts.inside, facts.refits, deciding, left)

@@ -9,18 +9,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
 
 import nas.export
-from nas.export import compiled, differences, onnx_network, parser, run_export
+from nas.export import compiled, differences, export_program, onnx_network, parser, run_export
 from nas.machine.files import write_json
 from nas.networks.compact_file import load_compact
 from nas.runs.card import push_to_hub
 from search_spaces.errors import UserError
+from supernets.rotated import StreamNorm
+from tests.nas import tiny
 from tests.nas.finished import finished_run, pictures
+from tests.oracle import randomise
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def noise(batch: int) -> torch.Tensor:
+    return torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(batch))
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +63,28 @@ def test_both_files_give_the_networks_logits_at_any_batch(run: Path, capsys: pyt
     assert front["library_name"] == "timm" and front["datasets"] == ["digits"]
     for text in ("swin_tiny_patch4_window7_224", "1 in 1, 2 in 2", "| top-1 % | – | 91.5 |", "| 3 | compact | ONNX |"):
         assert text in card
+
+
+@pytest.mark.parametrize(("alphas", "norms"), [((2, 2), 0), ((1, 2), 5), (None, 5)], ids=["plain", "prefix", "large"])
+def test_a_network_in_a_rotated_basis_is_exported(alphas: tuple[int, ...] | None, norms: int, tmp_path: Path) -> None:
+    """Under timm's norms where its blocks are equally wide, otherwise, as the large one, under StreamNorms."""
+    for name in nas.export.PACKAGES:
+        pytest.importorskip(name)
+    options = tiny.VIT[1] | dict(pre_norm=True, num_classes=10)
+    supernet = nas.Supernet(randomise(timm.create_model(tiny.VIT[0], **options), 0)).eval()
+    basis, network = nas.rewrite(supernet, [noise(32)]), supernet.backbone
+    if alphas is not None:
+        arch = nas.pick(supernet, "vit-dan", [{"alpha": alpha} for alpha in alphas], model_kwargs=options)
+        nas.save(nas.cut(supernet, arch), tmp_path, arch, basis)
+        network = load_compact(tmp_path)
+    assert sum(isinstance(m, StreamNorm) for m in network.modules()) == norms
+    program = export_program(network, noise(2))
+    torch.export.save(program, tmp_path / "network.pt2")
+    nas.export.export_onnx(program, tmp_path / "network.onnx")
+    others = {"program": torch.export.load(tmp_path / "network.pt2").module()}
+    others["onnx"] = onnx_network(tmp_path / "network.onnx", 1)
+    found = differences(network, others, {str(size): noise(size) for size in (1, 2, 5)})
+    assert max(max(seen.values()) for seen in found.values()) <= 1e-5, found
 
 
 def test_a_file_that_computes_something_else_is_caught(run: Path) -> None:

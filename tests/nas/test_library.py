@@ -13,18 +13,25 @@ import torch
 import nas
 from nas.config import RetrainConfig, SearchConfig
 from nas.library import COMMAND_LINE, config_of
+from nas.networks.architecture import slices_of
+from nas.networks.basis_file import basis_of
 from search_spaces.errors import UserError
 from search_spaces.registry import SPACES
 from tests.nas import tiny
+from tests.oracle import randomise
 
 ROOT = Path(__file__).parents[2]
 KWARGS = tiny.VIT[1] | dict(num_classes=10)
 FAST: dict[str, Any] = dict(epochs=1, batch_size=512)
 
 
-def supernet() -> nas.Supernet:
+def supernet(**options: Any) -> nas.Supernet:
     torch.manual_seed(0)
-    return nas.Supernet(timm.create_model(tiny.VIT[0], **KWARGS)).eval()
+    return nas.Supernet(timm.create_model(tiny.VIT[0], **KWARGS | options)).eval()
+
+
+def pictures(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
 def test_the_import_is_light_until_a_name_is_used() -> None:
@@ -72,6 +79,51 @@ def test_an_architecture_by_hand_is_cut_saved_and_loaded(tmp_path: Path) -> None
     assert torch.allclose(nas.cut(net, net.identity())(images), net.backbone(images), atol=1e-6)
     inner = nas.pick(net, "vit-dan", [{"alpha": 2}, {"alpha": 1}], width="inner", model_kwargs=KWARGS)
     assert inner.width == "inner" and inner.flops > arch.flops
+
+
+@pytest.mark.parametrize("alphas", [(2, 2), (2, 1)], ids=["one width", "several widths"])
+def test_a_network_that_was_rewritten_is_cut_in_its_basis(alphas: tuple[int, ...], tmp_path: Path) -> None:
+    net, x = supernet(), pictures(2, seed=1)
+    randomise(net.backbone, 0)
+    expected = net.large(x)
+    basis = nas.rewrite(net, pictures(40).split(16))
+    assert torch.allclose(net.large(x), expected, rtol=1e-4, atol=1e-5)
+    assert basis.orders.keys() == {f"blocks.{i}.{part}" for i in range(2) for part in ("heads", "hidden")}
+    arch = nas.pick(net, "vit-dan", [{"alpha": alpha} for alpha in alphas], model_kwargs=KWARGS)
+    assert arch.basis == {"streams": [0], "sha256": basis.digest()} and arch.permutation == {}
+    small = nas.cut(net, arch)
+    assert torch.allclose(small(x), net.small(x, slices_of(arch, net.shapes)), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="rewrite the network in it first"):
+        nas.cut(supernet(), arch)
+    nas.save(small, tmp_path / "small", arch, basis)
+    assert torch.equal(nas.load(tmp_path / "small")(x), small(x))
+    again = nas.Architecture.load(tmp_path / "small")
+    written = basis_of(again, tmp_path / "small")  # by which a retrain goes
+    assert again == arch and written is not None and written.digest() == basis.digest()
+    with pytest.raises(UserError, match="stands in another basis"):
+        nas.save(small, tmp_path / "other", arch, nas.rewrite(supernet(), pictures(16, seed=2).split(8)))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_stream_that_cannot_be_rotated_is_ordered(tmp_path: Path) -> None:
+    net, x = supernet(final_norm=False), pictures(2, seed=1)
+    randomise(net.backbone, 0)
+    expected = net.large(x)
+    basis = nas.rewrite(net, [])
+    assert torch.allclose(net.large(x), expected, rtol=1e-4, atol=1e-5)
+    arch = nas.pick(net, "vit-dan", [{"alpha": 2}] * 2, model_kwargs=KWARGS | dict(final_norm=False))
+    assert arch.basis == {} and arch.permutation == basis.orders and "stream.0" in basis.orders
+    nas.save(nas.cut(net, arch), tmp_path, arch, basis)
+    assert {p.name for p in tmp_path.iterdir()} == {"arch.json", "compact.safetensors", "config.json"}
+
+
+def test_too_few_images_leave_a_network_as_it_was() -> None:
+    net = supernet()
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    for images in ([], pictures(15).split(8)):
+        with pytest.raises(UserError, match=r"16 channels is not rotated on \d+ images; give at least 16"):
+            nas.rewrite(net, images)
+    assert net.basis is None and all(torch.equal(before[name], t) for name, t in net.state_dict().items())
 
 
 def test_a_pick_that_could_not_be_built_again_is_refused() -> None:

@@ -88,7 +88,6 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a stage below the first": ({"basis": {"streams": [-1], "sha256": "0" * 64}}, "field 'basis'"),
     "a stage of text": ({"basis": {"streams": ["0"], "sha256": "0" * 64}}, "field 'basis'"),
     "a stage of a list": ({"basis": {"streams": [[0]], "sha256": "0" * 64}}, "field 'basis'"),
-    "no rotated stage": ({"basis": {"streams": [], "sha256": "0" * 64}}, "field 'basis'"),
     "a stage of truth": ({"basis": {"streams": [True], "sha256": "0" * 64}}, "field 'basis'"),
     "stages of a number": ({"basis": {"streams": 1, "sha256": "0" * 64}}, "field 'basis'"),
     "more than a basis": ({"basis": {"streams": [0], "sha256": "0" * 64, "x": 1}}, "field 'basis'"),

@@ -31,6 +31,7 @@ from tests.supernets.test_backbones import SUPPORTED, build
 from tests.supernets.test_invariants import FAMILIES, draw_subnet, few, over_families, over_widths, relative
 
 fewer = settings(few, max_examples=6)
+STEMS: dict[str, dict[str, Any]] = {"vit": {"pre_norm": True}}  # a Swin's stem ends in a norm as it is
 EXACT = 1e-12  # invariant 4
 TIGHT = 1e-10  # of two networks of which one is cut
 FLOAT = 1e-5  # invariant 2, in float32
@@ -270,6 +271,23 @@ def test_only_stages_of_different_widths_have_rms_norms_over_the_rotated_channel
     assert compact.state_dict().keys() <= backbone.state_dict().keys()
 
 
+@over_families
+@pytest.mark.parametrize("alphas", [(1, 1, 1), (2, 2, 2), (1, 2, 4)], ids=["own", "plain", "prefix"])
+@pytest.mark.parametrize("frozen", [("weight",), ("bias",), ("weight", "bias")], ids="-".join)
+def test_what_is_frozen_stays_frozen(family: str, alphas: tuple[int, ...], frozen: tuple[str, ...]) -> None:
+    """Norms that are made anew among it, and the layer after a stem's norm with that."""
+    net = rewritten(randomise(build[family](**STEMS.get(family, {})), 0), 0)
+    for name, p in net.backbone.named_parameters():
+        p.requires_grad_(not name.endswith(frozen))
+    trained, stem = {name: p.requires_grad for name, p in net.backbone.named_parameters()}, net.adapter.stem_norm
+    blocks = [prefix_slice(shape, alpha, "stream") for shape, alpha in zip(net.shapes, alphas, strict=False)]
+    compact = cut(net.backbone, network_slice(net.shapes, blocks))
+    assert any(isinstance(m, StreamNorm) for m in compact.modules()) == (alphas == (1, 2, 4))
+    for name, p in compact.named_parameters():
+        in_stem = stem is not None and name.startswith(f"{stem}.")
+        assert p.requires_grad == trained[f"{stem}.{name.rpartition('.')[2]}" if in_stem else name], name
+
+
 @pytest.mark.parametrize(("family", "options"), [row[1:] for row in SUPPORTED], ids=str)
 def test_every_accepted_backbone_is_rotated_or_says_why_not(family: str, options: dict[str, Any]) -> None:
     backbone = randomise(build[family](**options), 1).double().eval()
@@ -303,6 +321,26 @@ def test_the_oracle_of_a_rotated_network_is_timms_own_forward(family: str, data:
     net = rewritten(backbone, seed)
     x = images(backbone)
     assert relative(backbone.eval()(x), expected_logits(backbone, net, net.identity(), x)) <= EXACT
+
+
+def test_the_rotations_are_those_that_the_backbone_holds_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copied, moved or of another precision; and no forward pass searches the tree of modules for them."""
+    net = rewritten(randomise(build["swin"](), 0), 0)
+    x, (first, second) = images(net.backbone), net.adapter.streams.values()
+    other = Supernet(copy.deepcopy(net.backbone)).eval().double()
+    with torch.no_grad():
+        net.backbone.get_buffer("streams.0").zero_()
+    assert not first.any() and not net.adapter.streams[0].any()
+    found = other.adapter.streams
+    assert list(found) == [0, 1] and all(q.dtype == torch.float64 for q in found.values())
+    assert found[0].any() and torch.equal(found[1], second.double())
+    assert all(q.is_meta for q in other.to("meta").adapter.streams.values())
+
+    def searched(*_: Any, **__: Any) -> None:
+        raise AssertionError("a search of the tree of modules")
+
+    monkeypatch.setattr(nn.Module, "named_buffers", searched)
+    net.small(x, net.identity())
 
 
 def refused(family: str, basis: Basis, message: str, **options: Any) -> Any:

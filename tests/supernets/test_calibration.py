@@ -1,7 +1,7 @@
 """A basis found on images: what it is computed from, what its first rows keep, and networks that are dead in places."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -186,17 +186,23 @@ def test_only_the_stages_that_are_asked_for_are_watched() -> None:
     assert list(basis.streams) == [1] and not basis.qk and not basis.v and not basis.orders
 
 
+def untouched(supernet: Supernet, before: dict[str, Tensor]) -> bool:
+    """Whether a network in training mode has its weights, its mode and no hooks."""
+    hooked = [n for n, m in supernet.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+    same = all(torch.equal(before[name], t) for name, t in supernet.state_dict().items())
+    return same and not hooked and all(m.training for m in supernet.modules())
+
+
 @over_families
-def test_a_calibration_leaves_the_network_as_it_was_and_counts_its_images(family: str) -> None:
+def test_a_calibration_sees_every_image_once_and_leaves_the_network_as_it_was(family: str) -> None:
     supernet = small(family).train()
     before, seen = copy.deepcopy(supernet.state_dict()), []
     images = batches(supernet.backbone)
     wanted = Wanted(frozenset({0}), inside=True, error_order=True)
-    basis = calibrate(supernet, iter(images), wanted, seen.append)
-    assert seen == [6, 12, 16] and supernet.training
-    assert all(torch.equal(before[name], t) for name, t in supernet.state_dict().items())
-    hooked = [n for n, m in supernet.named_modules() if m._forward_hooks or m._forward_pre_hooks]
-    assert hooked == []
+    watch = supernet.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    basis = calibrate(supernet, iter(images), wanted)
+    watch.remove()
+    assert seen == [6, 6, 4] and untouched(supernet, before)
     once = calibrate(supernet, [torch.cat(images)], wanted)  # the batches do not matter, but for rounding
     for name, tensor in basis.tensors().items():
         assert torch.allclose(tensor.double(), once.tensors()[name].double(), atol=1e-6), name
@@ -204,6 +210,19 @@ def test_a_calibration_leaves_the_network_as_it_was_and_counts_its_images(family
     assert all(torch.equal(t, again.tensors()[name]) for name, t in basis.tensors().items())
     shares = basis.energy[0]
     assert float(shares.sum()) == pytest.approx(1) and torch.all(shares[1:-1] >= shares[2:])
+
+
+def test_images_that_end_in_an_error_leave_the_network_as_it_was() -> None:
+    supernet = small("swin").train()
+    before = copy.deepcopy(supernet.state_dict())
+
+    def broken() -> Iterator[Tensor]:
+        yield from batches(supernet.backbone)
+        raise OSError("no more images")
+
+    with pytest.raises(OSError, match="no more images"):
+        calibrate(supernet, broken(), Wanted(frozenset({0, 1}), inside=True, error_order=True))
+    assert untouched(supernet, before)
 
 
 @over_families

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from search_spaces.errors import UserError
 from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice, identity_slice, network_slice, prefix_slice
 from supernets import timm_block
-from supernets.axes import BlockAxes, HalfAxes, Params, slice_block, v_widths
+from supernets.axes import BlockAxes, HalfAxes, Params, head_widths, slice_block
 from supernets.basis import Basis, rewrite, timm_state
 from supernets.compact import cut
 from supernets.compact_block import CompactBlock
@@ -121,7 +121,7 @@ class ResPostAdapter(timm_block.TimmBlockAdapter):
         return attention(block.attn, params, widths, x)
 
     def attention_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
-        return norm(block.norm1, params, "norm1", self.attend(block, params, v_widths(kept, shape), z_S))
+        return norm(block.norm1, params, "norm1", self.attend(block, params, head_widths(kept, shape), z_S))
 
     def mlp_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
         def half(h_R: Tensor) -> Tensor:

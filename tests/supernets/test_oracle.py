@@ -132,7 +132,9 @@ def written_out(block: Any, kept: BlockSlice, x: Tensor) -> Tensor:
         for j, head in enumerate(indices(kept.heads)):
             starts = [part * x.shape[1] + head * d for part in range(3)]
             q, k, v = (linear(y, qkv.weight[i : i + d, :s], qkv.bias[i : i + d]) for i in starts)
-            channels = range(d) if kept.v_channels is None else kept.v_channels[j]
+            q, k = q[:, : kept.qk], k[:, : kept.qk]
+            own = d if kept.v_channels is None else kept.v_channels
+            channels = range(own) if isinstance(own, int) else own[j]
             mixed = torch.softmax(q @ k.T / math.sqrt(d), -1) @ v[:, list(channels)]
             out = out + mixed @ proj.weight[:s, [head * d + c for c in channels]].T
         x[:, :s] += ls1[:s] * out

@@ -1,5 +1,6 @@
 """basis.safetensors: read back as it was written, and refused where it is another run's or nobody's."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +21,11 @@ def some_basis(seed: int = 0) -> Basis:
     return random_basis(small_supernet("swin"), seed)
 
 
-def standing(folder: Path, basis: Basis) -> Architecture:
-    """An architecture that stands in the basis that the folder holds."""
+def standing(basis: Basis) -> Architecture:
+    """An architecture that stands in the basis."""
     supernet = small_supernet("swin")
     arch = architecture_of(supernet, "swin-dan-nano", "swin_tiny_patch4_window7_224", {}, [{"alpha": 2}] * 3)
-    return replace(arch, basis=recorded(basis, folder))
+    return replace(arch, basis=recorded(basis))
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -45,7 +46,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 def test_the_architecture_names_it(tmp_path: Path) -> None:
     basis = some_basis()
     save_basis(basis, tmp_path)
-    arch = standing(tmp_path, basis)
+    arch = standing(basis)
     assert streams_of(arch.basis) == (0, 1) and len(arch.basis["sha256"]) == 64
     save_architecture(arch, tmp_path / "arch.json")
     found = load_architecture(tmp_path)
@@ -57,9 +58,30 @@ def test_the_architecture_names_it(tmp_path: Path) -> None:
 def test_without_a_rotation_there_is_nothing_to_name(tmp_path: Path) -> None:
     ordered = Basis(orders={"blocks.0.heads": [1, 0]})
     save_basis(ordered, tmp_path)
-    arch = standing(tmp_path, ordered)
+    arch = standing(ordered)
     assert arch.basis == {} and streams_of(arch.basis) == ()
     assert basis_of(arch, tmp_path / "nowhere") is None
+
+
+def test_the_hash_is_that_of_what_a_file_holds(tmp_path: Path) -> None:
+    """And of a checkpoint; however the tensors lie in the file."""
+    basis = some_basis()
+    arch = standing(basis)
+    assert arch.basis["sha256"] == basis.digest()
+    save_file(basis.tensors(), tmp_path / BASIS, {"written": "by another program"})
+    read = basis_of(arch, tmp_path)
+    assert read is not None and read.digest() == basis.digest()
+
+
+def test_an_architecture_that_names_the_hash_of_the_file_is_read(tmp_path: Path) -> None:
+    """As the first ones in a basis did."""
+    save_basis(some_basis(), tmp_path)
+    of_file = hashlib.sha256((tmp_path / BASIS).read_bytes()).hexdigest()
+    arch = replace(standing(some_basis()), basis={"streams": [0, 1], "sha256": of_file})
+    assert basis_of(arch, tmp_path) is not None
+    save_basis(some_basis(1), tmp_path)
+    with pytest.raises(UserError, match=f"arch.json names {of_file[:12]}"):
+        basis_of(arch, tmp_path)
 
 
 def test_the_basis_of_another_run_is_refused_by_both_hashes(tmp_path: Path) -> None:
@@ -68,8 +90,8 @@ def test_the_basis_of_another_run_is_refused_by_both_hashes(tmp_path: Path) -> N
     for name, basis in (("own", own), ("other", other)):
         (tmp_path / name).mkdir()
         save_basis(basis, tmp_path / name)
-        hashes.append(recorded(basis, tmp_path / name)["sha256"])
-    arch = standing(tmp_path / "own", own)
+        hashes.append(recorded(basis)["sha256"])
+    arch = standing(own)
     with pytest.raises(UserError, match="different runs") as error:
         basis_of(arch, tmp_path / "other")
     said = str(error.value)
@@ -85,7 +107,7 @@ def test_the_basis_of_another_run_is_refused_by_both_hashes(tmp_path: Path) -> N
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     basis = some_basis()
     save_basis(basis, tmp_path)
-    arch = standing(tmp_path, basis)
+    arch = standing(basis)
     (tmp_path / BASIS).unlink()
     with pytest.raises(
         UserError, match=r"basis\.safetensors: no such file; the architecture stands in a rotated basis"

@@ -1,6 +1,7 @@
 """Prices where streams are rotated (section 2.7): a stem's layer counts, and no result is above its budget."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas.prices.costs import PricedSpace
-from nas.prices.selection import reachable_range, select
+from nas.prices.selection import check_budget, reachable_range, select
 from nas.prices.table import PRICES
 from nas.searchers.uniform import smallest_alpha
 from search_spaces.an import AN
+from search_spaces.errors import UserError
 from search_spaces.method import Settings
 from search_spaces.slices import NetworkSlice, network_slice
 from search_spaces.space import make_space
@@ -82,6 +84,21 @@ def test_no_result_is_above_its_budget(name: str, price: str) -> None:
         selection = select(problem, costs.full, budget)
         subnet = subnet_of(supernet, costs, selection.picks)
         assert exact(supernet, costs, subnet) <= budget * costs.full
+
+
+@over_networks
+@over_prices
+def test_a_budget_out_of_reach_is_told_of_a_range_up_to_the_backbone(name: str, price: str) -> None:
+    """Its own price, though as a cut it would cost its stem's layer more; where it is no candidate, what there is."""
+    supernet, costs = rotated(name, price)
+    high = f"{costs.full / costs.price.scale:.4g} {costs.price.unit}"
+    with pytest.raises(UserError, match=rf" to 1\.0000 of the backbone \(\S+ to {re.escape(high)}\)"):
+        check_budget(costs.uniform(), costs.full, 1e-4, costs.price)
+    narrower = small_costs(supernet, "stream", (2, 4), price=costs.price)
+    most = reachable_range(narrower.uniform())[1]
+    assert most < costs.full
+    with pytest.raises(UserError, match=f" to {most / costs.full:.4f} of the backbone"):
+        check_budget(narrower.uniform(), costs.full, 1e-4, costs.price)
 
 
 @over_networks

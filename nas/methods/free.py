@@ -1,0 +1,37 @@
+"""The training of free widths: chosen by importance in seconds, refitted, distilled (sections 2.9 to 2.11)."""
+
+from typing import ClassVar
+
+from nas.methods.method import MethodTraining
+from nas.searchers.options import FreeOptions, ImportanceOptions, SearchOptions
+from search_spaces.errors import UserError
+from search_spaces.method import Settings
+from search_spaces.registry import Space
+
+
+class FreeTraining(MethodTraining):
+    """No training in its search; what is cut is refitted."""
+
+    searchers = ("importance",)
+    options: ClassVar[tuple[type, ...]] = (FreeOptions, ImportanceOptions)
+    recorded = ("granularity", "keep_block", "fix", "score", "decide", "evals", "labels", "refit_images")
+    refits = True
+
+    def check(self, options: SearchOptions, space: Space) -> None:
+        if not options.budget and options.gflops is None:
+            raise UserError(f"{space.name} compresses to a budget; give --budget or --gflops")
+        if options.alphas is not None:
+            raise UserError(f"--alphas: {space.name} has no compression factor; --granularity says how fine widths are")
+        if options.width != "stream" or options.stage_width != "widest":
+            raise UserError(f"--width and --stage-width go with factors; --fix stream keeps the stream of {space.name}")
+        if options.score == "error" and (options.basis == "none" or options.importance not in (None, "error")):
+            raise UserError(
+                "--score error needs units in a basis, ordered by --importance error; leave both out, or take"
+                " --score taylor"
+            )
+        if not options.labels and options.decide == "top1":
+            raise UserError("--decide top1 counts hits, --no-labels has none; take --decide kl")
+
+    def settings(self, options: SearchOptions, space: Space) -> Settings:
+        step = 8 if options.granularity is None else options.granularity
+        return Settings(granularity=step, keep_blocks=options.keep_block, fixed=options.fix)

@@ -1,0 +1,33 @@
+"""The training images on which bases, refits and decisions rest, prepared as in evaluation, in an order of the seed."""
+
+from collections.abc import Iterator
+
+import torch
+
+from nas.data.loader import Loader
+from nas.training.loop import Batch
+from nas.training.options import LoopOptions
+from nas.training.prepared import Prepared
+
+
+def calibration_images(options: LoopOptions, prepared: Prepared, count: int) -> Iterator[Batch]:
+    """Batches of the first so many that decide nothing."""
+    first = prepared.plan.deciding
+    return images_from(prepared.loaders.calibration(options.seed), prepared.device, first, first + count)
+
+
+def deciding_images(options: LoopOptions, prepared: Prepared) -> Iterator[Batch]:
+    """Batches of those that decide between candidates."""
+    return images_from(prepared.loaders.calibration(options.seed), prepared.device, 0, prepared.plan.deciding)
+
+
+def images_from(loader: Loader, device: torch.device, first: int, end: int) -> Iterator[Batch]:
+    """Of a loader the images from `first` to before `end`, (B, C, H, W), and their labels (B,)."""
+    seen = 0
+    for images, labels in loader:
+        own = slice(max(first - seen, 0), max(end - seen, 0))
+        if len(labels[own]):
+            yield images[own].to(device), labels[own].to(device)
+        seen += len(images)
+        if seen >= end:
+            return

@@ -1,0 +1,300 @@
+"""What the kept weights can take over of what a cut leaves out: least squares, layer by layer (section 2.11).
+
+Two networks run side by side over images, half by half: the large one, and the subnet with the layers that are refitted
+so far. A layer of the subnet that reads the stream is fitted to what the large network has at its kept units; one that
+writes it to the large network's stream in the kept channels, so that what earlier layers got wrong is corrected; the
+classifier to the logits. Kept of the images are Gram matrices, both streams, and one half's units.
+
+Every fit is of a change D of the weights that the slice has: min |X D^T - R|^2 + ridge |D|^2, R what they leave. Where
+a cut removes nothing R is zero, and so is D.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from search_spaces.slices import BlockShape, BlockSlice, Kept, NetworkSlice
+from supernets.axes import HalfAxes, Params, slice_block, take
+from supernets.layers import linear, norm
+from supernets.supernet import Supernet
+
+Run = Callable[[Any, BlockShape, Params, BlockSlice, Tensor], Tensor]  # an adapter's attention_half or mlp_half
+Values = dict[str, Tensor]  # a subnet's parameters by their names in the backbone, as large as the slice
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """Shares of the mean diagonal of a layer's Gram matrix. The classifier overfits first."""
+
+    layers: float = 1e-3
+    classifier: float = 1e-2
+
+
+class Residual:
+    """Least squares of what a layer leaves: X (rows, n) its input, R (rows, m) what its output lacks."""
+
+    def __init__(self, bias: bool) -> None:
+        """bias: whether the layer has one, which takes the means over."""
+        self.bias, self.rows = bias, 0
+        self.gram: Any = 0.0
+        self.cross: Any = 0.0
+        self.sums: tuple[Any, Any] = 0.0, 0.0
+
+    def add(self, x: Tensor, r: Tensor) -> None:
+        """(..., n) and (..., m): products in their own precision over a batch, sums in float64."""
+        x, r = x.flatten(0, -2), r.flatten(0, -2)
+        self.gram, self.cross = self.gram + (x.T @ x).double(), self.cross + (x.T @ r).double()
+        self.sums = self.sums[0] + x.double().sum(0), self.sums[1] + r.double().sum(0)
+        self.rows += len(x)
+
+    def solve(self, ridge: float, through: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The change (m, n) of the layer's matrix and that (m,) of its bias, float64.
+
+        through (m', m): R is taken through this first, and m' outputs are fitted.
+        """
+        gram, cross = self.gram / self.rows, self.cross / self.rows
+        x, r = (total / self.rows for total in self.sums)
+        if self.bias:
+            gram, cross = gram - torch.outer(x, x), cross - torch.outer(x, r)
+        if through is not None:
+            cross, r = cross @ through.T, through @ r
+        size = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+        values, vectors = torch.linalg.eigh(gram)  # products in float32 may be below zero in directions without images
+        change = ((vectors / (values.clamp_min(0) + ridge * size)) @ (vectors.T @ cross)).T
+        return change, r - change @ x if self.bias else None
+
+
+@torch.no_grad()
+def write(supernet: Supernet, subnet: NetworkSlice, values: Mapping[str, Tensor]) -> None:
+    """Put refitted values where a subnet has them of the backbone's parameters, in place."""
+    adapter = supernet.adapter
+    blocks = dict(zip(adapter.block_names, zip(adapter.shapes, subnet.blocks, strict=True), strict=True))
+    for name, value in values.items():
+        p = supernet.backbone.get_parameter(name)
+        places = torch.arange(p.numel(), device=p.device).view(p.shape)
+        block = next((block for block in blocks if name.startswith(f"{block}.")), None)
+        if block is None:
+            kept = adapter.slice_outer(name, places, subnet.stage_widths)
+        else:
+            leaf = name.removeprefix(f"{block}.")
+            kept = slice_block({leaf: places}, adapter.block_axes, *blocks[block])[leaf]
+        p.view(-1)[kept.flatten()] = value.flatten().to(p)
+
+
+@contextmanager
+def written(supernet: Supernet, subnet: NetworkSlice, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """The backbone with refitted values inside, and as it was afterwards."""
+    before = {name: supernet.backbone.get_parameter(name).detach().clone() for name in values}
+    write(supernet, subnet, values)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in before.items():
+                supernet.backbone.get_parameter(name).copy_(value)
+
+
+@torch.no_grad()
+def refit(
+    supernet: Supernet,
+    subnet: NetworkSlice,
+    batches: Iterable[Tensor],
+    ridge: Ridge | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> Values:
+    """What least squares makes of a subnet's layers; nothing is written.
+
+    batches: (B, C, H, W) on the backbone's device, as they are evaluated. advance: called after every half of a block.
+    """
+    was_training = supernet.training
+    supernet.eval()
+    try:
+        return _Refit(supernet, subnet, ridge or Ridge()).run(batches, advance)
+    finally:
+        supernet.train(was_training)
+
+
+@dataclass(frozen=True)
+class _Half:
+    """One half of a block: what it computes, and at which slice.
+
+    run: (parameters, slice, stream) -> what the half adds. full, rows, small: the block's parameters, those of the kept
+    units over the whole stream, and those of the slice. columns: the channels that it reads and writes.
+    """
+
+    axes: HalfAxes
+    norm: Any
+    run: Callable[[Params, BlockSlice, Tensor], Tensor]
+    full: Params
+    rows: Params
+    small: dict[str, Tensor]
+    whole: BlockSlice
+    kept: BlockSlice
+    columns: Kept
+
+
+class _Refit:
+    """Both networks' streams over all images, as far as they have come, and what was refitted on the way."""
+
+    def __init__(self, supernet: Supernet, subnet: NetworkSlice, ridge: Ridge) -> None:
+        self.supernet, self.adapter, self.subnet, self.ridge = supernet, supernet.adapter, subnet, ridge
+        self.values: Values = {}
+        self.whole = supernet.identity()
+        self.large_outer = self.adapter.outer(self.whole.stage_widths)
+        self.small_outer = self.adapter.outer(subnet.stage_widths)
+        self.large: list[Tensor] = []
+        self.small: list[Tensor] = []
+
+    def run(self, batches: Iterable[Tensor], advance: Callable[[], None]) -> Values:
+        adapter, stage = self.adapter, 0
+        for images in batches:
+            self.large.append(adapter.stem(self.large_outer, images))
+            self.small.append(adapter.stem(self.small_outer, images))
+        if not self.large:
+            raise ValueError("no images to refit on")
+        for i, shape in enumerate(adapter.shapes):
+            if shape.stage != stage:
+                stage = shape.stage
+                self._merge(stage)
+            for half in self._halves(i):
+                before = self.large
+                self.large = [z + half.run(half.full, half.whole, z) for z in before]
+                if any(leaf in half.small for leaf in half.axes.axes):
+                    read = self._read(half, before)
+                    values = read | self._write(replace(half, small=_with(half.small, read)))
+                    self.values |= {f"{adapter.block_names[i]}.{leaf}": value for leaf, value in values.items()}
+                advance()
+        self._classify()
+        return self.values
+
+    def _halves(self, index: int) -> list[_Half]:
+        adapter, shape = self.adapter, self.adapter.shapes[index]
+        block, axes = adapter.blocks()[index], adapter.block_axes
+        kept, whole = self.subnet.blocks[index], self.whole.blocks[index]
+        full = adapter.block_parameters(block)
+        rows = slice_block(full, axes, shape, replace(kept, stream=whole.stream, mlp_stream=None))
+        small = slice_block(full, axes, shape, kept)
+        read_by_mlp = kept.stream if kept.mlp_stream is None else kept.mlp_stream
+        return [
+            _Half(
+                half,
+                None if half.norm is None else block.get_submodule(half.norm),
+                partial(_run, run, block, shape),
+                full,
+                rows,
+                small,
+                whole,
+                kept,
+                columns,
+            )
+            for half, run, columns in (
+                (axes.attn, adapter.attention_half, kept.stream),
+                (axes.mlp, adapter.mlp_half, read_by_mlp),
+            )
+        ]
+
+    def _read(self, half: _Half, before: Sequence[Tensor]) -> Values:
+        """The readers: at their units what the large network has there, from the subnet's own stream."""
+        matrices = [leaf for leaf in half.axes.readers if leaf in half.small]
+        if half.axes.norm is None or not matrices:
+            return {}
+        biases = [f"{leaf.removesuffix('weight')}bias" for leaf in matrices]
+        moments = Residual(all(leaf in half.small for leaf in biases))
+        for z_E, z in zip(before, self.small, strict=True):
+            n = norm(half.norm, half.small, half.axes.norm, z[..., : half.kept.stream])
+            n = take(n, -1, half.columns)
+            moments.add(n, _less(norm(half.norm, half.full, half.axes.norm, z_E), n, half.columns))
+        values: Values = {}
+        for leaf, bias in zip(matrices, biases, strict=True):
+            weight, added = moments.solve(self.ridge.layers, half.rows[leaf].double())
+            values |= _changed(half.small, leaf, weight, bias, added)
+        return values
+
+    def _write(self, half: _Half) -> Values:
+        """The writer, to the large network's stream after the half less the subnet's; and on with the subnet's."""
+        *scales, writer = half.axes.outputs
+        matrix, bias = f"{writer}.weight", f"{writer}.bias"
+        if matrix not in half.axes.writers or matrix not in half.small:  # what the half adds is not linear in it
+            self.small = [_plus(z, half.run(half.small, half.kept, z), half.kept.stream) for z in self.small]
+            return {}
+        outputs = tuple(f"{module}." for module in half.axes.outputs)
+        scale = next((p for leaf, p in half.small.items() if leaf.startswith(tuple(f"{s}." for s in scales))), None)
+        reading = {leaf: p for leaf, p in half.small.items() if not leaf.startswith(outputs)}
+        units = [half.run(reading, half.kept, z) for z in self.small]
+
+        def added(params: Params, u: Tensor) -> Tensor:
+            y = linear(params, writer, u)
+            return y if scale is None else y * scale
+
+        moments = Residual(bias in half.small)
+        for u, z, z_E in zip(units, self.small, self.large, strict=True):
+            lacking = take(z_E, -1, half.columns) - take(z, -1, half.columns) - added(half.small, u)
+            moments.add(u, lacking if scale is None else torch.where(scale == 0, 0.0, lacking / scale))
+        weight, more = moments.solve(self.ridge.layers)
+        values = _changed(half.small, matrix, weight, bias, more)
+        small = _with(half.small, values)
+        self.small = [_plus(z, added(small, u), half.columns) for z, u in zip(self.small, units, strict=True)]
+        return values
+
+    def _merge(self, stage: int) -> None:
+        """Patch merging reads one stage and writes the next: to the large network's stream after it."""
+        adapter, width = self.adapter, self.subnet.stage_widths[stage]
+        self.large = [adapter.enter_stage(stage, self.large_outer, z) for z in self.large]
+        through = next(name for name in adapter.outer_readers if adapter.outer_norms[name] == ("4S", stage - 1))
+        (layer,) = adapter.outer_readers[through]
+        reading = {name: p for name, p in self.small_outer.items() if name != f"{layer}.weight"}
+        inputs = [adapter.enter_stage(stage, reading, z) for z in self.small]
+        moments = Residual(bias=False)
+        for x, z_E in zip(inputs, self.large, strict=True):
+            moments.add(x, z_E[..., :width] - linear(self.small_outer, layer, x))
+        weight, _ = moments.solve(self.ridge.layers)
+        values = _changed(self.small_outer, f"{layer}.weight", weight, f"{layer}.bias", None)
+        self.values |= values
+        small = _with(self.small_outer, values)
+        self.small = [linear(small, layer, x) for x in inputs]
+
+    def _classify(self) -> None:
+        """The classifiers, to the large network's logits."""
+        adapter = self.adapter
+        features = torch.cat([adapter.pool(self.small_outer, z) for z in self.small])
+        targets = torch.cat([adapter.pool(self.large_outer, z) for z in self.large])
+        for i, layer in enumerate(adapter.classifiers):
+            x, y = (f if f.dim() == 2 else f[:, i] for f in (features, targets))
+            moments = Residual(f"{layer}.bias" in self.small_outer)
+            moments.add(x, linear(self.large_outer, layer, y) - linear(self.small_outer, layer, x))
+            weight, added = moments.solve(self.ridge.classifier)
+            self.values |= _changed(self.small_outer, f"{layer}.weight", weight, f"{layer}.bias", added)
+
+
+def _run(half: Run, block: Any, shape: BlockShape, params: Params, at: BlockSlice, z: Tensor) -> Tensor:
+    return half(block, shape, params, at, z[..., : at.stream])
+
+
+def _changed(params: Params, matrix: str, weight: Tensor, bias: str, added: Tensor | None) -> Values:
+    """A layer's parameters with their changes, float64."""
+    values = {matrix: params[matrix].double() + weight}
+    return values if added is None else values | {bias: params[bias].double() + added}
+
+
+def _with(params: Params, values: Values) -> dict[str, Tensor]:
+    """Parameters with some of them replaced, each in its own precision."""
+    return dict(params) | {name: value.to(params[name].dtype) for name, value in values.items()}
+
+
+def _less(z_E: Tensor, y: Tensor, columns: Kept) -> Tensor:
+    """z_E with y taken off these channels."""
+    return _plus(z_E, -y, columns)
+
+
+def _plus(z: Tensor, y: Tensor, columns: Kept) -> Tensor:
+    """z with y added to these of its channels."""
+    if isinstance(columns, int):
+        z = z.clone()
+        z[..., :columns] += y
+        return z
+    return z.index_add(-1, torch.tensor(columns, device=z.device), y)
