@@ -113,8 +113,14 @@ def pick(
     arch, basis = architecture_of(supernet, space, model, kwargs, picks, width), supernet.basis
     if basis is None:
         return arch
-    rotated = bool(basis.streams)
-    return replace(arch, basis=recorded(basis) if rotated else {}, permutation={} if rotated else basis.orders)
+    return replace(arch, **standing(basis))
+
+
+def standing(basis: bases.Basis) -> dict[str, Any]:
+    """What an architecture says of a basis: its hash, or, where it only orders, the orders themselves."""
+    if basis.streams or basis.qk or basis.v:
+        return {"basis": recorded(basis), "permutation": {}}
+    return {"basis": {}, "permutation": basis.orders}
 
 
 def cut(network: nn.Module, subnet: Architecture | NetworkSlice) -> nn.Module:
@@ -140,7 +146,7 @@ def save(network: nn.Module, folder: str | Path, arch: Architecture, basis: base
     basis: what `rewrite` gave, for `retrain`, which needs it where the architecture stands in one. UserError when it is
     another.
     """
-    if basis is not None and recorded(basis) != arch.basis:
+    if basis is not None and any(getattr(arch, name) != value for name, value in standing(basis).items()):
         raise UserError("the architecture stands in another basis; give what nas.rewrite gave for its supernet")
     save_compact(network, Path(folder), arch)
     if basis is not None and arch.basis:

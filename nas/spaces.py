@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
+from nas.config import SearchConfig, with_defaults
+from nas.methods.table import training_of
 from nas.networks.backbone import TimmModel
 from nas.networks.opening import meta_supernet
 from nas.prices.costs import PricedSpace, priced
 from nas.prices.flops import FLOPS
 from nas.prices.selection import reachable_range
-from search_spaces.method import Settings
 from search_spaces.registry import Space, all_spaces
 from search_spaces.space import make_space, spell, uniform_alphas
 
@@ -31,7 +32,8 @@ def list_spaces() -> None:
 def costs_of(space: Space) -> PricedSpace:
     """The space over its default model."""
     supernet = meta_supernet(TimmModel(space.model, space.model_kwargs), 10 if space.nano else 1000, space)
-    choices = make_space(space.name, space.method, Settings(alphas=space.alphas), supernet.shapes)
+    options = with_defaults(SearchConfig(space=space.name), space, "search")
+    choices = make_space(space.name, space.method, training_of(space).settings(options, space), supernet.shapes)
     return priced(choices, supernet.adapter.costs, FLOPS)
 
 

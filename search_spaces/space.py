@@ -117,7 +117,7 @@ def block_slices(
         try:
             slices.append(method.block_slice(shape, settings, pick, indices))
         except ValueError as error:
-            allowed, _ = method.choices(shape, Settings(settings.width))
+            allowed, _ = method.choices(shape, Settings(settings.width, granularity=1))
             options = "; ".join(f"{n}: {spell(c)}" for n, c in allowed.items())
             raise UserError(f"{name}: block {i}: {error}; allowed: {options}") from None
     return slices
@@ -136,7 +136,8 @@ def make_space(name: str, method: Method, settings: Settings, shapes: Sequence[B
     check_kept(name, method, settings, len(shapes))
     candidates, dropped = [], []
     for i, shape in enumerate(shapes):
-        own = settings if i not in settings.keep_blocks else replace(settings, fixed=kept_whole(method))
+        kept = kept_whole(method) if i in settings.keep_blocks else ()
+        own = replace(settings, fixed=(*settings.fixed, *kept))
         choices, left_out = method.choices(shape, own)
         for choice, options in choices.items():
             if not options:

@@ -52,8 +52,14 @@ class HalfAxes:
 
     @cached_property
     def output_norms(self) -> tuple[str, ...]:
-        """Norms over the channels that the MLP writes."""
-        return tuple(norm for norm in self.late_norms if self.axes[f"{norm}.weight"] == ("R",))
+        """Norms over the channels that the half writes."""
+        return tuple(norm for norm in self.late_norms if self.axes[f"{norm}.weight"][0] in ("S", "R"))
+
+    @cached_property
+    def unit_norms(self) -> Mapping[str, str]:
+        """Norms over channels of q and k, heads or neurons, and the letters of that axis: they stand behind gates."""
+        axes = {name.removesuffix(".weight"): a for name, a in self.axes.items() if name.endswith(".weight")}
+        return {name: a[0] for name, a in axes.items() if len(a) == 1 and a[0] in ("D", "HV", "M")}
 
     @cached_property
     def _by_output(self) -> list[list[str]]:

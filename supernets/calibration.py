@@ -109,10 +109,10 @@ class Metric:
     @torch.enable_grad()
     def large(self, images: Tensor) -> None:
         """A forward and a backward pass of the large network; no parameter gets a gradient."""
-        adapter, parameters = self.supernet.adapter, list(self.supernet.parameters())
-        trained = [p.requires_grad for p in parameters]
+        adapter = self.supernet.adapter
         with ExitStack() as hooks:
-            for p in parameters:
+            for p in self.supernet.parameters():
+                hooks.callback(p.requires_grad_, p.requires_grad)
                 p.requires_grad_(False)
             for name, block in zip(adapter.block_names, adapter.blocks(), strict=True):
                 for half, module in enumerate((block.drop_path1, block.drop_path2)):
@@ -123,8 +123,6 @@ class Metric:
         self.seen += len(images)
         if self.seen <= QK_IMAGES or not self.images:
             self.images.append(images)
-        for p, required in zip(parameters, trained, strict=True):
-            p.requires_grad_(required)
 
     def _watch(self, key: tuple[str, int]) -> Callable[..., None]:
         moment = self.moments.setdefault(key, Moment())
@@ -264,6 +262,7 @@ class HeadMoments:
         self.q: dict[str, Moment] = {}
         self.k: dict[str, Moment] = {}
         self.out: dict[str, Moment] = {}
+        self.rotated: set[str] = set()  # blocks whose v is changed
         self.heads: dict[str, Moment] = {}
         self.hidden: dict[str, Moment] = {}
         for name, block in zip(adapter.block_names, adapter.blocks(), strict=True):
@@ -274,6 +273,8 @@ class HeadMoments:
                 self.q[name], self.k[name] = Moment(), Moment()
                 hooks.callback(reader.register_forward_hook(self._qk(name)).remove)
             if wanted.inside and "v" not in against:
+                self.rotated.add(name)
+            if name in self.rotated or metric is not None:
                 self.out[name] = Moment()
             if wanted.error_order:
                 self.heads[name], self.hidden[name] = Moment(centred=True), Moment(centred=True)
@@ -314,10 +315,8 @@ class HeadMoments:
     def changes(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """A of q and k and T of v, by block (H, d, d)."""
         qk = {name: qk_change(self.q[name].value(), self.k[name].value()).cpu() for name in self.q}
-        v = {}
-        for name, moment in self.out.items():
-            v[name] = v_change(moment.value(), self._by_head(name)).cpu()
-        return qk, v
+        rotated = [name for name in self.out if name in self.rotated]
+        return qk, {name: v_change(self.out[name].value(), self._by_head(name)).cpu() for name in rotated}
 
     def _by_head(self, name: str) -> Tensor:
         """The matrix from the heads to the stream, (H, E, d)."""
@@ -339,7 +338,8 @@ class HeadMoments:
             lost |= {f"{name}.heads": heads.cpu(), f"{name}.hidden": hidden.cpu()}
             if name in self.out:
                 kept = torch.tensor(orders[f"{name}.heads"])
-                lost[f"{name}.v"] = v_lost(self.out[name].value(), self._by_head(name))[kept].cpu()
+                tails = v_lost if name in self.rotated else v_lost_as_it_stands
+                lost[f"{name}.v"] = tails(self.out[name].value(), self._by_head(name))[kept].cpu()
         return orders, lost
 
     def _writers(self, name: str) -> tuple[Tensor, Tensor]:
@@ -407,6 +407,13 @@ def v_lost(out: Tensor, proj: Tensor) -> Tensor:
     """(H, d + 1): the squared error of each head's part of the output with only the first channels of `v_change`."""
     s, _ = _right_singular(proj @ _root(out)[0])
     tails = s.square().flip(-1).cumsum(-1).flip(-1)
+    return torch.cat([tails, tails.new_zeros(len(tails), 1)], dim=1)
+
+
+def v_lost_as_it_stands(out: Tensor, proj: Tensor) -> Tensor:
+    """(H, d + 1): the same with only the first channels of v as they are, and more channels never lose more."""
+    products = out * (proj.mT @ proj)  # what two channels lose together
+    tails = products.flip(-2, -1).cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1).cummax(-1).values.flip(-1)
     return torch.cat([tails, tails.new_zeros(len(tails), 1)], dim=1)
 
 

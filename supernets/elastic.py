@@ -4,12 +4,13 @@ What the halves of a block compute is the family's to say (adapter.py).
 Shape letters: E stream, S slice of it, R channels the MLP reads and writes, H kept heads, M kept hidden neurons.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape, BlockSlice
 from supernets.adapter import Adapter
@@ -23,7 +24,12 @@ class Term:
     slice: what the term computes. weight (): multiplies its output (g_i of equation 3.5).
     head_gate (H,), hidden_gate (M,): multiply the outputs of kept heads and the activations of kept neurons.
     channel_gate (R,): multiplies the MLP's input and output channels (section 2.3).
-    Gates are folded into the weights that follow, so a gated pass costs one plain pass.
+    qk_gate (D,), v_gate (V,): inside every head, multiply the products that q k^T sums over, and the channels of v.
+    stream_gate (S,): how much of each channel of the stream exists: both norms are over that, and what the halves add
+    is multiplied by it. attn_there, mlp_there (): how much of a half exists; multiply what it adds whatever its heads
+    or neurons give (section 2.9).
+    Gates are folded into the weights, so a gated pass costs one plain pass; of channels that are normalised, into the
+    norm, which is then over what exists.
     """
 
     slice: BlockSlice
@@ -31,6 +37,11 @@ class Term:
     head_gate: Tensor | None = None
     hidden_gate: Tensor | None = None
     channel_gate: Tensor | None = None
+    qk_gate: Tensor | None = None
+    v_gate: Tensor | None = None
+    stream_gate: Tensor | None = None
+    attn_there: Tensor | None = None
+    mlp_there: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -96,12 +107,14 @@ def add_prefixes(x: Tensor, ys: Sequence[Tensor]) -> Tensor:
     return _AddPrefixes.apply(x, *ys)  # type: ignore[no-any-return]
 
 
-def gated(params: Params, axes: BlockAxes, shape: BlockShape, term: Term) -> dict[str, Tensor]:
+def gated(
+    params: Params, axes: BlockAxes, shape: BlockShape, term: Term, norms: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Tensor]:
     """Fold a term's weight and gates into its parameters.
 
     Scaling a weight by g costs its size; scaling the activations would cost tokens x channels, and their
-    gradient would need them kept. Where a norm takes what the MLP writes, the channel gate is the norm's
-    (`name.gate`, layers.py), which then normalises over what exists.
+    gradient would need them kept. Where a norm takes what is gated, the gate is the norm's (`name.gate`, layers.py),
+    which then normalises over what exists. norms: those over units that the block has (`unit_norms`).
     """
     scaled = dict(params)
 
@@ -109,27 +122,75 @@ def gated(params: Params, axes: BlockAxes, shape: BlockShape, term: Term) -> dic
         if name in scaled:
             scaled[name] = scaled[name] * by
 
-    if term.head_gate is not None:
-        v = head_widths(term.slice, shape).v
-        widths = v if isinstance(v, int) else torch.tensor(v, device=term.head_gate.device)
-        for name in axes.attn.writers:
-            scale(name, term.head_gate.repeat_interleave(widths))
-    if term.hidden_gate is not None:
-        for name in axes.mlp.writers:
-            scale(name, term.hidden_gate)
+    def scale_rows(name: str, by: Tensor) -> None:
+        if name in scaled:
+            scale(name, by if scaled[name].dim() == 1 else by[:, None])
+
+    def normed(units: str, gate: Tensor) -> bool:
+        """Whether norms take these units; they get the gate."""
+        found = {f"{norm}.gate": gate for norm, over in norms.items() if over == units}
+        scaled.update(found)
+        return bool(found)
+
+    of_v = _v_gate(term, shape)
+    if term.qk_gate is not None and not normed("D", term.qk_gate):
+        widths = head_widths(term.slice, shape)
+        rest = term.qk_gate.new_ones(widths.number * widths.qk + widths.v_total)
+        for name, letters in axes.attn.axes.items():
+            if letters[0] == "3HD":
+                scale_rows(name, torch.cat([term.qk_gate.repeat(widths.number), rest]))
+    for units, gate, half in (("HV", of_v, axes.attn), ("M", term.hidden_gate, axes.mlp)):
+        if gate is not None and not normed(units, gate):
+            for name in half.writers:
+                scale(name, gate)
     if term.channel_gate is not None:
         for name in axes.mlp.readers:
             scale(name, term.channel_gate)
-        norms = axes.mlp.output_norms
-        scaled |= {f"{norm}.gate": term.channel_gate for norm in norms}
-        for name in axes.mlp.writers if not norms else ():
+        late = axes.mlp.output_norms
+        scaled |= {f"{norm}.gate": term.channel_gate for norm in late}
+        for name in axes.mlp.writers if not late else ():
             scale(name, term.channel_gate[:, None])
             scale(f"{name.removesuffix('weight')}bias", term.channel_gate)
-    if term.weight is not None:
-        for half, there in ((axes.attn, term.slice.attn), (axes.mlp, term.slice.mlp)):
+    for half, there, gate in (
+        (axes.attn, term.slice.attn, term.attn_there),
+        (axes.mlp, term.slice.mlp, term.mlp_there),
+    ):
+        if gate is not None:
+            for name in half.writers:
+                scale(f"{name.removesuffix('weight')}bias", gate)
+            for norm in half.output_norms:
+                scale(f"{norm}.weight", gate)
+                scale(f"{norm}.bias", gate)
+        if term.stream_gate is not None:
+            over_stream = (*half.output_norms, *([] if half.norm is None else [half.norm]))
+            scaled |= {f"{norm}.gate": term.stream_gate for norm in over_stream}
+            for name in half.output(params) if there and not half.output_norms else ():
+                scale_rows(name, term.stream_gate)
+        if term.weight is not None:
             for name in half.output(params) if there else ():
                 scale(name, term.weight)
     return scaled
+
+
+def _v_gate(term: Term, shape: BlockShape) -> Tensor | None:
+    """The gate of every channel of v of every kept head, (V,)."""
+    if term.head_gate is None and term.v_gate is None:
+        return None
+    widths = head_widths(term.slice, shape)
+    if term.head_gate is None:
+        assert term.v_gate is not None
+        return term.v_gate.repeat(widths.number)
+    if term.v_gate is None:
+        v = widths.v if isinstance(widths.v, int) else torch.tensor(widths.v, device=term.head_gate.device)
+        return term.head_gate.repeat_interleave(v)
+    return torch.outer(term.head_gate, term.v_gate).flatten()
+
+
+def norms_over_units(block: nn.Module, axes: BlockAxes) -> dict[str, str]:
+    """The norms behind gates that a block has, and the letters of what they are over."""
+    there = {name for name, module in block.named_modules() if not isinstance(module, nn.Identity)}
+    both = {**axes.attn.unit_norms, **axes.mlp.unit_norms}
+    return {name: over for name, over in both.items() if name in there}
 
 
 Half = Callable[[Any, BlockShape, Params, BlockSlice, Tensor], Tensor]
@@ -143,7 +204,8 @@ def mixed_block(adapter: Adapter, block: Any, shape: BlockShape, mixture: BlockM
     """
     terms, axes = mixture.terms, adapter.block_axes
     each = slice_block_each(adapter.block_parameters(block), axes, shape, [t.slice for t in terms])
-    sliced = [(t.slice, gated(p, axes, shape, t)) for p, t in zip(each, terms, strict=True)]
+    norms = norms_over_units(block, axes)
+    sliced = [(t.slice, gated(p, axes, shape, t, norms)) for p, t in zip(each, terms, strict=True)]
 
     def add(half: Half, drop_path: Any, there: list[tuple[BlockSlice, dict[str, Tensor]]], x: Tensor) -> Tensor:
         prefixes = read_prefixes(x, [kept.stream for kept, _ in there])

@@ -58,11 +58,15 @@ def group_scores(
             block = orders["H"].removesuffix(".heads")
             orders = orders | {"D": f"{block}.qk", "V": f"{block}.v"}
         for offset, letter in enumerate(letters):
-            if letter in orders:
-                units = factors.narrow(dim, 0, 2) if letters == "3HD" and letter == "D" else factors  # q's and k's
+            if letter not in orders:
+                continue
+            parts = [(letter, factors)]
+            if letters == "3HD" and letter == "D":  # of q and k, and of v
+                parts = [("D", factors.narrow(dim, 0, 2)), ("V", factors.narrow(dim, 2, 1))]
+            for unit, scored in parts:
                 others = [d for d in range(factors.dim()) if d != dim + offset]
-                group = units.sum(others) if others else units
-                totals[orders[letter]] = totals.get(orders[letter], 0) + group
+                group = scored.sum(others) if others else scored
+                totals[orders[unit]] = totals.get(orders[unit], 0) + group
     return totals
 
 

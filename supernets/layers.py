@@ -49,7 +49,7 @@ def stem_norm(module: nn.Module, params: Params, name: str, x: Tensor) -> Tensor
 def _gated_norm(module: Any, weight: Tensor | None, bias: Tensor | None, gate: Tensor, x: Tensor) -> Tensor:
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     gate = gate.to(y.dtype)
-    share = gate / gate.sum()
+    share = gate / gate.sum().clamp_min(torch.finfo(gate.dtype).tiny)  # nothing exists where a half is removed
     if isinstance(module, nn.LayerNorm):
         y = y - (y * share).sum(-1, keepdim=True)
     y = y * torch.rsqrt((y.square() * share).sum(-1, keepdim=True) + module.eps)

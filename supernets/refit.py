@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from search_spaces.slices import BlockShape, BlockSlice, Kept, NetworkSlice
@@ -44,10 +45,15 @@ class Residual:
         self.gram: Any = 0.0
         self.cross: Any = 0.0
         self.sums: tuple[Any, Any] = 0.0, 0.0
+        self.origin: Any = 0.0
+        self.precision = torch.finfo(torch.float64).eps
 
     def add(self, x: Tensor, r: Tensor) -> None:
         """(..., n) and (..., m): products in their own precision over a batch, sums in float64."""
         x, r = x.flatten(0, -2), r.flatten(0, -2)
+        if self.bias and not self.rows:  # near the mean, lest a variance be lost beside its square
+            self.origin, self.precision = x.mean(0), torch.finfo(x.dtype).eps
+        x = x - self.origin
         self.gram, self.cross = self.gram + (x.T @ x).double(), self.cross + (x.T @ r).double()
         self.sums = self.sums[0] + x.double().sum(0), self.sums[1] + r.double().sum(0)
         self.rows += len(x)
@@ -55,17 +61,21 @@ class Residual:
     def solve(self, ridge: float, through: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The change (m, n) of the layer's matrix and that (m,) of its bias, float64.
 
-        through (m', m): R is taken through this first, and m' outputs are fitted.
+        through (m', m): R is taken through this first, and m' outputs are fitted. What varies by no more than rounding
+        is fitted by the bias alone.
         """
         gram, cross = self.gram / self.rows, self.cross / self.rows
         x, r = (total / self.rows for total in self.sums)
+        held = gram.new_zeros(())
         if self.bias:
             gram, cross = gram - torch.outer(x, x), cross - torch.outer(x, r)
+            x = x + self.origin
+            held = self.precision * (gram.diagonal() + x.square()).mean()
         if through is not None:
             cross, r = cross @ through.T, through @ r
-        size = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+        held = (held + ridge * gram.diagonal().mean()).clamp_min(torch.finfo(gram.dtype).tiny)
         values, vectors = torch.linalg.eigh(gram)  # products in float32 may be below zero in directions without images
-        change = ((vectors / (values.clamp_min(0) + ridge * size)) @ (vectors.T @ cross)).T
+        change = ((vectors / (values.clamp_min(0) + held)) @ (vectors.T @ cross)).T
         return change, r - change @ x if self.bias else None
 
 
@@ -90,8 +100,8 @@ def write(supernet: Supernet, subnet: NetworkSlice, values: Mapping[str, Tensor]
 def written(supernet: Supernet, subnet: NetworkSlice, values: Mapping[str, Tensor]) -> Iterator[None]:
     """The backbone with refitted values inside, and as it was afterwards."""
     before = {name: supernet.backbone.get_parameter(name).detach().clone() for name in values}
-    write(supernet, subnet, values)
     try:
+        write(supernet, subnet, values)
         yield
     finally:
         with torch.no_grad():
@@ -124,7 +134,8 @@ class _Half:
     """One half of a block: what it computes, and at which slice.
 
     run: (parameters, slice, stream) -> what the half adds. full, rows, small: the block's parameters, those of the kept
-    units over the whole stream, and those of the slice. columns: the channels that it reads and writes.
+    units over the whole stream, and those of the slice. columns: the channels that it reads and writes. zeros: tokens
+    of zeros that come between norm and reader, in an image (Swin pads windows after the norm).
     """
 
     axes: HalfAxes
@@ -136,6 +147,7 @@ class _Half:
     whole: BlockSlice
     kept: BlockSlice
     columns: Kept
+    zeros: int
 
 
 class _Refit:
@@ -180,6 +192,8 @@ class _Refit:
         rows = slice_block(full, axes, shape, replace(kept, stream=whole.stream, mlp_stream=None))
         small = slice_block(full, axes, shape, kept)
         read_by_mlp = kept.stream if kept.mlp_stream is None else kept.mlp_stream
+        costs = adapter.costs.blocks[index]
+        zeros = costs.attn_tokens - costs.mlp_tokens if adapter.pads_after_norm(block) else 0
         return [
             _Half(
                 half,
@@ -191,10 +205,11 @@ class _Refit:
                 whole,
                 kept,
                 columns,
+                nothing,
             )
-            for half, run, columns in (
-                (axes.attn, adapter.attention_half, kept.stream),
-                (axes.mlp, adapter.mlp_half, read_by_mlp),
+            for half, run, columns, nothing in (
+                (axes.attn, adapter.attention_half, kept.stream, zeros),
+                (axes.mlp, adapter.mlp_half, read_by_mlp, 0),
             )
         ]
 
@@ -208,7 +223,8 @@ class _Refit:
         for z_E, z in zip(before, self.small, strict=True):
             n = norm(half.norm, half.small, half.axes.norm, z[..., : half.kept.stream])
             n = take(n, -1, half.columns)
-            moments.add(n, _less(norm(half.norm, half.full, half.axes.norm, z_E), n, half.columns))
+            left = _less(norm(half.norm, half.full, half.axes.norm, z_E), n, half.columns)
+            moments.add(_with_zeros(n, half.zeros), _with_zeros(left, half.zeros))
         values: Values = {}
         for leaf, bias in zip(matrices, biases, strict=True):
             weight, added = moments.solve(self.ridge.layers, half.rows[leaf].double())
@@ -284,6 +300,11 @@ def _changed(params: Params, matrix: str, weight: Tensor, bias: str, added: Tens
 def _with(params: Params, values: Values) -> dict[str, Tensor]:
     """Parameters with some of them replaced, each in its own precision."""
     return dict(params) | {name: value.to(params[name].dtype) for name, value in values.items()}
+
+
+def _with_zeros(x: Tensor, number: int) -> Tensor:
+    """Tokens (B, ..., n) with so many of zeros after those of each image."""
+    return F.pad(x.flatten(1, -2), (0, 0, 0, number)) if number else x
 
 
 def _less(z_E: Tensor, y: Tensor, columns: Kept) -> Tensor:

@@ -80,6 +80,12 @@ def test_each_exception_is_still_printed_somewhere() -> None:
     assert sum(reason(command) is not None for command in all_commands()) <= 10
 
 
+def untrained(text: str) -> bool:
+    """Whether a command is a search that trains nothing, and takes no epochs."""
+    name = re.search(r"search\.py.* --space (\S+)", text)
+    return name is not None and get_space(name[1]).search.get("epochs") == 0 and "--searcher gradient" not in text
+
+
 def built(family: str, num_classes: int) -> Any:
     model, kwargs = SMALL[family]
     return timm.create_model(model, num_classes=num_classes, **parse_key_values(tuple(kwargs.split())))
@@ -155,7 +161,7 @@ class Workshop:
             text = re.sub(r" --nets? .*?(?= --|$)", "", text) + f" {SMALL_NETS.get(name, '')}"
         elif script in ("search.py", "retrain.py") and not re.search("--help|--list-spaces|--resume", text):
             text = self.with_model(text)
-            if " --epochs" not in text:
+            if " --epochs" not in text and not untrained(text):
                 text += " --epochs 1"
             if "--sweep" in text and "--retrain-trials" in text:
                 text += " --sweep retrain.epochs=1"

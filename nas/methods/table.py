@@ -39,7 +39,10 @@ def searcher_of(options: SearchOptions, space: Space) -> Searcher:
     name = options.searcher or allowed[0]
     if name not in allowed:
         raise UserError(f"--searcher {name}: {space.name} is searched by {' or '.join(allowed)}")
-    return SEARCHERS[name]
+    searcher = SEARCHERS[name]
+    if options.start is not None and not searcher.starts:
+        raise UserError(f"--start {options.start} is of a search by gradient; {space.name} is searched by {name}")
+    return searcher
 
 
 def check_owned(options: Any, space: Space, shared: tuple[type, ...] = ()) -> None:

@@ -114,7 +114,7 @@ def load_into(
 
     Returns what did not match, in words, and whether the classifier is new.
 
-    Raises UserError when anything but the classifier is missing or has another shape.
+    Raises UserError when anything but the classifier is missing or has another shape, or something is no number.
     """
     filter_fn = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
     state = dict(state) if filter_fn is None else dict(filter_fn(dict(state), backbone))
@@ -142,6 +142,11 @@ def load_into(
         what = (["missing: " + few(missing, 4)] if missing else []) + (["shape: " + few(wrong, 4)] if wrong else [])
         raise UserError(
             f"{source} does not fit {type(backbone).__name__}: {'; '.join(what)}; check --model and --model-kwargs"
+        )
+    broken = [n for n in own if n in state and state[n].is_floating_point() and not state[n].isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{source} holds NaN or infinity: {few(broken, 4)}; its training has diverged, or it is damaged"
         )
     unexpected = sorted(set(state) - set(own))
     if unexpected:

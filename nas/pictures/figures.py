@@ -28,7 +28,13 @@ CHOICES = {
     "fraction": "fraction of channels kept",
     "channels": "channels of the MLP",
     "channel": "a channel of the MLP",
+    "stream": "channels of the stage's stream",
+    "heads": "heads",
+    "qk": "channels of q and k in a head",
+    "v": "channels of v in a head",
+    "hidden": "hidden neurons",
 }
+MOST_NAMED, SOME_NAMED = 8, 5  # candidates in a legend: all of so many, so many of more
 TERMS = {
     "ce": "cross-entropy",
     "kl": "λ · KL",
@@ -80,23 +86,24 @@ def choices_figure(choices: pd.DataFrame, picks: Sequence[Mapping[str, Any]], ti
     """How sure each block became of each candidate: a panel per choice, a row per block, epochs to the right.
 
     choices: columns epoch, block, choice, candidate, probability (0 to 1); the candidates in the search
-    space's order, the largest network first. Within a block's row the height of a colour is the candidate's
-    probability, so a row that ends in one colour has decided. picks: the candidates of arch.json by block and
-    choice name, written beside the rows with their last probability; empty: the likeliest are. None when no
-    row is complete.
+    space's order, the largest network first. last_block: where blocks choose alike the last of them, and their row is
+    as high as theirs together. Within a block's row the height of a colour is the candidate's probability, so a row
+    that ends in one colour has decided. picks: the candidates of arch.json by block and choice name, written beside
+    the rows with their last probability; empty: the likeliest are. None when no row is complete.
     """
     import pandas as pd
 
     columns = ["epoch", "block", "choice", "candidate", "probability"]
     if not set(columns) <= set(choices.columns):
         return None
-    numbers = choices[["epoch", "block", "probability"]].apply(pd.to_numeric, errors="coerce")
+    choices = choices.assign(last_block=choices["last_block"] if "last_block" in choices else choices["block"])
+    numbers = choices[["epoch", "block", "last_block", "probability"]].apply(pd.to_numeric, errors="coerce")
     frame = choices[columns].assign(**numbers).dropna()
     if frame.empty:
         return None
     frame = frame.assign(candidate=frame["candidate"].map(candidate_text))
-    names, blocks = list(dict.fromkeys(frame["choice"])), int(frame["block"].max()) + 1
-    figure = new_figure(0.6 + 6.2 * len(names), 1.9 + 0.27 * max(blocks, 6), title)
+    names, blocks = list(dict.fromkeys(frame["choice"])), int(frame["last_block"].max()) + 1
+    figure = new_figure(0.6 + (6.2 if len(names) < 4 else 4.9) * len(names), 1.9 + 0.27 * max(blocks, 6), title)
     panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for axes, name in zip(panels, names, strict=True):
         _choice_panel(axes, frame[frame["choice"] == name], str(name), blocks, picks)
@@ -123,9 +130,9 @@ def _choice_panel(axes: Axes, frame: pd.DataFrame, name: str, blocks: int, picks
             continue
         shares = rows.pivot_table(index="epoch", columns="candidate", values="probability", aggfunc="last")
         shares = shares.reindex(index=epochs, columns=candidates).fillna(0.0)
-        upper = np.full(len(epochs), float(block) - 0.42)
+        upper, others = np.full(len(epochs), float(block) - 0.42), float(rows["last_block"].max()) - block
         for candidate in candidates:
-            lower = upper + 0.84 * shares[candidate].to_numpy()
+            lower = upper + (0.84 + others) * shares[candidate].to_numpy()
             band = axes.fill_between(x, np.repeat(upper, 2), np.repeat(lower, 2), lw=0, color=colors[candidate])
             band.set_label(f"block {block}: {candidate}")
             upper = lower
@@ -133,7 +140,7 @@ def _choice_panel(axes: Axes, frame: pd.DataFrame, name: str, blocks: int, picks
         picked = picks[block].get(name) if block < len(picks) else None
         taken = str(last.idxmax()) if picked is None else candidate_text(picked)
         text = f"{taken}  ({100 * last.get(taken, 0.0):.0f} %)"
-        axes.text(1.012, block, text, transform=beside, va="center", fontsize=8)
+        axes.text(1.012, block + others / 2, text, transform=beside, va="center", fontsize=8)
     figure: Any = axes.get_figure()
     above = axes.transAxes + ScaledTranslation(0, 6 / 72, figure.dpi_scale_trans)
     header = "chosen (probability)" if picks else "likeliest (probability)"
@@ -143,11 +150,17 @@ def _choice_panel(axes: Axes, frame: pd.DataFrame, name: str, blocks: int, picks
     axes.set_xlabel("epoch", fontsize=9)
     axes.tick_params(labelsize=8, labelleft=True)
     axes.spines[:].set_visible(False)
-    handles = [Patch(facecolor=colors[c], edgecolor="#444444", linewidth=0.5, label=c) for c in candidates]
+    named, words = candidates, f"{CHOICES.get(name, name)}: the height of its colour in a row is its probability"
+    if len(candidates) > MOST_NAMED:
+        named = [candidates[k] for k in np.linspace(0, len(candidates) - 1, SOME_NAMED).round().astype(int)]
+        words = f"{CHOICES.get(name, name)}, {len(candidates)} candidates"
+    handles = [Patch(facecolor=colors[c], edgecolor="#444444", linewidth=0.5, label=c) for c in named]
     axes.legend(
         handles=handles,
-        title=f"{CHOICES.get(name, name)}: the height of its colour in a row is its probability",
+        title=words,
         ncols=max(len(handles), 1),
+        columnspacing=1.2,
+        handlelength=1.5,
         loc="lower center",
         bbox_to_anchor=(0.5, 1.0),
         bbox_transform=above,

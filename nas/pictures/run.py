@@ -1,4 +1,4 @@
-"""The pictures of a run, drawn from its files: choices, curves, steps, and where it stands among others."""
+"""The pictures of a run, drawn from its files: what it chose, curves, steps, and where it stands among others."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.data.split_names import HELD_OUT
+from nas.pictures.architecture import PICTURE, architecture_figure, title_of
+from nas.pictures.candidates import candidates_figure
 from nas.pictures.figures import DPI, choices_figure, curves_figure
+from nas.pictures.rows import rows_of
 from nas.pictures.scatter import pareto_figure
 from nas.pictures.spectrum_figure import spectra, spectrum_figure
 from nas.pictures.steps_figure import steps_figure
+from search_spaces.architecture import load_architecture
+from search_spaces.errors import UserError
 from search_spaces.registry import METHODS
 
 if TYPE_CHECKING:
@@ -57,6 +62,13 @@ def plot_run(folder: Path, points: Sequence[Mapping[str, Any]] | None = None, x:
     if steps is not None:
         figure = steps_figure(steps, title)
         written += save(figure, folder / "steps.png") if figure is not None else []
+    candidates = _csv(folder / "candidates.csv")
+    if candidates is not None:
+        figure = candidates_figure(candidates, title)
+        written += save(figure, folder / "candidates.png") if figure is not None else []
+    if _by_halves(arch.get("method")):
+        figure = _architecture(folder)
+        written += save(figure, folder / PICTURE) if figure is not None else []
     if (folder / BASIS).is_file():
         figure = spectrum_figure(*spectra(folder / BASIS), title)
         written += save(figure, folder / "basis.png") if figure is not None else []
@@ -102,13 +114,14 @@ def save(figure: Figure, path: Path) -> list[Path]:
 
 
 def run_points(folder: Path) -> list[dict[str, Any]]:
-    """The networks of a run's summary.json as rows for pareto_figure: large, and subnet or compact.
+    """The networks of a run's summary.json as rows for pareto_figure: large, and subnet, refitted or compact.
 
     Params are a count, gflops in GFLOPs (MACs), images_per_s at batch 32, top-k in percent; absent ones are
     NaN. Runs that differ in nothing but their seed share `config`. Empty when there is no summary.
     """
     summary, arch = _json(folder / "summary.json"), _json(folder / "arch.json")
     small = "compact" if isinstance(summary.get("compact"), dict) else "subnet"
+    as_cut = "refitted" if small == "compact" and summary.get("stage") == "search" else small
     facts = {
         "run": str(folder.resolve()),
         "space": str(summary.get("space") or arch.get("space") or ""),
@@ -117,11 +130,11 @@ def run_points(folder: Path) -> list[dict[str, Any]]:
         "split": EARLIER.get(str(summary.get("split")), summary.get("split")) or "",
     }
     rows = []
-    for role in ("large", small):
-        found = summary.get(role)
+    for name, role in (("large", "large"), (small, as_cut)):
+        found = summary.get(name)
         if not isinstance(found, dict):
             continue
-        values = {name: _value(found, name) for name in ("params", "gflops", "top1", "top5", "held_out_top1")}
+        values = {k: _value(found, k) for k in ("params", "gflops", "top1", "top5", "held_out_top1")}
         values["images_per_s"] = _value(found, "images_per_s_32")
         # The large network is the same whatever the small one's budget; runs are its seeds.
         alone = f"large {values['gflops']} {summary.get('train', 'adjoined')}"
@@ -185,6 +198,22 @@ def _label(summary: Mapping[str, Any], arch: Mapping[str, Any]) -> str:
 def _uniform(method: object) -> bool:
     """Whether one factor serves all blocks of a method's architectures."""
     return method in METHODS and METHODS[str(method)].uniform
+
+
+def _by_halves(method: object) -> bool:
+    """Whether a method's architectures are widths, half by half, which only a picture shows at a glance."""
+    return method in METHODS and bool(METHODS[str(method)].halves)
+
+
+def _architecture(folder: Path) -> Figure | None:
+    """What the blocks keep; None where arch.json is damaged or speaks of another network."""
+    try:
+        arch = load_architecture(folder)
+        rows = rows_of(arch)
+    except UserError as error:
+        log.warning("%s; drawn without it", error)
+        return None
+    return architecture_figure(rows, title_of(arch, rows))
 
 
 def _alpha(arch: Mapping[str, Any]) -> float | None:

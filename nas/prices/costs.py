@@ -100,11 +100,15 @@ class PricedSpace:
 
     def problem(self, probabilities: Probabilities) -> SelectionProblem:
         """The exact selection of section 2.6, scored by log-probability."""
-        blocks = []
-        for i, options in enumerate(self.options):
-            p = joint_probability(probabilities[i], self.space.candidates[i]).detach().double()
-            scores = p.clamp_min(1e-300).log().tolist()
-            blocks.append(tuple(KnapsackItem(o.cost, o.slice.stream, s) for o, s in zip(options, scores, strict=True)))
+        joint = [joint_probability(p, c) for p, c in zip(probabilities, self.space.candidates, strict=True)]
+        return self.scored([p.detach().double().clamp_min(1e-300).log().tolist() for p in joint])
+
+    def scored(self, scores: Sequence[Sequence[float]]) -> SelectionProblem:
+        """The exact selection of section 2.6 at these scores of every block's options."""
+        blocks = [
+            tuple(KnapsackItem(o.cost, o.slice.stream, s) for o, s in zip(options, own, strict=True))
+            for options, own in zip(self.options, scores, strict=True)
+        ]
         per, shapes = self.price.outer(self.network), self.space.shapes
         stages = range(shapes[-1].stage + 1)
         full = tuple(shapes[self.blocks_of(s)[0]].embed_dim for s in stages)

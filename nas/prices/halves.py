@@ -1,16 +1,20 @@
-"""What free widths cost (section 2.9): half by half, given the widths of the stages."""
+"""What free widths cost (section 2.9): half by half, given the widths of the stages, or expected."""
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from nas.prices.costs import PricedSpace
+from nas.prices.costs import EndsOnly, PricedSpace, Probabilities, joint_probability
 from nas.prices.selection import KnapsackItem, SelectionProblem
-from search_spaces.method import Picks
+from search_spaces.errors import UserError
+from search_spaces.method import Candidate, Picks
 from search_spaces.slices import BlockSlice
 
 Costs = NDArray[np.int64]
@@ -27,13 +31,16 @@ class HalfOption:
 class Halves:
     """A priced space whose halves choose by themselves: the options of each, and what they cost.
 
-    Halves are counted through the network: 2 b is the attention of block b, 2 b + 1 its MLP.
+    Halves are counted through the network: 2 b is the attention of block b, 2 b + 1 its MLP. kinds: those of the same
+    number have the same options at the same costs.
     """
 
     def __init__(self, priced: PricedSpace) -> None:
         self.priced, self.space = priced, priced.space
-        self._options: dict[Any, tuple[HalfOption, ...]] = {}
-        self._costs: dict[Any, Costs] = {}
+        numbers: dict[Any, int] = {}
+        self.kinds = [numbers.setdefault(self._kind(half), len(numbers)) for half in range(len(self))]
+        self._options: dict[int, tuple[tuple[HalfOption, ...], Costs]] = {}
+        self._costs: dict[tuple[int, int], Costs] = {}
 
     def __len__(self) -> int:
         return 2 * len(self.space.shapes)
@@ -50,19 +57,39 @@ class Halves:
 
     def options(self, half: int) -> tuple[HalfOption, ...]:
         """Every way to take a half; the first is the backbone's own."""
-        key = self._kind(half)
-        if key not in self._options:
-            self._options[key] = self._all_options(half)
-        return self._options[key]
+        return self._listed(half)[0]
+
+    def choices(self, half: int) -> dict[str, tuple[Candidate, ...]]:
+        """The half's own choices and their candidates."""
+        candidates = self.space.candidates[half // 2]
+        return {name: candidates[name] for name in self.space.method.halves[half % 2]}
+
+    def option_of(self, half: int) -> Costs:
+        """The place in `options` of every combination of the half's choices, in the order of their product."""
+        return self._listed(half)[1]
 
     def costs(self, half: int, width: int) -> Costs:
         """The price of each of `options` where the stage has so many channels: (options,)."""
-        key = (self._kind(half), width)
+        key = self.kinds[half], width
         if key not in self._costs:
             shape, costs = self.space.shapes[half // 2], self.priced.network.blocks[half // 2]
             slices = [replace(option.slice, stream=width) for option in self.options(half)]
             self._costs[key] = np.array([self.priced.price.block(shape, costs, s) for s in slices], dtype=np.int64)
         return self._costs[key]
+
+    def affine(self, half: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """`costs` of any width: (options,) without a channel of the stream, and (options,) more with each.
+
+        UserError where the price is not affine in the width, by three of them.
+        """
+        widths = self.widths(self.stage(half))
+        first, middle, last = (self.costs(half, widths[k]) for k in (0, len(widths) // 2, -1))
+        more = widths[-1] - widths[0]
+        if np.any((middle - first) * more != (last - first) * (widths[len(widths) // 2] - widths[0])):
+            name = self.priced.price.name
+            raise UserError(f"--price {name}: a half's is not affine in the stage's width, nor is its expectation then")
+        per_channel = (last - first) / max(more, 1)
+        return first - per_channel * widths[0], per_channel
 
     def outer(self, widths: Sequence[int]) -> int:
         """The price of stem, merging and classifier at these stage widths."""
@@ -94,19 +121,81 @@ class Halves:
         candidates = tuple(self.space.candidates[block].items())
         return self.space.shapes[block], self.priced.network.blocks[block], candidates, half % 2
 
-    def _all_options(self, half: int) -> tuple[HalfOption, ...]:
-        """Products of the half's own choices; those of the same slice once."""
+    def _listed(self, half: int) -> tuple[tuple[HalfOption, ...], Costs]:
+        key = self.kinds[half]
+        if key not in self._options:
+            self._options[key] = self._all_options(half)
+        return self._options[key]
+
+    def _all_options(self, half: int) -> tuple[tuple[HalfOption, ...], Costs]:
+        """Products of the half's own choices; those of the same slice are one option."""
         block, method = half // 2, self.space.method
         shape, candidates = self.space.shapes[block], self.space.candidates[block]
         whole = {name: max(options) for name, options in candidates.items()}
-        own = method.halves[half % 2]
+        own = self.choices(half)
         found: dict[BlockSlice, HalfOption] = {}
-        for combination in itertools.product(*(candidates[name] for name in own)):
+        slices = []
+        for combination in itertools.product(*own.values()):
             picks = dict(zip(own, combination, strict=True))
             kept = method.block_slice(shape, self.space.settings, whole | picks, {})
             kept = replace(kept, attn=kept.attn and not half % 2, mlp=kept.mlp and bool(half % 2))
             if not kept.attn and not kept.mlp:  # whatever its other choices are
-                picks = {name: whole[name] for name in own} | {own[0]: picks[own[0]]}
+                first = next(iter(own))
+                picks = {name: whole[name] for name in own} | {first: picks[first]}
                 kept = replace(kept, qk=None, v_channels=None)
             found.setdefault(kept, HalfOption(picks, kept))
-        return tuple(found.values())
+            slices.append(kept)
+        places = {kept: k for k, kept in enumerate(found)}
+        return tuple(found.values()), np.array([places[kept] for kept in slices])
+
+
+@dataclass(frozen=True)
+class PricedHalves(EndsOnly):
+    """A space whose halves choose by themselves, and its expected price: half by half, at the expected stage widths.
+
+    A stage's width is a choice of its own, and what a half costs is affine in it: so is the expectation.
+    """
+
+    @classmethod
+    def of(cls, priced: PricedSpace) -> "PricedHalves":
+        """The same space, its prices by halves."""
+        return cls(**{f.name: getattr(priced, f.name) for f in fields(priced)})
+
+    @cached_property
+    def halves(self) -> Halves:
+        """Its halves."""
+        return Halves(self)
+
+    def _block(self, block: int, weights: Mapping[str, Tensor]) -> Tensor:
+        width = self._stage_gate(block, weights).sum()
+        total = width.new_zeros(())
+        for half in (2 * block, 2 * block + 1):
+            joint = joint_probability(weights, self.halves.choices(half)).double()
+            constant, per_channel = self._affine(half, joint.device)
+            total = total + joint @ (constant + per_channel * width)
+        return total
+
+    def _affine(self, half: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`Halves.affine` of every combination of the half's choices."""
+        key = self.halves.kinds[half], device
+        if key not in self._tensors:
+            option_of = self.halves.option_of(half)
+            constant, per_channel = (torch.from_numpy(each[option_of]).to(device) for each in self.halves.affine(half))
+            self._tensors[key] = constant, per_channel
+        return self._tensors[key]
+
+    @cached_property
+    def _tensors(self) -> dict[tuple[int, torch.device], tuple[Tensor, Tensor]]:
+        return {}
+
+    def _exists(self, stage: int, probabilities: Probabilities) -> Tensor:
+        block = self.blocks_of(stage)[0]
+        return self._stage_gate(block, probabilities[block])
+
+    def _stage_gate(self, block: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """P(stage width > c) of every channel c of the block's stage, (E,), float64."""
+        (choice,) = self.space.method.stage_choices
+        p = weights[choice].double()
+        widths = torch.tensor(self.space.candidates[block][choice], device=p.device)
+        channels = torch.arange(self.space.shapes[block].embed_dim, device=p.device)
+        return p @ (channels < widths[:, None]).double()

@@ -11,6 +11,7 @@ from nas.machine.files import write_text
 from nas.networks.compact_file import TIMM_CONFIG, WEIGHTS
 from search_spaces.architecture import Architecture, load_architecture
 from search_spaces.errors import UserError, reason
+from search_spaces.registry import METHODS
 
 CARD = "README.md"
 UPLOADED = ("arch.json", WEIGHTS, TIMM_CONFIG, CARD, "compact.onnx", "compact.pt2", "summary.json", "export.json")
@@ -33,7 +34,7 @@ def model_card(folder: Path, arch: Architecture) -> str:
         front["datasets"] = [summary["dataset"]]
     parts = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {name}", ""]
     parts += [
-        f"A compact network cut out of `{arch.model}` by {arch.method.upper()} ({arch.width} width).",
+        f"A compact network cut out of `{arch.model}`{_made_by(arch)}.",
         "",
         *_networks_table(arch, summary),
         "",
@@ -46,15 +47,11 @@ def model_card(folder: Path, arch: Architecture) -> str:
         f" {', '.join(map(str, arch.stage_widths))}",
     ]
     for choice in [k for k, v in arch.blocks[0].items() if not isinstance(v, list)]:
-        picks = Counter(block.get(choice) for block in arch.blocks)
-        counts = ", ".join(f"{value} in {times}" for value, times in sorted(picks.items(), key=str))
-        parts.append(f"* {choice} over {len(arch.blocks)} blocks: {counts}")
+        parts.append(f"* {choice} {_picks(arch, choice)}")
     parts += ["", "## Data and training", ""]
     if summary:
         parts.append(f"* dataset `{summary.get('dataset')}`, accuracies on its {summary.get('split', 'test split')}")
-    shown = ("epochs", "batch_size", "opt", "lr", "weight_decay", "sched", "aa", "mixup", "cutmix", "smoothing", "seed")
-    given = [f"{key} {options[key]}" for key in shown if options.get(key) is not None]
-    parts += [f"* {summary.get('train', 'adjoined')} training: {', '.join(given)}"] if given else []
+    parts += _training(summary, options)
     if arch.search:
         parts.append(f"* searched: {', '.join(f'{k} {v}' for k, v in arch.search.items() if v not in (None, '', []))}")
     if speed:
@@ -75,8 +72,40 @@ def model_card(folder: Path, arch: Architecture) -> str:
     return "\n".join(parts)
 
 
+def _one_by_one(arch: Architecture) -> bool:
+    """Whether blocks have widths of their own, not a few candidates."""
+    return arch.method in METHODS and bool(METHODS[arch.method].halves)
+
+
+def _made_by(arch: Architecture) -> str:
+    if _one_by_one(arch):
+        return ", its widths chosen one by one"
+    return f" by {arch.method.upper()} ({arch.width} width)"
+
+
+def _picks(arch: Architecture, choice: str) -> str:
+    """The candidates of a choice: block by block, or how many blocks have which."""
+    if _one_by_one(arch):
+        return f"by block: {' '.join(str(block.get(choice)) for block in arch.blocks)}"
+    picks = Counter(block.get(choice) for block in arch.blocks)
+    counts = ", ".join(f"{value} in {times}" for value, times in sorted(picks.items(), key=str))
+    return f"over {len(arch.blocks)} blocks: {counts}"
+
+
+def _training(summary: dict[str, Any], options: dict[str, Any]) -> list[str]:
+    """How the weights came about: by training, or in a search that cuts its result out by a refit alone."""
+    if summary.get("stage") == "search" and isinstance(summary.get("compact"), dict):
+        images = options.get("refit_images")
+        words = f"refitted on up to {images} training images, without labels" if images else "not refitted"
+        return [f"* cut out of trained weights, {words}; not trained since"]
+    shown = ("epochs", "batch_size", "opt", "lr", "weight_decay", "sched", "aa", "mixup", "cutmix", "smoothing", "seed")
+    given = [f"{key} {options[key]}" for key in shown if options.get(key) is not None]
+    return [f"* {summary.get('train', 'adjoined')} training: {', '.join(given)}"] if given else []
+
+
 def _networks_table(arch: Architecture, summary: dict[str, Any]) -> list[str]:
-    large = {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9} | _row(summary, "large")
+    large = {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9}
+    large |= _row(summary, "large") or _teacher(summary, large)
     compact = {"params": arch.params, "gflops": arch.flops / 1e9} | _row(summary, "compact")
     lines = ["| | large | compact | |", "|---|---:|---:|---:|"]
     for key, words, unit in (
@@ -115,6 +144,13 @@ def _speed_table(speed: dict[str, Any]) -> list[str]:
 def _row(summary: dict[str, Any], name: str) -> dict[str, Any]:
     row = summary.get(name)
     return {k: v for k, v in row.items() if k.startswith("top")} if isinstance(row, dict) else {}
+
+
+def _teacher(summary: dict[str, Any], large: dict[str, Any]) -> dict[str, Any]:
+    """The accuracies of a teacher that is the large network as it was."""
+    teacher = summary.get("teacher")
+    same = isinstance(teacher, dict) and all(teacher.get(k) == v for k, v in large.items())
+    return _row(summary, "teacher") if same else {}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -73,8 +73,12 @@ class KernelSearch(Search):
 
         1, too, where the small network is trained by itself: there lambda is in no gradient.
         """
-        factors = any("alpha" in choices for choices in self.costs.space.candidates)
-        return super().pace(step) if factors and self.flops_weight is None else 1.0
+        return super().pace(step) if self.factors and self.flops_weight is None else 1.0
+
+    @property
+    def factors(self) -> bool:
+        """Whether factors are chosen too."""
+        return any("alpha" in choices for choices in self.costs.space.candidates)
 
     @abstractmethod
     def channel_gate(self, block: int, drawn: Mapping[str, Tensor], stream: int) -> Tensor:
@@ -110,6 +114,11 @@ class KernelSearch(Search):
 
 class TopK(KernelSearch, Gradient):
     """The count is a Gumbel-softmax choice; a candidate keeps the channels of highest score."""
+
+    @property
+    def may_begin(self) -> bool:
+        """Counts alone find their own way from the first step on (docs/kcr.md)."""
+        return self.factors
 
     def channel_gate(self, block: int, drawn: Mapping[str, Tensor], stream: int) -> Tensor:
         candidates = self.costs.space.candidates[block]

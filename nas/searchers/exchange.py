@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from nas.prices.halves import Halves
+from nas.prices.halves import Costs, Halves
 from nas.prices.selection import select
-from nas.searchers.losses import PARTS, Losses, undominated
+from nas.searchers.losses import PARTS, Floats, Losses, undominated
 from search_spaces.errors import UserError
 from search_spaces.method import Picks
 
 FIRST_FACTOR = 2.0  # of a weight; and of a stage's width the first step's reciprocal share of the whole
 EQUAL = dict.fromkeys(PARTS, 1.0)
+SPREAD = 1e3  # of losses in the program, whose scores are told apart by steps of 1e-6 (selection.py)
 NARROW = 0.4  # a stage's width is guessed as the budget to this power of the whole
 
 
@@ -51,17 +52,26 @@ class Program:
         self.halves, self.losses, self.budget = halves, losses, budget
         self.plain = [losses.total(half, EQUAL) for half in range(len(halves))]
 
+    def totals(self, point: Point) -> list[Floats]:
+        """What the options of each half lose as a point weighs it: (options,)."""
+        weights = {part: math.exp(point.of_part.get(part, 0.0)) for part in PARTS}
+        return [
+            self.losses.total(half, weights) * math.exp(point.of_half.get(half, 0.0))
+            for half in range(len(self.halves))
+        ]
+
+    def costs(self, point: Point) -> list[Costs]:
+        """What the options of each half cost at a point's stage widths: (options,)."""
+        return [self.halves.costs(half, point.widths[self.halves.stage(half)]) for half in range(len(self.halves))]
+
     def solve(self, point: Point) -> Proposal | None:
         """None where no architecture of these stage widths is within the budget."""
-        halves, totals = self.halves, []
-        for half in range(len(halves)):
-            weights = {part: math.exp(point.of_part.get(part, 0.0)) for part in PARTS}
-            totals.append(self.losses.total(half, weights) * math.exp(point.of_half.get(half, 0.0)))
-        costs = [halves.costs(half, point.widths[halves.stage(half)]) for half in range(len(halves))]
+        halves, totals, costs = self.halves, self.totals(point), self.costs(point)
         offered = [undominated(cost, total) for cost, total in zip(costs, totals, strict=True)]
-        problem = halves.problem(point.widths, offered, [-total for total in totals])
-        try:
-            chosen = select(problem, halves.priced.full, self.budget)
+        unit = max(float(total.max()) for total in totals) / SPREAD or 1.0  # in whatever unit, its digits count
+        problem = halves.problem(point.widths, offered, [-total / unit for total in totals])
+        try:  # least loss, be the budget used up or not
+            chosen = select(problem, halves.priced.full, self.budget, band=self.budget)
         except UserError:
             return None
         options = [offered[half][pick] for half, pick in enumerate(chosen.picks)]
@@ -137,7 +147,12 @@ def exchange(program: Program, start: Proposal, measure: Callable[[Proposal], fl
     A move that helped is made again; after a round in which none did, its factor shrinks to its square root. An
     architecture is measured once.
     """
-    best, left, factor = Measured(start, measure(start)), evals - 1, FIRST_FACTOR
+
+    def measured(proposal: Proposal) -> Measured:
+        value = measure(proposal)
+        return Measured(proposal, math.inf if math.isnan(value) else value)
+
+    best, left, factor = measured(start), evals - 1, FIRST_FACTOR
     seen = {start.key()}
     while factor > 1.05:
         helped = False
@@ -147,7 +162,7 @@ def exchange(program: Program, start: Proposal, measure: Callable[[Proposal], fl
                 if proposal is None or proposal.key() in seen:
                     break
                 seen.add(proposal.key())
-                found, left = Measured(proposal, measure(proposal)), left - 1
+                found, left = measured(proposal), left - 1
                 if found.value >= best.value:
                     break
                 best, helped = found, True

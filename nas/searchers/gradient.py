@@ -1,12 +1,14 @@
 """The search by gradient: every choice a Gumbel-softmax over its candidates (section 2.2)."""
 
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nas.prices.costs import PricedSpace, joint_probability
-from nas.prices.selection import Selection, finalists
+from nas.prices.selection import Selection, cost_band, finalists
 from nas.searchers.choices import ChoiceLogits, mixture_of
 from nas.searchers.gumbel import step_generator, temperature
 from nas.searchers.supernet_search import Draw, Search
@@ -19,6 +21,18 @@ from supernets.supernet import Supernet
 FINALISTS = 16  # architectures measured at the end of a search
 
 
+@dataclass(frozen=True)
+class Solution:
+    """Where a search may begin: at an architecture, its picks.
+
+    probabilities: of each choice's candidates, by its label. price: what the backbone's whole price is worth, in nats.
+    """
+
+    picks: Sequence[Picks]
+    probabilities: Mapping[str, Sequence[float]]
+    price: float
+
+
 class Gradient(Search):
     """L = CE(p) + lambda(t) (KL(p || q) + penalty), q a Gumbel-softmax mixture, equations (3.5) to (3.8)."""
 
@@ -26,6 +40,37 @@ class Gradient(Search):
         """options: those of Search."""
         super().__init__(supernet, costs, **options)
         self.choices = ChoiceLogits(costs.space)
+        self.began: list[Picks] | None = None
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether it may begin at a solution."""
+        return True
+
+    def begin(self, solution: Solution) -> None:
+        """Start where an architecture is likely, at the price at which the budget balances."""
+        self.choices.begin(solution.probabilities)
+        self.multiplier.fill_(solution.price)
+        self.began = [dict(picks) for picks in solution.picks]
+
+    def balancing_price(self, batches: Iterable[Tensor]) -> float:
+        """The price at which E[F] is pulled down as hard as the divergence pulls it up, 0 or more.
+
+        At the mixture under softmax(eta), along the gradient of E[F]. batches: images (B, C, H, W).
+        """
+        eta = list(self.choices.eta)
+        fraction = torch.autograd.grad(self.expected_fraction(), eta)
+        pulled, seen = [torch.zeros_like(p) for p in eta], 0
+        for images in batches:
+            draw = self.choices.probabilities()
+            with torch.no_grad():
+                p = self.supernet.large(images)
+            q = self.supernet.small(images, self.mixtures(draw), self.costs.stage_gates(draw))
+            gradient = torch.autograd.grad(len(images) * kl_divergence(p, q), eta, allow_unused=True)
+            pulled = [a if g is None else a + g for a, g in zip(pulled, gradient, strict=True)]
+            seen += len(images)
+        along = sum(float((a * b).sum()) for a, b in zip(pulled, fraction, strict=True)) / max(seen, 1)
+        return max(0.0, -along / sum(float(b.square().sum()) for b in fraction))
 
     def draw(self, step: Step) -> Draw:
         return self.choices.sample(temperature(step.t), step_generator(self.seed, step.number))
@@ -63,8 +108,23 @@ class Gradient(Search):
         return self._best(1)[0]
 
     def finalists(self) -> list[tuple[list[Picks], Selection | None]]:
-        """The best architecture of each combination of stage widths that fits the budget."""
-        return self._best(FINALISTS)
+        """The best architecture of each combination of stage widths that fits the budget; and where the search began.
+
+        Last of all, so that it is taken where training has found nothing as good.
+        """
+        found = self._best(FINALISTS)
+        if self.began is not None and self.began not in [picks for picks, _ in found]:
+            found.append((self.began, self._selected(self.began)))
+        return found
+
+    def _selected(self, picks: list[Picks]) -> Selection:
+        assert self.budget is not None
+        costs = self.costs
+        price = costs.price.network(costs.space.shapes, costs.network, self.subnet_of(picks))
+        return Selection((), price, in_band=price >= cost_band(costs.full, self.budget)[0])
+
+    def found(self) -> dict[str, Any]:
+        return super().found() | ({} if self.began is None else {"start": "importance"})
 
     @torch.no_grad()
     def _best(self, most: int) -> list[tuple[list[Picks], Selection | None]]:
@@ -76,9 +136,12 @@ class Gradient(Search):
 
     @torch.no_grad()
     def choice_rows(self) -> list[dict[str, Any]]:
-        return [
-            {"block": i, "choice": name, "candidate": candidate, "probability": float(p[k])}
-            for i, block in enumerate(self.choices.probabilities())
-            for name, p in block.items()
-            for k, candidate in enumerate(self.costs.space.candidates[i][name])
-        ]
+        """last_block: where blocks of a stage choose alike, the last that a choice is of."""
+        probabilities, space = self.choices.probabilities(), self.costs.space
+        rows = []
+        for blocks, name in self.choices.once():
+            i = blocks[0]
+            of: dict[str, Any] = {"block": i} | ({"last_block": blocks[-1]} if space.method.stage_choices else {})
+            for candidate, p in zip(space.candidates[i][name], probabilities[i][name].tolist(), strict=True):
+                rows.append(of | {"choice": name, "candidate": candidate, "probability": p})
+        return rows

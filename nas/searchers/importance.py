@@ -22,7 +22,7 @@ from nas.searchers.losses import losses_of
 from nas.searchers.options import SearchOptions
 from nas.searchers.searcher import Answer, Question, Run, Searcher
 from nas.training.basis import find_basis
-from nas.training.calibration import calibration_images, deciding_images
+from nas.training.calibration import calibration_images, deciding_images, drawn
 from nas.training.losses import cross_entropy
 from nas.training.prepared import Prepared
 from nas.training.refit import counted
@@ -31,7 +31,6 @@ from search_spaces.slices import NetworkSlice, network_slice
 from search_spaces.space import SearchSpace
 from supernets.importance import taylor_lost, taylor_pass
 from supernets.refit import refit, written
-from supernets.supernet import Supernet
 
 CANDIDATES = "candidates.csv"
 REFITTED = 256  # images on which a candidate is refitted
@@ -51,19 +50,27 @@ class Importance(Searcher):
         super().check(options, question)
 
     def search(self, run: Run) -> Answer:
-        options, question, prepared = run.options, run.question, run.prepared
+        question = run.question
         assert question.budget is not None
-        standing = find_basis(options, prepared)
-        halves = Halves(question.priced)
-        losses = losses_of(halves, prepared.supernet.adapter.block_names, lost_of(options, prepared))
-        program = Program(halves, losses, question.budget)
-        best = on_main(lambda: self._best(options, program, prepared))
+        check_images(run.options, run.prepared)
+        standing = find_basis(run.options, run.prepared)
+        _, best = self.solution(run)
         space, picks = question.priced.space, [dict(pick) for pick in best.picks]
         subnet = network_slice(space.shapes, space.block_slices(picks))
         price = question.priced.price.network(space.shapes, question.priced.network, subnet)
         in_band = price >= (question.budget - 0.02) * question.priced.full
         kept: list[dict[str, list[int]]] = [{} for _ in picks]
         return Answer(picks, kept, in_band, standing, found={"loss": best.loss})
+
+    def solution(self, run: Run) -> tuple[Program, Proposal]:
+        """The best that was found, and the program that it solves at its point. The network stands in its basis."""
+        options, question, prepared = run.options, run.question, run.prepared
+        assert question.budget is not None
+        check_images(options, prepared)
+        halves = Halves(question.priced)
+        losses = losses_of(halves, prepared.supernet.adapter.block_names, lost_of(options, prepared))
+        program = Program(halves, losses, question.budget)
+        return program, on_main(lambda: self._best(options, program, prepared))
 
     def _best(self, options: SearchOptions, program: Program, prepared: Prepared) -> Proposal:
         start = first_proposal(program)
@@ -74,6 +81,15 @@ class Importance(Searcher):
             found = exchange(program, start, measure, options.evals)
         print(words(measure.table.values(), options.decide))
         return found.proposal
+
+
+def check_images(options: SearchOptions, prepared: Prepared) -> None:
+    """Refuse decisions for which no image is left."""
+    if options.decide != "score" and not prepared.plan.deciding:
+        raise UserError(
+            f"--decide {options.decide}: of {prepared.plan.images} training images none can be left to decide by; give"
+            " more, or take --decide score"
+        )
 
 
 def first_proposal(program: Program) -> Proposal:
@@ -189,14 +205,6 @@ def lost_of(options: SearchOptions, prepared: Prepared) -> Mapping[str, Tensor]:
     images = calibration_images(options, prepared, min(TAYLOR_IMAGES, prepared.plan.images))
     batches = [(x, labels if options.labels else drawn(supernet, x, options.seed)) for x, labels in images]
     return taylor_lost(supernet, taylor_pass(supernet, batches, cross_entropy, inside=True))
-
-
-@torch.no_grad()
-def drawn(supernet: Supernet, images: Tensor, seed: int) -> Tensor:
-    """Labels (B,) drawn from the large network's own prediction."""
-    generator = torch.Generator().manual_seed(seed)
-    probabilities = supernet.eval().large(images).float().softmax(1).cpu()
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(images.device)
 
 
 def words(values: Sequence[float], decide: str) -> str:

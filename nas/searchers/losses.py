@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nas.prices.halves import Costs, HalfOption, Halves
-from search_spaces.slices import BlockShape
+from search_spaces.slices import BlockShape, BlockSlice, count
 
 Floats = NDArray[np.float64]
 PARTS = ("heads", "qk", "v", "hidden")
@@ -57,6 +57,38 @@ def _attention(shape: BlockShape, option: HalfOption, lost: Mapping[str, Any]) -
 
 def _mlp(shape: BlockShape, option: HalfOption, lost: Mapping[str, Any]) -> dict[str, float]:
     return {"hidden": float(lost["hidden"][int(option.picks["hidden"]) if option.slice.mlp else 0])}
+
+
+def tails(scores: Tensor) -> Floats:
+    """What goes with all but the first of n units, (n + 1,)."""
+    units = scores.detach().double().cpu().numpy()
+    return np.append(np.cumsum(units[::-1])[::-1], 0.0)
+
+
+def slice_losses(
+    names: Sequence[str],
+    shapes: Sequence[BlockShape],
+    slices: Sequence[Sequence[BlockSlice]],
+    scores: Mapping[str, Tensor],
+    stream_lost: Mapping[int, Floats],
+) -> list[Floats]:
+    """Of each block what each of its slices leaves out, (slices,), as a share of what all blocks have.
+
+    scores: of heads and neurons, by "<block>.heads" and ".hidden". stream_lost: of each stage the share of its stream
+    beyond the first w channels, (E + 1,); of what a half keeps, it is lost with them.
+    """
+    whole = sum(float(scores[f"{name}.{part}"].sum()) for name in names for part in ("heads", "hidden"))
+    found = []
+    for name, shape, own in zip(names, shapes, slices, strict=True):
+        heads, hidden = tails(scores[f"{name}.heads"]), tails(scores[f"{name}.hidden"])
+        beyond = stream_lost[shape.stage]
+        kept = [
+            (1 - beyond[s.stream]) * (heads[0] - heads[count(s.heads)]) * s.attn
+            + (1 - beyond[s.num_mlp_stream()]) * (hidden[0] - hidden[count(s.hidden)]) * s.mlp
+            for s in own
+        ]
+        found.append((heads[0] + hidden[0] - np.array(kept)) / whole)
+    return found
 
 
 def undominated(costs: Costs, losses: Floats) -> list[int]:

@@ -14,7 +14,7 @@ from search_spaces.errors import UserError
 class MinimaxSearch(Trained):
     """Counts, gates and multipliers; its FLOPs are those of single units, so they are its only price."""
 
-    name = "minimax"
+    name, starts = "minimax", False
 
     def check(self, options: SearchOptions, question: Question) -> None:
         if question.priced.price.name != "flops":

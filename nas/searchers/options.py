@@ -44,15 +44,13 @@ class ImportanceOptions:
     """A search by importance: seconds, and no training."""
 
     score: Literal["error", "taylor"] = "error"
-    """of a search by importance: what a unit is worth; the divergence that least squares cannot make up for, or the
-    first-order effect on the loss"""
+    """of a search by importance: a unit is worth the error that a refit leaves without it, or what Taylor says"""
     decide: Literal["kl", "top1", "score"] = "kl"
-    """of a search by importance: measure candidates by the divergence of their prediction from the large network's, by
-    top-1, or not at all"""
+    """of a search by importance: candidates are measured by KL to the large network, by top-1, or not at all"""
     evals: int = 12
     """of a search by importance: candidates that are refitted and measured"""
     labels: bool = True
-    """of a search by importance: use the images' labels where a score is better for it; --no-labels reads none"""
+    """of a search by importance: let Taylor scores read labels; --no-labels: draw them from the network itself"""
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,9 @@ class SearcherOptions:
     searcher: str | None = None
     """how the architecture is found: gradient, importance, minimax or uniform, of which a space allows some; by default
     as its method does it (docs/method.md)"""
+    start: Literal["importance", "uniform"] | None = None
+    """of a search by gradient: begin where the solution by importance is likely, or with every candidate alike; by
+    default the former from trained weights under a budget, where widths are chosen"""
     arch_lr: float | None = None
     """Adam's rate for the architecture logits, times lambda(t) where factors are chosen (docs/method.md); of a minimax
     search that of its gates' SGD, as of the published run's length"""

@@ -42,9 +42,13 @@ class Answer:
 
 
 class Searcher(ABC):
-    """One way to answer. Either prices alone give the answer (`pick`), or a prepared run does (`search`)."""
+    """One way to answer. Either prices alone give the answer (`pick`), or a prepared run does (`search`).
+
+    starts: whether --start says where it begins.
+    """
 
     name: ClassVar[str]
+    starts: ClassVar[bool] = False
 
     def check(self, options: SearchOptions, question: Question) -> None:
         """Refuse what cannot be answered, before weights are loaded."""

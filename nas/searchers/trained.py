@@ -5,24 +5,31 @@ from nas.machine.ranges import at_least_one
 from nas.searchers.decide import decide
 from nas.searchers.options import SearchOptions
 from nas.searchers.searcher import Answer, Question, Run, Searcher
+from nas.searchers.start import begin, to_begin
 from nas.training.basis import find_basis
 from nas.training.loop import fit, settle
 from nas.training.make import make_training
+from search_spaces.errors import UserError
 
 
 class Trained(Searcher):
     """By the one training loop; what is minimised is the method's objective."""
 
-    name = "gradient"
+    name, starts = "gradient", True
 
     def check(self, options: SearchOptions, question: Question) -> None:
         at_least_one(options, "epochs")
+        if options.start == "importance" and question.budget is None:
+            raise UserError("--start importance is a solution within a budget; give --budget or --gflops")
         super().check(options, question)
 
     def search(self, run: Run) -> Answer:
         options, prepared = run.options, run.prepared
         objective = run.objective()
+        beginning = to_begin(run, objective)
         standing = find_basis(options, prepared)
+        if beginning is not None:
+            begin(run, beginning)
         training = make_training(options, objective, prepared, options.arch_lr or 1e-3)
         fit(training, options.resume, "search", run.on_epoch)
         settle(training, best=False)

@@ -37,7 +37,7 @@ def planned(config: Common, space: Space, backbone: Supernet, cuts: Cuts, splits
             f" (from scratch, first: python retrain.py --space {space.name} --train plain)"
         )
     facts = Facts(start.given(), len(splits.train), cuts.stages, cuts.inside, training.rotates, training.refits)
-    return plan_basis(config, backbone, facts)
+    return replace(plan_basis(config, backbone, facts), labels=getattr(config, "labels", True))
 
 
 def looked_at(space: Space, splits: Splits) -> BasisPlan:

@@ -38,6 +38,7 @@ from nas.training.make import make_training
 from nas.training.objective import Objective
 from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
+from nas.training.rate import find_rate
 from nas.training.refit import refitted
 from search_spaces.architecture import Architecture, load_architecture
 from search_spaces.errors import UserError
@@ -106,7 +107,11 @@ def _retrain(
     teacher = teacher_of(goal, prepared)
     goal = rewritten(goal, origin, prepared)
     begin(goal, prepared)
-    training = make_training(config, objective_of(goal, prepared, teacher), prepared)
+    objective = objective_of(goal, prepared, teacher).to(device)
+    if config.lr is None:
+        config = replace(config, lr=find_rate(config, objective, prepared))
+        goal = replace(goal, config=config)
+    training = make_training(config, objective, prepared)
     training.measure_start = config.result == "best"
     print(headline(goal, origin))
     if goal.arch is not None:
@@ -135,8 +140,10 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture |
     else:
         assert config.space is not None
         space = get_space(config.space)
-    alpha, config = config.alpha, with_defaults(config, space, "retrain")
+    alpha, lr, config = config.alpha, config.lr, with_defaults(config, space, "retrain")
     kind = kind_of(config.trained())
+    if training_of(space).refits and kind.teacher:
+        config = replace(config, lr=lr)  # none given: it follows the start
     if not kind.small and alpha is not None:
         raise UserError(f"--alpha: --train {config.train} trains the large network alone; leave it out")
     if given is None and kind.small:

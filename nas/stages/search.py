@@ -45,8 +45,8 @@ from supernets.refit import written
 from supernets.supernet import Supernet
 
 RECORDED = (  # options of everybody's search that arch.json keeps
-    "dataset", "val_fraction", "epochs", "batch_size", "lr", "arch_lr", "arch_data", "gamma", "seed", "stage_width",
-    "alphas", "pretrained", "amp", "detach_teacher", "basis", "importance",
+    "dataset", "val_fraction", "epochs", "batch_size", "lr", "start", "arch_lr", "arch_data", "gamma", "seed",
+    "stage_width", "alphas", "pretrained", "amp", "detach_teacher", "basis", "importance",
 )  # fmt: skip
 
 

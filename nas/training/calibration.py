@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from nas.data.loader import Loader
 from nas.training.loop import Batch
 from nas.training.options import LoopOptions
 from nas.training.prepared import Prepared
+from supernets.supernet import Supernet
 
 
 def calibration_images(options: LoopOptions, prepared: Prepared, count: int) -> Iterator[Batch]:
@@ -31,3 +33,11 @@ def images_from(loader: Loader, device: torch.device, first: int, end: int) -> I
         seen += len(images)
         if seen >= end:
             return
+
+
+@torch.no_grad()
+def drawn(supernet: Supernet, images: Tensor, seed: int) -> Tensor:
+    """Labels (B,) drawn from the large network's own prediction."""
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = supernet.eval().large(images).float().softmax(1).cpu()
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(images.device)

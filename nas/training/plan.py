@@ -19,7 +19,7 @@ class BasisPlan:
 
     inside: whether q, k and v are changed inside the heads, where that is exact. weighed: whether it is to be found,
     too, what is lost with fewer units. deciding: of the training images in the order of calibration, so many decide
-    between candidates, the first; images: how many the others are.
+    between candidates, the first; images: how many the others are. labels: whether the images' labels may be read.
     """
 
     kind: BasisKind = "none"
@@ -29,6 +29,7 @@ class BasisPlan:
     weighed: bool = False
     deciding: int = 0
     images: int = 0
+    labels: bool = True
 
 
 @dataclass(frozen=True)

@@ -32,3 +32,14 @@ def finished_run(folder: Path, num_classes: int = 10) -> tuple[Architecture, Sup
 
 def pictures(batch: int = 2, seed: int = 0) -> torch.Tensor:
     return torch.randn(batch, 3, 36, 36, generator=torch.Generator().manual_seed(seed))
+
+
+def free_architecture(depth: int = 3) -> Architecture:
+    """A ViT-Ti whose blocks have widths of their own; its second attention and its last MLP are removed."""
+    model, options = "vit_tiny_patch16_224", dict(depth=depth)
+    supernet = Supernet(timm.create_model(model, num_classes=10, **options))
+    blocks = []
+    for i in range(depth):
+        inside = dict(qk=24 + 8 * (i % 6), v=56 - 8 * (i % 3))
+        blocks.append(dict(stream=144, heads=3 * (i != 1), **inside, hidden=96 * (depth - 1 - i) % 864))
+    return architecture_of(supernet, "vit-free", model, options, blocks)

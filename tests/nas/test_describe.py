@@ -15,6 +15,7 @@ from search_spaces.method import Settings
 from search_spaces.registry import SPACES
 from search_spaces.space import make_space
 from supernets.supernet import Supernet
+from tests.nas.finished import free_architecture
 
 NANO = sorted(n for n, s in SPACES.items() if s.nano and s.method.name in ("dan", "kcr", "joint"))
 
@@ -69,6 +70,22 @@ def test_the_command_prints_both_choices_and_draws(tmp_path: Path, capsys: pytes
     assert f"{stream}/48" in row and f"{len(arch.blocks[1][KEPT])}/48" in row
     assert f"{100 * arch.flops / arch.backbone_flops:.1f} %" in out
     assert (tmp_path / "architecture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_free_widths_are_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arch = free_architecture()
+    rows = describe.rows_of(arch)
+    assert sum(row.flops[0] for row in rows) == arch.flops < arch.backbone_flops
+    save_architecture(arch, tmp_path / "arch.json")
+    describe.main([str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "vit-free: vit_tiny_patch16_224" in out and "choices" not in out
+    cells = [[cell.strip() for cell in line.split("│")[1:-4]] for line in out.splitlines() if "block " in line]
+    assert cells == [
+        ["block 0", "144/192", "3/3", "24/64", "56/64", "192/768"],
+        ["block 1", "144/192", "0/3", "0/64", "0/64", "96/768"],
+        ["block 2", "144/192", "3/3", "40/64", "40/64", "0/768"],
+    ]
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

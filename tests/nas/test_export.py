@@ -87,6 +87,26 @@ def test_a_network_in_a_rotated_basis_is_exported(alphas: tuple[int, ...] | None
     assert max(max(seen.values()) for seen in found.values()) <= 1e-5, found
 
 
+def test_heads_whose_widths_differ_are_exported(tmp_path: Path) -> None:
+    """Wider q and k than v in one block, wider v in the other; the second has no MLP."""
+    for name in nas.export.PACKAGES:
+        pytest.importorskip(name)
+    options = tiny.VIT[1] | dict(num_classes=10)
+    supernet = nas.Supernet(randomise(timm.create_model(tiny.VIT[0], **options), 0)).eval()
+    picks = [
+        dict(stream=12, heads=2, qk=5, v=3, hidden=40),
+        dict(stream=12, heads=1, qk=2, v=7, hidden=0),
+    ]
+    arch = nas.pick(supernet, "vit-free", picks, model_kwargs=options)
+    nas.save(nas.cut(supernet, arch), tmp_path, arch)
+    network = load_compact(tmp_path)
+    program = export_program(network, noise(2))
+    nas.export.export_onnx(program, tmp_path / "network.onnx")
+    others = {"program": program.module(), "onnx": onnx_network(tmp_path / "network.onnx", 1)}
+    found = differences(network, others, {str(size): noise(size) for size in (1, 2, 5)})
+    assert max(max(seen.values()) for seen in found.values()) <= 1e-5, found
+
+
 def test_a_file_that_computes_something_else_is_caught(run: Path) -> None:
     network = load_compact(run)
     batches = {"one": pictures(1)}

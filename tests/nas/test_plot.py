@@ -13,7 +13,9 @@ import nas.pictures.run
 from nas.pictures.run import find_runs, plot_pareto, plot_run, run_points
 from nas.pictures.scatter import pareto_figure
 from nas.plot import main, plot_all
+from search_spaces.architecture import save_architecture
 from search_spaces.errors import UserError
+from tests.nas.finished import free_architecture
 from tests.nas.synthetic import BACKBONE, PUBLISHED, lines, make_run, texts
 
 
@@ -94,6 +96,31 @@ def test_what_a_damaged_file_does_not_hold_is_left_out(tmp_path, drawn, name, da
     gone = {"log.csv": {"curves"}, "choices.csv": {"choices"}, "summary.json": {"pareto"}}.get(name, set())
     assert {path.stem for path in plot_run(run)} == {"choices", "curves", "pareto"} - gone
     assert all(figure.get_suptitle().startswith("swin-dan-nano on digits") for figure in drawn.values())
+
+
+def test_free_widths_are_drawn_from_the_architecture_alone_and_candidates_from_their_table(tmp_path, drawn):
+    save_architecture(free_architecture(), tmp_path / "arch.json")
+    assert plot_run(tmp_path) == [tmp_path / "architecture.png"]
+    rows = {"candidate": [1, 2], "value": [0.2, 0.1], "measured": "kl", "stage_widths": [144, 160]}
+    pd.DataFrame(rows).to_csv(tmp_path / "candidates.csv", index=False)
+    assert [path.name for path in plot_run(tmp_path)] == ["candidates.png", "architecture.png"]
+    assert drawn[tmp_path / "candidates.png"].get_suptitle().startswith("vit-free")
+    arch = json.loads((tmp_path / "arch.json").read_text())
+    (tmp_path / "arch.json").write_text(json.dumps(arch | {"blocks": arch["blocks"][:2]}))
+    assert [path.name for path in plot_run(tmp_path)] == ["candidates.png"]
+
+
+def test_a_search_that_cuts_its_result_shows_it_as_refitted(tmp_path, drawn):
+    run = make_run(tmp_path / "run", budget=0.5)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["compact"] = summary["subnet"] | {"top1": 96.5}
+    (run / "summary.json").write_text(json.dumps(summary))
+    make_run(tmp_path / "retrained", stage="retrain", budget=0.5, top1=97.0)
+    plot_run(run)
+    points = lines(drawn[run / "pareto.png"].axes[0])
+    np.testing.assert_allclose(points["_swin-dan-nano refitted"].get_ydata(), [96.5])
+    np.testing.assert_allclose(points["_swin-dan-nano compact"].get_ydata(), [97.0])
+    assert points["_swin-dan-nano refitted"].get_fillstyle() != points["_swin-dan-nano compact"].get_fillstyle()
 
 
 @pytest.mark.parametrize("key", ["stage", "space", "dataset", "seed", "budget", "split", "large", "subnet"])

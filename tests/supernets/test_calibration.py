@@ -279,7 +279,8 @@ def test_inside_a_head_count_q_keys_less_their_mean_and_what_the_projection_read
     k = k - k.mean(-2, keepdim=True)
     out = torch.cat(seen["proj"]).flatten(0, -2).unflatten(-1, (H, -1)).transpose(0, 1)
     of_q, of_k, of_out = (x.mT @ x / x.shape[1] for x in (q.flatten(1, 2), k.flatten(1, 2), out))
-    proj = block.attn.proj.weight.unflatten(1, (H, -1)).transpose(0, 1)
+    scale = getattr(getattr(block, "ls1", None), "gamma", torch.ones(1))  # of what the projection writes
+    proj = (block.attn.proj.weight * scale[:, None]).unflatten(1, (H, -1)).transpose(0, 1)
     name = supernet.adapter.block_names[0]
     assert relative(qk_change(of_q, of_k), basis.qk[name]) < 1e-6
     assert relative(v_change(of_out, proj), basis.v[name]) < 1e-6

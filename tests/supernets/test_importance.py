@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from search_spaces.errors import UserError
-from supernets.importance import magnitude_scores, orders_of, permute, taylor_pass, taylor_scores
+from supernets.importance import magnitude_scores, orders_of, permute, taylor_lost, taylor_pass, taylor_scores
 from supernets.supernet import Supernet
 from tests.strategies import images, swin_backbones
 from tests.supernets.test_invariants import FAMILIES, few, over_families, relative
@@ -80,6 +80,44 @@ def test_taylor_scores_are_weight_times_gradient_and_leave_no_gradients() -> Non
     expected = expected + (fc2.weight * fc2.weight.grad).abs().sum(0)
     assert torch.allclose(scores["blocks.0.hidden"].float(), 2 * expected, rtol=1e-4)
     assert torch.allclose(taylor_scores(supernet)["blocks.0.hidden"].float(), expected, rtol=1e-4)
+
+
+@over_families
+@given(data=st.data())
+@few
+def test_inside_a_head_count_readers_and_writers_of_its_channels(family: str, data: st.DataObject) -> None:
+    """Rows of q and k, with their norms; of v, with the columns of the projection and the norm before it."""
+    backbone = data.draw(FAMILIES[family]())
+    supernet = Supernet(backbone).eval()
+    x = images(backbone, 4)
+    scores = taylor_pass(supernet, [(x, torch.zeros(4, dtype=torch.long))], nn.functional.cross_entropy, inside=True)
+    nn.functional.cross_entropy(supernet.large(x), torch.zeros(4, dtype=torch.long)).backward()
+    lost = taylor_lost(supernet, scores)
+    adapter = supernet.adapter
+    for name, shape, block in zip(adapter.block_names, supernet.shapes, adapter.blocks(), strict=True):
+        H, d = shape.num_heads, shape.head_dim
+
+        def of(leaf: str, *sizes: int, block: nn.Module = block) -> torch.Tensor:
+            p = dict(block.named_parameters()).get(leaf)
+            if p is None:
+                return torch.zeros(sizes)
+            assert p.grad is not None
+            return (p * p.grad).abs().detach().double().reshape(*sizes)
+
+        qkv = of("attn.qkv.weight", 3, H, d, shape.embed_dim).sum(-1) + of("attn.qkv.bias", 3, H, d)
+        normed = sum(of(f"attn.{part}_norm.{leaf}", d) for part in "qk" for leaf in ("weight", "bias"))
+        after = of("attn.proj.weight", shape.embed_dim, H, d).sum(0)
+        after = after + sum(of(f"attn.norm.{leaf}", H, d) for leaf in ("weight", "bias"))
+        expected = {"qk": qkv[:2].sum((0, 1)) + normed, "v": (qkv[2] + after).sum(0)}
+        for part, score in expected.items():
+            assert torch.allclose(scores[f"{name}.{part}"], score, rtol=1e-4), part
+        for part, units in (("heads", H), ("qk", d), ("hidden", shape.hidden)):
+            tails = lost[f"{name}.{part}"]
+            own = scores[f"{name}.{part}"]
+            assert tails.shape == (units + 1,) and tails[-1] == 0 and torch.allclose(-tails.diff(), own)
+        of_v = lost[f"{name}.v"]
+        assert of_v.shape == (H, d + 1) and torch.allclose(-of_v.sum(0).diff(), scores[f"{name}.v"])
+        assert torch.equal(of_v, of_v[:1].expand(H, -1))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -42,7 +42,7 @@ def draw_subnet(data: st.DataObject, backbone: nn.Module, kind: str) -> NetworkS
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / a.abs().max())
+    return float((a - b).detach().abs().max() / a.detach().abs().max())
 
 
 @over_families

@@ -55,12 +55,15 @@ def test_the_architecture_names_it(tmp_path: Path) -> None:
     assert read is not None and torch.equal(read.streams[1], basis.streams[1])
 
 
-def test_without_a_rotation_there_is_nothing_to_name(tmp_path: Path) -> None:
+def test_one_that_rotates_no_stream_is_named_too(tmp_path: Path) -> None:
+    """Heads and neurons stand in its orders, q, k and v in its changes."""
     ordered = Basis(orders={"blocks.0.heads": [1, 0]})
     save_basis(ordered, tmp_path)
     arch = standing(ordered)
-    assert arch.basis == {} and streams_of(arch.basis) == ()
-    assert basis_of(arch, tmp_path / "nowhere") is None
+    assert arch.basis == {"streams": [], "sha256": ordered.digest()} and streams_of(arch.basis) == ()
+    read = basis_of(arch, tmp_path)
+    assert read is not None and read.orders == ordered.orders
+    assert basis_of(replace(arch, basis={}), tmp_path / "nowhere") is None
 
 
 def test_the_hash_is_that_of_what_a_file_holds(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from nas.pictures.figures import candidate_text, choices_figure, curves_figure
@@ -58,6 +59,26 @@ def test_a_panel_per_choice_with_the_largest_network_first_and_darkest():
     for legend in legends:
         shades = [luminance(patch.get_facecolor()[:3]) for patch in legend.get_patches()]
         assert np.all(np.diff(shades) > 0.08), "in greyscale the candidates would look alike"
+
+
+def test_what_blocks_choose_alike_is_one_row_as_high_as_theirs():
+    frame = choice_rows(choices={"hidden": ALPHAS, "stream": range(72, 17, -1)})
+    frame["last_block"] = frame["block"]
+    shared = frame[frame.choice == "stream"]
+    shared = shared[shared.block.isin([2, 6])].assign(last_block=lambda rows: rows["block"].map({2: 5, 6: BLOCKS - 1}))
+    frame = pd.concat([frame[frame.choice == "hidden"], shared])
+    hidden, stream = choices_figure(frame, [{"stream": 40, "hidden": 4}] * BLOCKS, "run").axes
+    assert len(texts(hidden)) == BLOCKS + 1 and len(texts(stream)) == 2 + 1
+    places = {text.get_text().split()[0]: text.get_position()[1] for text in stream.texts[:2]}
+    assert places == {"40": pytest.approx((6 + BLOCKS - 1) / 2)}  # the later of the two that say so
+    for block, last in ((2, 5), (6, BLOCKS - 1)):
+        corners = np.concatenate(
+            [b.get_paths()[0].vertices for b in stream.collections if b.get_label().startswith(f"block {block}:")]
+        )
+        assert corners[:, 1].min() == pytest.approx(block - 0.42) and corners[:, 1].max() == pytest.approx(last + 0.42)
+    legend = stream.get_legend()
+    assert [t.get_text() for t in legend.get_texts()] == ["72", "58", "45", "32", "18"]  # some of many
+    assert legend.get_title().get_text() == "channels of the stage's stream, 55 candidates"
 
 
 def test_choices_without_a_column_or_a_row_are_not_drawn():

@@ -1,6 +1,7 @@
 """The basis of a run: found on its training images, the same for a seed, written down before it is applied."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 import nas.training.basis
 from nas.networks.basis_file import BASIS, basis_of, read_basis
-from nas.training.basis import PERMUTATION, Standing, find_basis, first_images
+from nas.training.basis import PERMUTATION, Standing, find_basis
+from nas.training.calibration import calibration_images, deciding_images, images_from
 from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
 from search_spaces.architecture import Architecture
@@ -35,8 +37,9 @@ def swin() -> Supernet:
 
 
 def run(folder: Path, plan: BasisPlan = ROTATE, net: Supernet | None = None, **options: Any) -> tuple[Any, Prepared]:
-    """Options and a run before it trains."""
+    """Options and a run before it trains, on 32 images unless the plan says otherwise."""
     folder.mkdir(exist_ok=True)
+    plan = replace(plan, images=plan.images or 32)
     known = {name: options.pop(name) for name in ("fresh_classifier",) if name in options}
     config = tiny.config(folder, **dict(calibration_images=24) | options)
     return config, tiny.prepared(config, net or network(), plan=plan, **known)
@@ -164,7 +167,11 @@ def test_nothing_is_nothing(tmp_path: Path) -> None:
 
 
 def pixels(batches: Any) -> Tensor:
-    return torch.cat(list(batches))
+    return torch.cat([images for images, _ in batches])
+
+
+def first_images(loader: Any, count: int) -> Tensor:
+    return pixels(images_from(loader, tiny.CPU, 0, count))
 
 
 def test_images_are_the_training_part_as_it_is_evaluated(tmp_path: Path) -> None:
@@ -172,10 +179,10 @@ def test_images_are_the_training_part_as_it_is_evaluated(tmp_path: Path) -> None
     _, prepared = run(tmp_path, color_jitter=0.9, hflip=1.0, batch_size=12)
     loader = prepared.loaders.calibration(0)
     assert (loader.num_images, loader.batch_size) == (32, 32)
-    first = pixels(first_images(loader, 99))
+    first = first_images(loader, 99)
     assert first.shape == (32, 3, 16, 16)
-    assert torch.equal(first, pixels(first_images(prepared.loaders.calibration(0), 99)))
-    other = pixels(first_images(prepared.loaders.calibration(1), 99))
+    assert torch.equal(first, first_images(prepared.loaders.calibration(0), 99))
+    other = first_images(prepared.loaders.calibration(1), 99)
     assert not torch.equal(first, other)
     rows = [{tuple(image.flatten().tolist()) for image in part} for part in (first, other)]
     assert rows[0] == rows[1]
@@ -190,4 +197,22 @@ def test_images_are_the_training_part_as_it_is_evaluated(tmp_path: Path) -> None
 def test_so_many_images_and_no_more(count: int, tmp_path: Path) -> None:
     _, prepared = run(tmp_path, batch_size=12)
     loader = prepared.loaders.calibration(0)
-    assert len(pixels(first_images(loader, count))) == min(count, 32)
+    assert len(first_images(loader, count)) == min(count, 32)
+
+
+@pytest.mark.parametrize("deciding", [0, 1, 13, 32, 40])
+def test_images_that_decide_are_first_and_calibrate_nothing(deciding: int, tmp_path: Path) -> None:
+    """With their labels; in batches of their own, which need not be those of the loader."""
+    images = 70
+    options, prepared = run(tmp_path, BasisPlan(deciding=deciding, images=images - deciding))
+    prepared = replace(prepared, loaders=tiny.loaders(options, prepared.supernet, images))
+    whole = list(images_from(prepared.loaders.calibration(options.seed), tiny.CPU, 0, 99))
+    deciders = list(deciding_images(options, prepared))
+    others = list(calibration_images(options, prepared, images - deciding))
+    for batches, part in ((deciders, slice(0, deciding)), (others, slice(deciding, None))):
+        for i in (0, 1):
+            expected = torch.cat([batch[i] for batch in whole])[part]
+            assert torch.equal(torch.cat([batch[i] for batch in batches]) if batches else expected[:0], expected)
+        assert all(0 < len(images) <= 32 for images, _ in batches)
+    few = pixels(calibration_images(options, prepared, 5))
+    assert torch.equal(few, pixels(others)[:5])

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from nas.methods.table import TRAININGS
 from nas.training.options import TrainingOptions
-from nas.training.plan import BasisPlan, Facts, plan_basis
+from nas.training.plan import DECIDING, BasisPlan, Facts, plan_basis
 from search_spaces.errors import UserError
 from tests.nas.small import small_supernet
 
@@ -52,7 +53,9 @@ def plan(
     **options: Any,
 ) -> BasisPlan:
     supernet = small_supernet(family, **backbone or {})
-    return plan_basis(TrainingOptions(**options), supernet, Facts(trained, images, narrowed, rotates))
+    found = plan_basis(TrainingOptions(**options), supernet, Facts(trained, images, narrowed, rotates=rotates))
+    assert (found.deciding, found.images, found.inside, found.weighed) == (0, images, False, False)
+    return replace(found, images=0)
 
 
 def test_the_table_is_complete() -> None:
@@ -134,3 +137,32 @@ def test_what_stands_against_a_rotation_is_said(case: str) -> None:
     assert found.streams == streams and found.kind == ("rotate" if streams else "order")
     (line,) = found.lines
     assert f"stage {max(narrowed)} is ordered, not rotated: " in line and reason in line
+
+
+# Free widths: cut inside the heads, refitted
+
+
+def refitted(images: int = 1000, inside: bool = True, narrowed: Collection[int] = (0,), **options: Any) -> BasisPlan:
+    facts = Facts(True, images, narrowed, inside, refits=True)
+    return plan_basis(TrainingOptions(**options), small_supernet("vit"), facts)
+
+
+def test_images_that_decide_are_no_others() -> None:
+    assert refitted(5 * DECIDING) == BasisPlan("rotate", (0,), (), True, True, DECIDING, 4 * DECIDING)
+    few = refitted(100)  # a quarter of them
+    assert (few.deciding, few.images) == (25, 75)
+    assert all((plan.deciding, plan.images) == (25, 75) for plan in (refitted(100, basis=b) for b in ("order", "none")))
+    assert refitted(31).streams == (0,) and refitted(30).streams == ()  # 24 and 23 images left for 24 channels
+
+
+def test_what_is_cut_inside_the_heads_is_rotated_there_though_no_stream_is() -> None:
+    found = refitted(narrowed=())
+    assert (found.kind, found.streams, found.inside, found.lines) == ("rotate", (), True, ())
+    assert not refitted(inside=False).inside
+    few = refitted(8)
+    assert (few.kind, few.streams, few.inside) == ("rotate", (), True) and len(few.lines) == 1
+
+
+@pytest.mark.parametrize("basis", ["rotate", "order", "none"])
+def test_what_is_lost_is_found_wherever_units_are_ordered(basis: str) -> None:
+    assert refitted(basis=basis).weighed == (basis != "none")

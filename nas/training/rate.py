@@ -1,0 +1,103 @@
+"""A learning rate that follows the start (section 2.14): a few steps at each of some rates, from low to high."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from nas.machine.devices import autocast
+from nas.machine.distributed import on_main
+from nas.machine.files import write_csv
+from nas.training.calibration import deciding_images
+from nas.training.loop import Batch, seed_everything
+from nas.training.objective import Objective, Step
+from nas.training.optim import make_optimizer
+from nas.training.options import LoopOptions
+from nas.training.prepared import Prepared
+from nas.training.refit import counted
+
+RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+STEPS = 16  # at each rate, of which the first half warms up
+JUDGING = 256  # training images that are set aside for decisions, on which a rate is judged
+TABLE = "rates.csv"
+
+
+def find_rate(options: LoopOptions, objective: Objective, prepared: Prepared) -> float:
+    """The rate at which a few steps from this start lower the loss most; the weights are as they were afterwards.
+
+    What a trained network has learnt is lost at a rate at which a fresh one learns: that shows within a few steps. From
+    low to high, until two in a row are worse than the best. Written to rates.csv, from which a resumed run has it.
+    """
+    path = prepared.folder / TABLE
+    rate = on_main(lambda: _known(path) if options.resume and path.is_file() else _tried(options, objective, prepared))
+    print(f"learning rate {rate:g}: of those tried, from this start, it lowers the loss most ({TABLE})")
+    return rate
+
+
+def _known(path: Path) -> float:
+    with path.open(newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    return _best(rows)
+
+
+def _best(rows: Sequence[Mapping[str, float]]) -> float:
+    return min(rows, key=lambda row: row["loss"])["lr"]
+
+
+def _tried(options: LoopOptions, objective: Objective, prepared: Prepared) -> float:
+    backbone = objective.supernet.backbone
+    start = {name: t.clone() for name, t in backbone.state_dict().items()}
+    loader = prepared.loaders.train
+    seed_everything(options.seed, -1)
+    loader.set_epoch(0)
+    batches = [(x.to(prepared.device), y.to(prepared.device)) for x, y in islice(loader, STEPS)]
+    judging, seen = [], 0
+    for batch in deciding_images(options, prepared):
+        judging.append(batch)
+        seen += len(batch[1])
+        if seen >= JUDGING:
+            break
+    rows: list[dict[str, float]] = []
+    with counted("trying learning rates", len(RATES)) as advance:
+        for rate in RATES:
+            loss = _after(options, objective, prepared, rate, batches, judging)
+            backbone.load_state_dict(start)
+            advance()
+            rows.append({"lr": rate, "loss": loss})
+            best = min(row["loss"] for row in rows)
+            if all(not row["loss"] <= best for row in rows[-2:]) and len(rows) > 2:
+                break
+    write_csv(prepared.folder / TABLE, rows)
+    return _best(rows)
+
+
+def _after(
+    options: LoopOptions,
+    objective: Objective,
+    prepared: Prepared,
+    rate: float,
+    batches: list[Batch],
+    judging: list[Batch],
+) -> float:
+    """The loss on the judging images after a few steps at a rate; infinite where it is not finite."""
+    optimizer = make_optimizer(replace(options, lr=rate), objective.supernet.backbone)
+    step = Step(t=0.0, number=0, total=1)
+    objective.train()
+    for i, (images, target) in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0) * min(1.0, 2 * (i + 1) / len(batches))
+        with autocast(options, prepared.device):
+            loss = torch.stack([v.float() for v in objective(images, target, step).values()]).sum()
+        loss.backward()
+        optimizer.step()
+        objective.zero_grad(set_to_none=True)
+    objective.eval()
+    total = 0.0
+    with torch.no_grad(), autocast(options, prepared.device):
+        for images, target in judging:
+            total += len(target) * float(sum(objective(images, target, step).values()))
+    found = total / sum(len(target) for _, target in judging)
+    return found if found < float("inf") else float("inf")
