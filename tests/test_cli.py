@@ -85,7 +85,7 @@ SEARCH_MISTAKES = {
     "a budget above all": ([*VIT, "--budget", "1.5"], ("--budget 1.5", "0 < B <= 1")),
     "a budget twice": ([*VIT, "--budget", "0.5", "--gflops", "1"], ("--budget and --gflops",)),
     "gflops below nothing": ([*VIT, "--gflops", "-1"], ("--gflops -1", "more than 0")),
-    "no epoch": ([*VIT, "--epochs", "0"], ("--epochs 0", "at least 1")),
+    "epochs below nothing": ([*VIT, "--epochs", "-3"], ("--epochs -3", "0 or more")),
     "no epochs": ([*VIT, "--epochs", "0"], ("--epochs 0", "at least 1")),
     "a batch of nothing": ([*VIT, "--batch-size", "0"], ("--batch-size 0", "at least 1")),
     "a rate below nothing": ([*VIT, "--lr", "-0.1"], ("--lr -0.1", "0 or more")),
