@@ -22,18 +22,21 @@ from nas.training.refit import counted
 RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 STEPS = 16  # at each rate, of which the first half warms up
 JUDGING = 256  # training images that are set aside for decisions, on which a rate is judged
+HARM = 0.02  # of the loss
 TABLE = "rates.csv"
 
 
 def find_rate(options: LoopOptions, objective: Objective, prepared: Prepared) -> float:
-    """The rate at which a few steps from this start lower the loss most; the weights are as they were afterwards.
+    """The highest rate at which a few steps from this start do no harm; the weights are as they were afterwards.
 
-    What a trained network has learnt is lost at a rate at which a fresh one learns: that shows within a few steps. From
-    low to high, until two in a row are worse than the best. Written to rates.csv, from which a resumed run has it.
+    What a trained network has learnt is lost at a rate at which a fresh one learns: that shows within a few steps. What
+    a higher rate gains over a run does not: so not the least loss is taken, but the highest rate whose loss is within
+    HARM of the least. From low to high, until two in a row are above. Written to rates.csv, from which a resumed run
+    has it.
     """
     path = prepared.folder / TABLE
     rate = on_main(lambda: _known(path) if options.resume and path.is_file() else _tried(options, objective, prepared))
-    print(f"learning rate {rate:g}: of those tried, from this start, it lowers the loss most ({TABLE})")
+    print(f"learning rate {rate:g}: of those tried, the highest that does this start no harm ({TABLE})")
     return rate
 
 
@@ -44,7 +47,10 @@ def _known(path: Path) -> float:
 
 
 def _best(rows: Sequence[Mapping[str, float]]) -> float:
-    return min(rows, key=lambda row: row["loss"])["lr"]
+    least = min(row["loss"] for row in rows)
+    if least == float("inf"):
+        return min(row["lr"] for row in rows)
+    return max(row["lr"] for row in rows if row["loss"] <= least * (1 + HARM))
 
 
 def _tried(options: LoopOptions, objective: Objective, prepared: Prepared) -> float:
@@ -67,8 +73,7 @@ def _tried(options: LoopOptions, objective: Objective, prepared: Prepared) -> fl
             backbone.load_state_dict(start)
             advance()
             rows.append({"lr": rate, "loss": loss})
-            best = min(row["loss"] for row in rows)
-            if all(not row["loss"] <= best for row in rows[-2:]) and len(rows) > 2:
+            if all(row["lr"] > _best(rows) for row in rows[-2:]):
                 break
     write_csv(prepared.folder / TABLE, rows)
     return _best(rows)
