@@ -70,35 +70,14 @@ def group_scores(
     return totals
 
 
-def written_scores(supernet: Supernet, weight_score: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
-    """Sum a score over what each half of a block writes to a channel: "<block>.attn" and "<block>.mlp", (E,)."""
-    adapter, found = supernet.adapter, {}
-    for name, block in zip(adapter.block_names, adapter.blocks(), strict=True):
-        for half, matrix in zip(("attn", "mlp"), adapter.writers(block), strict=True):
-            scores = weight_score(matrix)
-            if scores is not None:
-                found[f"{name}.{half}"] = scores.detach().double().sum(1)
-    return found
-
-
-def magnitude_scores(supernet: Supernet, inside: bool = False) -> dict[str, Tensor]:
-    """Squared norm of every group; inside: also of those of `group_scores` and `written_scores`."""
-    return _scores(supernet, lambda p: p.detach().square(), inside)
+def magnitude_scores(supernet: Supernet) -> dict[str, Tensor]:
+    """Squared norm of every group."""
+    return group_scores(supernet, lambda p: p.detach().square())
 
 
 def taylor_scores(supernet: Supernet, inside: bool = False) -> dict[str, Tensor]:
-    """First-order Taylor: |w * dL/dw| summed over every group, from the gradients that the parameters hold.
-
-    inside: as in `magnitude_scores`.
-    """
-    return _scores(supernet, lambda p: None if p.grad is None else (p.detach() * p.grad).abs(), inside)
-
-
-def _scores(
-    supernet: Supernet, weight_score: Callable[[nn.Parameter], Tensor | None], inside: bool
-) -> dict[str, Tensor]:
-    found = group_scores(supernet, weight_score, inside)
-    return found | written_scores(supernet, weight_score) if inside else found
+    """First-order Taylor: |w * dL/dw| summed over every group, from the gradients that the parameters hold."""
+    return group_scores(supernet, lambda p: None if p.grad is None else (p.detach() * p.grad).abs(), inside)
 
 
 def taylor_lost(supernet: Supernet, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -156,7 +135,7 @@ def taylor_pass(
     """Taylor scores of the large network, summed over batches of (images, target). Leaves no gradients behind.
 
     reduce_gradients: makes a batch's gradients those of all processes' batches, where there are several. inside: as in
-    `taylor_scores`.
+    `group_scores`.
     """
     was_training = supernet.training
     supernet.eval()

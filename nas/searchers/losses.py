@@ -74,22 +74,17 @@ def slice_losses(
 ) -> list[Floats]:
     """Of each block what each of its slices leaves out, (slices,), as a share of what all blocks have.
 
-    scores: of heads and neurons, by "<block>.heads" and ".hidden", and of what the halves write to each channel, by
-    ".attn" and ".mlp". stream_lost: of each stage the share of what is read beyond the first w channels, (E + 1,). Of
-    what a half's units do, that share is lost, and the share of the rest that it writes beyond its channels.
+    scores: of heads and neurons, by "<block>.heads" and ".hidden". stream_lost: of each stage the share of its stream
+    beyond the first w channels, (E + 1,), which is lost of what a half's units do.
     """
     whole = sum(float(scores[f"{name}.{part}"].sum()) for name in names for part in ("heads", "hidden"))
     found = []
     for name, shape, own in zip(names, shapes, slices, strict=True):
         heads, hidden = tails(scores[f"{name}.heads"]), tails(scores[f"{name}.hidden"])
-        read = stream_lost[shape.stage]
-        attn, mlp = (
-            (1 - read) * (1 - written / max(written[0], np.finfo(float).tiny))
-            for written in (tails(scores[f"{name}.attn"]), tails(scores[f"{name}.mlp"]))
-        )
+        beyond = stream_lost[shape.stage]
         kept = [
-            attn[s.stream] * (heads[0] - heads[count(s.heads)]) * s.attn
-            + mlp[s.num_mlp_stream()] * (hidden[0] - hidden[count(s.hidden)]) * s.mlp
+            (1 - beyond[s.stream]) * (heads[0] - heads[count(s.heads)]) * s.attn
+            + (1 - beyond[s.num_mlp_stream()]) * (hidden[0] - hidden[count(s.hidden)]) * s.mlp
             for s in own
         ]
         found.append((heads[0] + hidden[0] - np.array(kept)) / whole)

@@ -256,10 +256,10 @@ def stream_lost(supernet: Supernet, scores: Mapping[str, Tensor]) -> dict[int, F
 
 
 def unit_scores(run: Run) -> dict[str, Tensor]:
-    """Of heads, neurons, the stream's channels and what halves write to them, by name as in importance.py."""
+    """Of heads, neurons and the stream's channels, by name as in importance.py."""
     options, prepared = run.options, run.prepared
     if prepared.fresh_classifier:
-        return magnitude_scores(prepared.supernet, inside=True)
+        return magnitude_scores(prepared.supernet)
     images = calibration_images(options, prepared, min(TAYLOR_IMAGES, prepared.plan.images))
     batches = [(x, y if options.labels else drawn(prepared.supernet, x, options.seed)) for x, y in images]
-    return taylor_pass(prepared.supernet, batches, cross_entropy, inside=True)
+    return taylor_pass(prepared.supernet, batches, cross_entropy)

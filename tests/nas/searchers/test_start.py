@@ -102,7 +102,7 @@ def test_a_solution_by_blocks_leaves_out_the_least_within_the_budget(family: str
     supernet = small_supernet(family, basis=basis)
     costs = joint_costs(supernet) if kind == "joint" else small_costs(supernet, kind)
     found = by_blocks(run_of(supernet, costs, 0.7))
-    scores = magnitude_scores(supernet, inside=True)
+    scores = magnitude_scores(supernet)
     slices = [[o.slice for o in options] for options in costs.options]
     names = supernet.adapter.block_names
     losses = slice_losses(names, supernet.shapes, slices, scores, stream_lost(supernet, scores))
@@ -126,7 +126,7 @@ def test_a_solution_by_blocks_leaves_out_the_least_within_the_budget(family: str
 @pytest.mark.parametrize("basis", ["own", "rotated"])
 def test_a_slice_leaves_out_what_is_beyond_it(basis: str) -> None:
     supernet = small_supernet("swin", basis=basis)
-    scores = magnitude_scores(supernet, inside=True)
+    scores = magnitude_scores(supernet)
     lost = stream_lost(supernet, scores)
     for stage, beyond in lost.items():
         assert beyond[0] == pytest.approx(1.0) and beyond[-1] == 0.0 and (np.diff(beyond) <= 0).all()
@@ -144,12 +144,8 @@ def test_a_slice_leaves_out_what_is_beyond_it(basis: str) -> None:
     (losses, *_) = slice_losses(names, shapes, [kept, *[[BlockSlice(E, H, M)]] * (len(names) - 1)], scores, lost)
     heads, hidden = scores[f"{names[0]}.heads"], scores[f"{names[0]}.hidden"]
     whole = sum(float(scores[f"{n}.{part}"].sum()) for n in names for part in ("heads", "hidden"))
-    attn, mlp = (p.detach() for p in supernet.adapter.writers(supernet.adapter.blocks()[0]))
-    read = 1 - float(lost[0][E // 2])
-    halves = [read * float(p[: E // 2].square().sum() / p.square().sum()) for p in (attn, mlp)]  # what is kept of each
-    own, of_heads, of_hidden = float(heads.sum() + hidden.sum()), float(heads.sum()), float(hidden.sum())
-    narrow = (1 - halves[0]) * of_heads + (1 - halves[1]) * of_hidden
-    expected = [0.0, own, float(heads[1:].sum()), narrow, (1 - halves[1]) * of_hidden]
+    own, half = float(heads.sum() + hidden.sum()), float(lost[0][E // 2])
+    expected = [0.0, own, float(heads[1:].sum()), half * own, half * float(hidden.sum())]
     assert losses == pytest.approx(np.array(expected) / whole)
 
 
