@@ -29,7 +29,7 @@ def decide(
     error = 100 * math.sqrt(best * (1 - best) / loaders.val.num_images)
     taken = next(i for i, value in enumerate(top1) if value >= max(top1) - error)
     print(
-        f"stage widths: {len(finalists)} combinations fit the budget, the likeliest architecture of each has"
+        f"finalists: {len(finalists)} architectures within the budget, the likeliest of stage widths that fit it, have"
         f" {min(top1):.2f} to {max(top1):.2f} % top-1 on {loaders.held_out}; taken: number {taken + 1} by"
         f" probability, {top1[taken]:.2f} %"
     )

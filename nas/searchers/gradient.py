@@ -25,7 +25,8 @@ FINALISTS = 16  # architectures measured at the end of a search
 class Solution:
     """Where a search may begin: at an architecture, its picks.
 
-    probabilities: of each choice's candidates, by its label. price: what the backbone's whole price is worth, in nats.
+    probabilities: of each choice's candidates, by its label. price: what a saved share of the backbone's is worth, in
+    nats.
     """
 
     picks: Sequence[Picks]
@@ -48,29 +49,25 @@ class Gradient(Search):
         return True
 
     def begin(self, solution: Solution) -> None:
-        """Start where an architecture is likely, at the price at which the budget balances."""
+        """Start where an architecture is likely, at its price."""
         self.choices.begin(solution.probabilities)
         self.multiplier.fill_(solution.price)
         self.began = [dict(picks) for picks in solution.picks]
 
-    def balancing_price(self, batches: Iterable[Tensor]) -> float:
-        """The price at which E[F] is pulled down as hard as the divergence pulls it up, 0 or more.
-
-        At the mixture under softmax(eta), along the gradient of E[F]. batches: images (B, C, H, W).
-        """
-        eta = list(self.choices.eta)
-        fraction = torch.autograd.grad(self.expected_fraction(), eta)
-        pulled, seen = [torch.zeros_like(p) for p in eta], 0
+    @torch.no_grad()
+    def divergence(self, picks: Sequence[Picks], batches: Iterable[Tensor]) -> float:
+        """KL(large || subnet) in nats per image, the subnet as it is cut. batches: images (B, C, H, W)."""
+        subnet, total, seen = self.subnet_of([dict(pick) for pick in picks]), 0.0, 0
         for images in batches:
-            draw = self.choices.probabilities()
-            with torch.no_grad():
-                p = self.supernet.large(images)
-            q = self.supernet.small(images, self.mixtures(draw), self.costs.stage_gates(draw))
-            gradient = torch.autograd.grad(len(images) * kl_divergence(p, q), eta, allow_unused=True)
-            pulled = [a if g is None else a + g for a, g in zip(pulled, gradient, strict=True)]
+            p, q = self.supernet.large(images), self.supernet.small(images, subnet)
+            total += len(images) * float(kl_divergence(p, q))
             seen += len(images)
-        along = sum(float((a * b).sum()) for a, b in zip(pulled, fraction, strict=True)) / max(seen, 1)
-        return max(0.0, -along / sum(float(b.square().sum()) for b in fraction))
+        return total / max(seen, 1)
+
+    def share(self, picks: Sequence[Picks]) -> float:
+        """The exact price of an architecture, as a share of the backbone's."""
+        costs, subnet = self.costs, self.subnet_of([dict(pick) for pick in picks])
+        return costs.price.network(costs.space.shapes, costs.network, subnet) / costs.full
 
     def draw(self, step: Step) -> Draw:
         return self.choices.sample(temperature(step.t), step_generator(self.seed, step.number))
@@ -119,9 +116,8 @@ class Gradient(Search):
 
     def _selected(self, picks: list[Picks]) -> Selection:
         assert self.budget is not None
-        costs = self.costs
-        price = costs.price.network(costs.space.shapes, costs.network, self.subnet_of(picks))
-        return Selection((), price, in_band=price >= cost_band(costs.full, self.budget)[0])
+        price = round(self.share(picks) * self.costs.full)
+        return Selection((), price, in_band=price >= cost_band(self.costs.full, self.budget)[0])
 
     def found(self) -> dict[str, Any]:
         return super().found() | ({} if self.began is None else {"start": "importance"})

@@ -3,7 +3,8 @@
 The solution is made likely: each of its candidates has probability 0.6, the others less the farther they are from it.
 How far is a matter of score: what an option loses, and what it costs at the price at which E[F] is the budget; for a
 stage's width how much of its stream lies between. A solution by halves is measured; one by blocks is that of the
-program over Taylor scores, or over magnitudes where the classifier is new.
+program over Taylor scores, or over magnitudes where the classifier is new. The multiplier of the budget begins at what
+the solution loses for each share of the price that it saves: KL(large || solution as cut) / (1 - F/F_full).
 """
 
 import json
@@ -37,8 +38,9 @@ START = "start.json"
 LIKELY = 0.6  # of a candidate of the solution
 FARTHEST = 20.0  # nats that the logit of another may lie below it
 BY_RANK = 1e-2  # of the largest distance, from the first candidate to the last: no two are equally far
-FACTOR = 4.0
-BALANCED_IMAGES = 256  # on which the price is found
+FACTOR = 4.0  # of the shadow price, within which that is sought at which E[F] is the budget
+LEAST_SAVED = 1e-2  # of the price, lest what is saved be divided by next to nothing
+PRICED_IMAGES = 256  # on which the price is found
 
 
 @dataclass(frozen=True)
@@ -109,15 +111,16 @@ def begin(run: Run, objective: Gradient) -> None:
     found = by_halves(run) if run.question.priced.space.method.halves else on_main(lambda: by_blocks(run))
     objective.to(prepared.device)
 
-    def balanced() -> Solution:
+    def priced() -> Solution:
         probabilities = at_budget(objective, found)
-        images = calibration_images(options, prepared, min(BALANCED_IMAGES, prepared.plan.images))
+        images = calibration_images(options, prepared, min(PRICED_IMAGES, prepared.plan.images))
         prepared.supernet.eval()
-        solution = Solution(found.picks, probabilities, objective.balancing_price(batch for batch, _ in images))
+        lost, saved = objective.divergence(found.picks, (x for x, _ in images)), 1 - objective.share(found.picks)
+        solution = Solution(found.picks, probabilities, lost / max(saved, LEAST_SAVED))
         write_json(path, asdict(solution))
         return solution
 
-    objective.begin(on_main(balanced))
+    objective.begin(on_main(priced))
     print(words(objective))
 
 

@@ -1,4 +1,4 @@
-"""Where a search by gradient begins: the solution likely, E[F] at the budget, the pulls at its price balanced."""
+"""Where a search by gradient begins: the solution likely, E[F] at the budget, at the price of what it lost."""
 
 import itertools
 import json
@@ -187,22 +187,15 @@ def test_where_it_began_is_measured_last_if_it_is_not_among_the_likeliest() -> N
 
 
 @pytest.mark.parametrize("space", ["factors", "widths"])
-def test_at_its_price_the_penalty_pulls_as_hard_as_the_divergence(space: str) -> None:
+def test_divergence_and_share_are_of_the_subnet_as_it_is_cut(space: str) -> None:
     supernet = small_supernet("vit")
     costs = free_costs(supernet) if space == "widths" else small_costs(supernet, "stream")
-    objective = search_of(supernet, costs)
-    batches = [images(supernet.backbone, seed=k) for k in range(2)]
-    price = objective.balancing_price(batches)
-    assert price > 0
-    eta, draw = list(objective.choices.eta), objective.choices.probabilities()
-    x = torch.cat(batches)
-    q = supernet.small(x, objective.mixtures(draw), objective.costs.stage_gates(draw))
-    loss = kl_divergence(supernet.large(x).detach(), q) + price * objective.expected_fraction()
-    fraction = torch.autograd.grad(objective.expected_fraction(), eta)
-    along = sum(
-        float((a * b).sum()) for a, b in zip(torch.autograd.grad(loss, eta), fraction, strict=True) if a is not None
-    )
-    assert abs(along) < 1e-3 * price * sum(float(b.square().sum()) for b in fraction)
+    objective, picks = search_of(supernet, costs), costs.space.random(1)
+    batches = [images(supernet.backbone, size, seed=size) for size in (2, 3)]
+    x, subnet = torch.cat(batches), network_slice(supernet.shapes, costs.space.block_slices(picks))
+    expected = float(kl_divergence(supernet.large(x), supernet.small(x, subnet)).detach())
+    assert objective.divergence(picks, batches) == pytest.approx(expected, rel=1e-5) and expected > 0
+    assert objective.share(picks) == supernet.flops(subnet) / supernet.flops()
 
 
 def test_a_start_is_written_and_a_resume_reads_it(
@@ -218,7 +211,9 @@ def test_a_start_is_written_and_a_resume_reads_it(
         return objective
 
     first = begun()
-    assert first.began is not None
+    assert first.began is not None and first.budget is not None
+    lost, saved = first.divergence(first.began, [batch[0]]), 1 - first.share(first.began)
+    assert float(first.multiplier) == pytest.approx(lost / saved, rel=1e-6) and saved >= 1 - first.budget
     assert "the search begins at the solution by importance" in capsys.readouterr().out
     assert set(json.loads((tmp_path / "start.json").read_text())) == {"picks", "probabilities", "price"}
     monkeypatch.setattr(Importance, "solution", None)  # a resume looks for none
