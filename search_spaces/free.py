@@ -29,12 +29,12 @@ class Free(Method):
             aa=None, mixup=0.0, cutmix=0.0, smoothing=0.0, reprob=0.0, color_jitter=0.0, scale=(0.5, 1.0),
             drop_path=0.0,
         ),
-        search=dict(epochs=0, budget=0.5),
+        search=dict(epochs=0, budget=0.5, evals=4),
         retrain=dict(epochs=20, train="distill", result="best", sched="cosine", warmup_epochs=1),
     )  # fmt: skip
     nano_defaults = Defaults(
         training=dict(smoothing=0.0),
-        search=dict(epochs=0, granularity=1),
+        search=dict(epochs=0, granularity=1, evals=12),
         retrain=dict(train="distill", result="best"),
     )
 

@@ -3,12 +3,14 @@
 Two networks run side by side over images, half by half: the large one, and the subnet with the layers that are refitted
 so far. A layer of the subnet that reads the stream is fitted to what the large network has at its kept units; one that
 writes it to the large network's stream in the kept channels, so that what earlier layers got wrong is corrected; the
-classifier to the logits. Kept of the images are Gram matrices, both streams, and one half's units.
+classifier to the logits, and from there to the prediction. Kept of the images are Gram matrices, both streams, and one
+half's units.
 
 Every fit is of a change D of the weights that the slice has: min |X D^T - R|^2 + ridge |D|^2, R what they leave. Where
 a cut removes nothing R is zero, and so is D.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,10 +32,14 @@ Values = dict[str, Tensor]  # a subnet's parameters by their names in the backbo
 
 @dataclass(frozen=True)
 class Ridge:
-    """Shares of the mean diagonal of a layer's Gram matrix. The classifier overfits first."""
+    """Shares of the mean diagonal of a layer's Gram matrix. The classifier overfits first.
+
+    prediction: of the classifier's last step, to the divergence of predictions; infinite: it is not made.
+    """
 
     layers: float = 1e-3
     classifier: float = 1e-2
+    prediction: float = 5e-2
 
 
 class Residual:
@@ -74,9 +80,52 @@ class Residual:
         if through is not None:
             cross, r = cross @ through.T, through @ r
         held = (held + ridge * gram.diagonal().mean()).clamp_min(torch.finfo(gram.dtype).tiny)
-        values, vectors = torch.linalg.eigh(gram)  # products in float32 may be below zero in directions without images
-        change = ((vectors / (values.clamp_min(0) + held)) @ (vectors.T @ cross)).T
+        change = _solved(gram, held, cross).T
         return change, r - change @ x if self.bias else None
+
+
+def _solved(gram: Tensor, held: Tensor, cross: Tensor) -> Tensor:
+    """(gram + held)^-1 cross. Products in float32 may be below zero in directions without images: there held alone."""
+    factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(held.expand(len(gram))))
+    if not failed:
+        return torch.cholesky_solve(cross, factor)
+    values, vectors = torch.linalg.eigh(gram)
+    found: Tensor = vectors / (values.clamp_min(0) + held) @ (vectors.T @ cross)
+    return found
+
+
+def towards_prediction(
+    x: Tensor, expected: Tensor, weight: Tensor, bias: Tensor | None, ridge: float
+) -> tuple[Tensor, Tensor | None]:
+    """A classifier moved on to the least divergence KL(expected || its prediction), in nats per image.
+
+    x: (B, n) features. expected: (B, m) logits. weight: (m, n) and bias (m,), float64. ridge: of a change D, as a share
+    of the features' mean variance v (mean square where there is no bias): ridge/2 v |D|^2. By L-BFGS.
+    """
+    x = x.double()
+    mean = x.mean(0) if bias is not None else torch.zeros_like(x[0])
+    x = x - mean
+    held, target = ridge * x.square().mean() / 2, expected.double().log_softmax(1)
+    at_mean = weight @ mean if bias is None else bias + weight @ mean
+    change, added = (
+        torch.zeros_like(weight, requires_grad=True),
+        torch.zeros_like(at_mean, requires_grad=bias is not None),
+    )
+    optimizer = torch.optim.LBFGS(
+        [p for p in (change, added) if p.requires_grad], max_iter=50, history_size=20, line_search_fn="strong_wolfe"
+    )
+
+    def lost() -> Tensor:
+        optimizer.zero_grad()
+        q = (x @ (weight + change).T + at_mean + added).log_softmax(1)
+        loss = F.kl_div(q, target, log_target=True, reduction="batchmean") + held * change.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(lost)
+    weight = weight + change.detach()
+    return weight, None if bias is None else at_mean + added.detach() - weight @ mean
 
 
 @torch.no_grad()
@@ -275,16 +324,21 @@ class _Refit:
         self.small = [linear(small, layer, x) for x in inputs]
 
     def _classify(self) -> None:
-        """The classifiers, to the large network's logits."""
+        """The classifiers, to the large network's logits; from there on to its prediction, if that is nearer."""
         adapter = self.adapter
         features = torch.cat([adapter.pool(self.small_outer, z) for z in self.small])
         targets = torch.cat([adapter.pool(self.large_outer, z) for z in self.large])
         for i, layer in enumerate(adapter.classifiers):
             x, y = (f if f.dim() == 2 else f[:, i] for f in (features, targets))
-            moments = Residual(f"{layer}.bias" in self.small_outer)
-            moments.add(x, linear(self.large_outer, layer, y) - linear(self.small_outer, layer, x))
+            matrix, bias = f"{layer}.weight", f"{layer}.bias"
+            expected, moments = linear(self.large_outer, layer, y), Residual(bias in self.small_outer)
+            moments.add(x, expected - linear(self.small_outer, layer, x))
             weight, added = moments.solve(self.ridge.classifier)
-            self.values |= _changed(self.small_outer, f"{layer}.weight", weight, f"{layer}.bias", added)
+            values = _changed(self.small_outer, matrix, weight, bias, added)
+            if math.isfinite(self.ridge.prediction):
+                moved = towards_prediction(x, expected, values[matrix], values.get(bias), self.ridge.prediction)
+                values |= {name: value for name, value in zip((matrix, bias), moved, strict=True) if value is not None}
+            self.values |= values
 
 
 def _run(half: Run, block: Any, shape: BlockShape, params: Params, at: BlockSlice, z: Tensor) -> Tensor:

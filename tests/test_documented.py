@@ -39,6 +39,7 @@ FEWER = {  # run with less than they measure by default, and why
     "benchmarks/digits.py": "--seeds 0",  # as above
     "benchmarks/methods.py": "--seeds 0",
     "benchmarks/sweep.py": "--trials 2",
+    "benchmarks/basis.py": "--model vit_tiny_patch16_224 --images 2",  # a ViT-B takes minutes
     "benchmarks/training_flags.py": "--options float32 bf16 channels-last",  # torch.compile takes ten minutes
 }
 NAMED = {"python -m nas.export", "python -m nas.kernel_complexity"}  # named without arguments: their --help is run
@@ -51,8 +52,8 @@ BEFORE = {  # commands of README.md that a page takes for done
     "docs/export.md": ("python search.py --space swin-dan --dataset imagenet100 --data-dir /data/imagenet --budget 0.5",
                        "python retrain.py --arch results/<run>/arch.json --dataset imagenet --data-dir /data/imagenet"),
     "docs/options.md": ("python search.py",),
-    "docs/free.md": ("python search.py --space vit-free --model vit_small_patch16_224 --checkpoint my.safetensors --data-dir"
-                     " /data/flowers --budget 0.5",),
+    "docs/free.md": ("python search.py --space vit-free --model vit_small_patch16_224 --checkpoint my.safetensors"
+                     " --data-dir /data/flowers --budget 0.5",),
 }  # fmt: skip
 SMALL: dict[str, tuple[str, str]] = {
     "swin": ("swin_tiny_patch4_window7_224", "img_size=32 window_size=4 embed_dim=24 depths=1,1 num_heads=4,8"),

@@ -33,7 +33,7 @@ from supernets.importance import taylor_lost, taylor_pass
 from supernets.refit import refit, written
 
 CANDIDATES = "candidates.csv"
-REFITTED = 256  # images on which a candidate is refitted
+REFITTED = 512  # images on which a candidate is refitted
 TAYLOR_IMAGES = 1024
 
 
@@ -76,6 +76,7 @@ class Importance(Searcher):
         start = first_proposal(program)
         if options.decide == "score":
             return start
+        assert options.evals is not None
         with counted("candidates", options.evals) as advance:
             measure = Measure(options, program.halves.space, prepared, advance)
             found = exchange(program, start, measure, options.evals)

@@ -47,8 +47,8 @@ class ImportanceOptions:
     """of a search by importance: a unit is worth the error that a refit leaves without it, or what Taylor says"""
     decide: Literal["kl", "top1", "score"] = "kl"
     """of a search by importance: candidates are measured by KL to the large network, by top-1, or not at all"""
-    evals: int = 12
-    """of a search by importance: candidates that are refitted and measured"""
+    evals: int | None = None
+    """of a search by importance: candidates that are refitted and measured (4; in the -nano spaces 12)"""
     labels: bool = True
     """of a search by importance: let Taylor scores read labels; --no-labels: draw them from the network itself"""
 

@@ -1,6 +1,7 @@
 """Section 2.11: a refit is the least squares that it says it is, layer by layer, and its values are a slice's own."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from search_spaces.slices import BlockSlice, NetworkSlice, count, identity_slice
 from supernets.basis import Basis, rewrite
 from supernets.compact import cut
 from supernets.coordinates import compact_parameters
-from supernets.refit import Residual, Ridge, refit, write, written
+from supernets.refit import Residual, Ridge, refit, towards_prediction, write, written
 from supernets.supernet import Supernet
 from tests.nas.small import FAMILIES, small_supernet
 from tests.oracle import blocks_of, kept_weights
@@ -25,7 +26,7 @@ from tests.supernets.test_invariants import few, relative
 
 over_families = pytest.mark.parametrize("family", FAMILIES)
 over_bases = pytest.mark.parametrize("basis", ["own", "rotated"])
-RIDGE = Ridge()
+SQUARES = Ridge(prediction=math.inf)
 
 
 def seen(supernet: Supernet, number: int = 24, seed: int = 3) -> list[Tensor]:
@@ -240,7 +241,7 @@ def test_every_layer_is_least_squares_on_stacked_activations(network: str, make:
             supernet.backbone.blocks[0].ls1.gamma[::3] = 0
             supernet.backbone.blocks[1].ls2.gamma[1::2] = 0
     subnet, x = subnet_of(supernet, make), images(supernet.backbone, 40, 3)
-    ridge = Ridge(layers=2e-3, classifier=3e-2)
+    ridge = Ridge(layers=2e-3, classifier=3e-2, prediction=math.inf)
     expected = reference(supernet, subnet, x, ridge)
     found = refit(supernet, subnet, x.split(16), ridge)
     assert found.keys() == expected.keys()
@@ -256,9 +257,57 @@ def test_both_classifiers_of_a_distilled_network_are_fitted() -> None:
 
     supernet = Supernet(randomise(VisionTransformerDistilled(**VIT), 0)).double().eval()
     subnet, x = subnet_of(supernet, narrow), images(supernet.backbone, 40)
-    expected, found = reference(supernet, subnet, x, RIDGE), refit(supernet, subnet, [x])
+    expected, found = reference(supernet, subnet, x, SQUARES), refit(supernet, subnet, [x], SQUARES)
     assert {"head.weight", "head_dist.bias"} <= found.keys() == expected.keys()
     assert all(relative(value, found[name]) < 1e-7 for name, value in expected.items())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_classifiers_last_step_is_the_least_divergence(bias: bool) -> None:
+    torch.manual_seed(0)
+    x, expected = torch.randn(60, 7) + 3, 2 * torch.randn(60, 5)
+    weight = torch.randn(5, 7, dtype=torch.float64)
+    start = torch.randn(5, dtype=torch.float64) if bias else None
+    moved, added = towards_prediction(x, expected, weight, start, 0.05)
+
+    def loss(weight: Tensor, bias: Tensor | None) -> Tensor:
+        q = torch.nn.functional.linear(x.double(), weight, bias).log_softmax(1)
+        p = expected.double().log_softmax(1)
+        return (p.exp() * (p - q)).sum(1).mean()
+
+    def penalised(at: Tensor, bias: Tensor | None) -> Tensor:
+        spread = (x - x.mean(0) if added is not None else x).double().square().mean()
+        return loss(at, bias) + 0.05 / 2 * spread * (at - weight).square().sum()
+
+    assert loss(moved, added) < 0.5 * loss(weight, start)
+    at = moved.clone().requires_grad_()
+    if added is None:
+        found = torch.autograd.grad(penalised(at, None), at)
+    else:
+        around = added.clone().requires_grad_()
+        found = torch.autograd.grad(penalised(at, around), [at, around])
+    assert all(float(gradient.abs().max()) < 1e-3 for gradient in found)
+
+
+def test_a_classifier_that_predicts_right_is_left_alone() -> None:
+    x, weight = torch.randn(20, 6), torch.randn(4, 6, dtype=torch.float64)
+    moved, added = towards_prediction(x, x.double() @ weight.T, weight, None, 0.05)
+    assert torch.equal(moved, weight) and added is None
+
+
+@over_families
+@over_cuts
+def test_the_divergence_of_predictions_grows_less(family: str, make: Cut) -> None:
+    supernet = small_supernet(family, 4)
+    subnet, batches = subnet_of(supernet, make), seen(supernet)
+    x, far = torch.cat(batches), []
+    for ridge in (SQUARES, Ridge()):
+        with torch.no_grad(), written(supernet, subnet, refit(supernet, subnet, batches, ridge)):
+            inside = supernet.small(x, subnet).log_softmax(1)
+        with torch.no_grad():
+            expected = supernet.large(x).log_softmax(1)
+        far.append(float((expected.exp() * (expected - inside)).sum(1).mean()))
+    assert far[1] <= far[0]
 
 
 class Recorded(Residual):
@@ -295,7 +344,7 @@ def test_11_no_layers_error_grows(family: str, basis: str, make: Cut, monkeypatc
     errors: list[tuple[float, float]] = []
     monkeypatch.setattr(Recorded, "errors", errors, raising=False)
     monkeypatch.setattr(supernets.refit, "Residual", Recorded)
-    values = refit(supernet, subnet, batches)
+    values = refit(supernet, subnet, batches, SQUARES)
     assert len(errors) == sum(name.endswith("weight") for name in values)
     assert all(after <= before * (1 + 1e-9) for before, after in errors)
     x = torch.cat(batches)
@@ -315,7 +364,7 @@ def test_a_rotation_makes_no_difference_where_the_stream_stays_whole(family: str
     subnet, batches = subnet_of(supernet, inner), seen(supernet)
     logits = []
     for net in (supernet, rotated):
-        values = refit(net, subnet, batches, Ridge(1e-11, 1e-11))
+        values = refit(net, subnet, batches, Ridge(1e-11, 1e-11, math.inf))
         with written(net, subnet, values):
             logits.append(net.small(batches[0], subnet))
     assert relative(*logits) < 1e-5
