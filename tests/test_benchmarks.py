@@ -1,6 +1,7 @@
 """Every benchmark that takes a small network runs to its end on one: what it prints there says nothing about speed."""
 
 import importlib
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from nas.networks.weights import save_weights
 from nas.runs.folder import SUPERNET, open_run
 from nas.runs.opened import open_folder
 from nas.stages.search import run_search
+from search_spaces.errors import UserError
 from supernets.basis import timm_state
 
 
@@ -64,12 +66,23 @@ def test_methods_are_compared_and_what_is_finished_is_not_run_again(
 
 
 @pytest.mark.slow
-def test_torch_pruning_meets_the_budget(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torch_pruning", reason="Torch-Pruning is not installed: pip install torch-pruning")
-    arguments = "--kinds uniform bottleneck-distilled --seeds 0 --start-epochs 1 --search-epochs 0 --retrain-epochs 1"
-    rows = run("other_tools", arguments, monkeypatch, capsys).splitlines()[-2:]
-    assert [row.split()[1] for row in rows] == ["uniform", "bottleneck-distilled"]
-    assert all(0.4 < float(row.split()[2]) <= 0.5 for row in rows)
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_torch_pruning_meets_the_budget_and_learns(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, kinds = tmp_path / "table.json", ["dims-bottleneck", "heads-bottleneck", "both"]
+    arguments = f"--space {family}-an-nano --budget 0.5 --kinds {' '.join(kinds)} --calibration-images 64"
+    run("pruners", f"{arguments} --epochs 1 --lr 1e-3 --test-images 100 --output {table}", monkeypatch, capsys)
+    whole, *cut = json.loads(table.read_text())
+    assert whole["share"] == 1 and [row["network"] for row in cut] == [f"{kind} 0.5" for kind in kinds]
+    assert all(0.4 < row["share"] <= 0.5 and row["params"] < whole["params"] for row in cut)
+    assert all(row["epoch"] in (0, 1) and row["best"] == "*" for row in cut)
+
+
+def test_without_torch_pruning_one_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(UserError, match="Torch-Pruning is not installed: pip install"):
+        run("pruners", "", monkeypatch, None)  # type: ignore[arg-type]  # nothing is printed
 
 
 def test_networks_drawn_at_random_stand_in_the_basis_of_the_search(

@@ -130,7 +130,7 @@ def run_points(folder: Path) -> list[dict[str, Any]]:
         "split": EARLIER.get(str(summary.get("split")), summary.get("split")) or "",
     }
     rows = []
-    for name, role in (("large", "large"), (small, as_cut)):
+    for name, role in ((_original(summary, arch), "large"), (small, as_cut)):
         found = summary.get(name)
         if not isinstance(found, dict):
             continue
@@ -142,6 +142,13 @@ def run_points(folder: Path) -> list[dict[str, Any]]:
         label = "" if role == "large" else _label(summary, arch)
         rows.append(facts | values | {"role": role, "config": config, "label": label, "alpha": _alpha(arch)})
     return rows
+
+
+def _original(summary: Mapping[str, Any], arch: Mapping[str, Any]) -> str:
+    """The network of a summary that the architecture was cut from: the teacher where it is the one, or the large."""
+    teacher, full = summary.get("teacher"), arch.get("backbone_flops")
+    same = isinstance(teacher, dict) and isinstance(full, int) and round(_value(teacher, "gflops") * 1e9) == full
+    return "teacher" if same and "large" not in summary else "large"
 
 
 def find_runs(root: Path) -> list[Path]:

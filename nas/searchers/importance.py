@@ -166,8 +166,8 @@ class Measure:
         supernet = self.prepared.supernet.eval()
         if self.images is None:
             self.images = images_of(self.options, self.prepared)
-        total, seen = 0.0, 0
-        with written(supernet, subnet, refit(supernet, subnet, self.images.refitting)):
+        total, seen, refitting = 0.0, 0, self.images.refitting
+        with written(supernet, subnet, refit(supernet, subnet, refitting) if refitting else {}):
             for images, labels, expected in self.images.deciding:
                 q = supernet.small(images, subnet).float()
                 if self.options.decide == "top1":
@@ -188,7 +188,7 @@ class Images:
 
 def images_of(options: SearchOptions, prepared: Prepared) -> Images:
     """Those of a run, kept in memory."""
-    count = min(REFITTED, prepared.plan.images)
+    count = min(REFITTED, prepared.plan.images, options.refit_images)
     return Images(
         [images for images, _ in calibration_images(options, prepared, count)],
         [

@@ -14,6 +14,7 @@ from nas.networks.opening import started_supernet
 from nas.runs.folder import open_run
 from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
+from search_spaces.errors import UserError
 from search_spaces.registry import Space
 
 TOLERANCE = 1e-5  # invariant 2: compact against subnet, relative to the largest logit
@@ -45,6 +46,11 @@ def prepare(
     supernet, words, fresh = started_supernet(
         b.model, splits.num_classes, b.start, b.space, splits.class_names, config.drop_path
     )
+    if fresh and b.stage == "search" and b.plan.weighed:
+        raise UserError(
+            f"{b.space.name} asks what a trained network can do without, and its weights have no classifier for these"
+            f" {splits.num_classes} classes; train one first: python retrain.py --space {b.space.name} --train plain"
+        )
     # Only now: weights that cannot be had leave no folder behind.
     config = open_run(config, f"{b.stage}-{b.space.name}-{config.dataset}")
     assert config.output is not None

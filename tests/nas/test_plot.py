@@ -167,6 +167,16 @@ def test_runs_share_a_configuration_when_only_their_seed_differs(tmp_path):
     assert [p["split"] for p in run_points(runs[0])] == ["validation split"] * 2
 
 
+@pytest.mark.parametrize(("gflops", "drawn"), [(2e-6, ["large", "compact"]), (3e-6, ["compact"])])
+def test_a_teacher_is_the_large_network_where_the_small_one_was_cut_from_it(
+    gflops: float, drawn: list[str], tmp_path: Path
+) -> None:
+    networks = {"teacher": {"gflops": gflops, "top1": 70.0}, "compact": {"gflops": 1e-6, "top1": 60.0}}
+    (tmp_path / "summary.json").write_text(json.dumps({"stage": "retrain", "dataset": "digits"} | networks))
+    (tmp_path / "arch.json").write_text(json.dumps({"backbone_flops": 2000}))
+    assert [p["role"] for p in run_points(tmp_path)] == drawn
+
+
 def test_networks_compressed_alike_are_joined(tmp_path, drawn):
     for alpha, top1 in ((2, 96.0), (4, 94.0), (8, 90.0)):
         run = make_run(tmp_path / f"an{alpha}", stage="retrain", space="swin-an-nano", budget=1 / alpha, top1=top1)

@@ -180,6 +180,13 @@ def test_every_kind_of_search_ends_in_a_network_within_its_budget(kind: str, wor
     assert same == (config.refit_images == 0)  # otherwise least squares came in between
 
 
+def test_where_nothing_is_to_be_refitted_no_candidate_is(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nas.searchers.importance, "refit", None)
+    run_search(world.search(tmp_path / "run", refit_images=0, evals=2))
+
+
 def test_pictures_that_are_all_alike_end_in_a_network_too(world: World, tmp_path: Path) -> None:
     pictures = draw(tmp_path / "grey", number=8, constant=True)
     folder = run_search(world.search(tmp_path / "run", data_dir=pictures, evals=2))

@@ -97,6 +97,18 @@ def test_weights_that_are_no_numbers_are_named(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_classifier_of_other_classes_is_none(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_file(world.trained)
+    weights |= {name: weights[name][:4].clone() for name in ("head.weight", "head.bias")}
+    save_file(weights, tmp_path / "four.safetensors")
+    own = [*SEARCH, "--checkpoint", tmp_path / "four.safetensors", *arguments(world, tmp_path / "run")]
+    said = refused("search.py", own, monkeypatch, capsys)
+    assert "its weights have no classifier for these 5 classes; train one first: python retrain.py" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_too_few_images_to_decide_by_are_said_so(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
