@@ -2,6 +2,7 @@
 
     python benchmarks/compact_speed.py --nets vit-s swin-b --batches 32 --threads 1
     python benchmarks/compact_speed.py --nets vit-s --kinds kcr-half joint     # channel selection, random channels
+    python benchmarks/compact_speed.py --nets vit-s --kinds heads odd          # widths inside heads, uneven widths
 
 Large and all compact networks run in turn in one process, fused attention on for all; each number is the median over
 rounds of the ratio within a round. `part` would be 1.00 had the time gone down with the multiply-accumulates.
@@ -62,6 +63,18 @@ def pruned(shape: BlockShape, part: str, random: torch.Generator) -> BlockSlice:
     return BlockSlice(shape.embed_dim, tuple(range(heads)), tuple(range(hidden)), v_channels=uneven)
 
 
+def of_heads(shape: BlockShape, eighths: float) -> BlockSlice:
+    """All heads, q, k and v narrowed to so many eighths of their width, the rest whole."""
+    width = max(1, round(shape.head_dim * eighths / 8))
+    return BlockSlice(shape.embed_dim, shape.num_heads, shape.hidden, qk=width, v_channels=width)
+
+
+def less(shape: BlockShape, channels: float) -> BlockSlice:
+    """Three quarters of the stream and of the neurons, less so many of each: widths that are multiples of less."""
+    stream, hidden = (3 * n // 4 - int(channels) for n in (shape.embed_dim, shape.hidden))
+    return BlockSlice(stream, shape.num_heads, hidden)
+
+
 def subnets(shapes: tuple[BlockShape, ...], kinds: list[str], alphas: list[int]) -> Iterator[tuple[str, NetworkSlice]]:
     """Every network to measure, by name. kinds: an, inner and stream width; searched ones mix their candidates."""
     for kind in kinds:
@@ -70,6 +83,14 @@ def subnets(shapes: tuple[BlockShape, ...], kinds: list[str], alphas: list[int])
             for alpha in alphas:
                 if all(shape.num_heads % alpha == 0 for shape in shapes):
                     yield f"{kind} {alpha}", network_slice(shapes, [prefix_slice(s, alpha, kind) for s in shapes])
+            continue
+        if kind in ("heads", "odd"):  # what free widths may be
+            name, narrowed, sizes = {
+                "heads": ("q/k, v {}/8", of_heads, (7, 6, 5, 4, 3, 2, 1.5, 1)),
+                "odd": ("3/4 - {}", less, (0, 16, 8, 4, 2, 1)),
+            }[kind]
+            for size in sizes:
+                yield name.format(size), network_slice(shapes, [narrowed(s, size) for s in shapes])
             continue
         if kind.startswith("uvc"):
             blocks = [pruned(shape, kind, random) for shape in shapes]
@@ -101,7 +122,7 @@ def subnets(shapes: tuple[BlockShape, ...], kinds: list[str], alphas: list[int])
 
 def main() -> None:
     kinds = ["stream", "inner", "dan-stream", "dan-inner", "kcr", "kcr-half", "kcr-quarter", "joint"]
-    kinds += ["uvc", "uvc-skip", "uvc-heads", "uvc-uneven", "uvc-neurons"]
+    kinds += ["uvc", "uvc-skip", "uvc-heads", "uvc-uneven", "uvc-neurons", "heads", "odd"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nets", nargs="+", choices=list(NETS), default=["vit-s", "swin-t"])
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=["stream", "inner"])

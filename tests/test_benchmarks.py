@@ -32,7 +32,8 @@ SMALL = {
     "search_step": ("--nets nano --rounds 1 --batch-size 2 --profile", "nano"),
     "training_flags": ("--nets nano --rounds 1 --batch-size 2 --options float32 bf16 channels-last", "nano"),
     "compact_speed": (
-        "--nets nano --kinds stream inner dan-stream kcr joint uvc --alphas 1 2 4 --batches 2 --rounds 1 --seconds 0",
+        "--nets nano --kinds stream inner dan-stream kcr joint uvc heads odd --alphas 1 2 4 --batches 2 --rounds 1"
+        " --seconds 0",
         "nano",
     ),
     "importance": ("--space vit-an-nano --epochs 1 --threads 1 --test-images 100", "rotate taylor"),

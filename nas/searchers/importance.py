@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,14 +54,18 @@ class Importance(Searcher):
         question = run.question
         assert question.budget is not None
         check_images(run.options, run.prepared)
+        times = [time.perf_counter()]
         standing = find_basis(run.options, run.prepared)
+        times.append(time.perf_counter())
         _, best = self.solution(run)
+        times.append(time.perf_counter())
         space, picks = question.priced.space, [dict(pick) for pick in best.picks]
         subnet = network_slice(space.shapes, space.block_slices(picks))
         price = question.priced.price.network(space.shapes, question.priced.network, subnet)
         in_band = price >= (question.budget - 0.02) * question.priced.full
         kept: list[dict[str, list[int]]] = [{} for _ in picks]
-        return Answer(picks, kept, in_band, standing, found={"loss": best.loss})
+        seconds = dict(zip(("basis", "candidates"), np.diff(times).round(2).tolist(), strict=True))
+        return Answer(picks, kept, in_band, standing, found={"loss": best.loss}, seconds=seconds)
 
     def solution(self, run: Run) -> tuple[Program, Proposal]:
         """The best that was found, and the program that it solves at its point. The network stands in its basis."""

@@ -30,7 +30,7 @@ class Answer:
 
     kept: per block the indices of choices that are no prefix, by their name in arch.json. in_band: whether it uses the
     budget up. standing: the basis or order that it stands in. found: what else the search says about it, for
-    arch.json; finalists: those that were measured, likeliest first.
+    arch.json; finalists: those that were measured, likeliest first. seconds: that parts of the search took.
     """
 
     picks: Sequence[Picks]
@@ -39,6 +39,7 @@ class Answer:
     standing: Standing = field(default_factory=Standing)
     found: Mapping[str, Any] = field(default_factory=dict)
     finalists: Sequence[Mapping[str, Any]] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Searcher(ABC):

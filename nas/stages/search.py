@@ -1,5 +1,6 @@
 """Stage 1: search a supernet for an architecture, and write arch.json."""
 
+import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -187,8 +188,11 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
     full = network_slice(supernet.shapes, subnet.blocks, full_stage_width=True)
     networks: dict[str, Network] = {"large": supernet.large, "subnet": partial(supernet.small, small=subnet)}
     more: dict[str, Network] = {}
+    seconds = dict(answer.seconds)
     if training_of(asked.space).refits:
+        began = time.perf_counter()
         networks["compact"] = refitted_compact(config, prepared, arch, subnet)
+        seconds["refit"] = round(time.perf_counter() - began, 2)
     else:
         more["full_width"] = partial(supernet.small, small=full)
     held_out = {} if loaders.val is None else top_k(networks | more, loaders.val, prepared.device, precision)
@@ -214,7 +218,8 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
     }
     if not is_main():
         return
-    write_json(prepared.folder / "summary.json", facts | dict(answer.found) | table | {"narrowing": narrowing})
+    facts |= dict(answer.found) | ({"seconds": seconds} if seconds else {})
+    write_json(prepared.folder / "summary.json", facts | table | {"narrowing": narrowing})
     print_table(table, f"{arch.space} on {config.dataset}", by_split(loaders.reported, loaders.held_out))
     if "full_width" in more and subnet != full and held_out:
         print(
@@ -222,6 +227,8 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
             f" after {held_out['subnet_top1']:.2f} %, on {loaders.held_out}"
         )
     plot_run(prepared.folder)
+    if seconds:
+        print(f"seconds: {', '.join(f'{name} {value:.1f}' for name, value in seconds.items())}")
     print(f"results in {results_path(prepared.folder)}\nnext: {next_command(asked, prepared.folder)}")
 
 
