@@ -366,7 +366,7 @@ class TestBrokenFolders:
         assert "\n" not in str(error.value)
 
     def test_nothing_there(self, tmp_path):
-        self.refuse(tmp_path, f"{tmp_path}: Found 0 images.*expected .*train/<class>")
+        self.refuse(tmp_path, f"{tmp_path}: found 0 images.*expected .*train/<class>")
 
     def test_neither_folder_nor_tar(self, tmp_path):
         (tmp_path / "data.zip").touch()
@@ -399,7 +399,7 @@ class TestBrokenFolders:
     def test_one_level_too_high(self, tmp_path):
         for split in ("train", "val"):
             write_split(tmp_path / "data" / split, ["a", "b"], 3)
-        self.refuse(tmp_path, "the same class in two folders")
+        self.refuse(tmp_path, "train, val look like splits, not like classes; give --data-dir the folder that holds")
 
     @pytest.mark.parametrize("content", [b"", b"this is no tar"])
     def test_damaged_tar(self, tmp_path, content):
