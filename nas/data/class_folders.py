@@ -118,15 +118,15 @@ def _remarks(listing: Listing, source: Source) -> Iterator[str]:
             f"{len(nested)} of {len(listing.images)} images lie in subfolders of their class's folder"
             f" ({few(nested, 3)}); their class is the outermost"
         )
-    for words, names in _depths(source).items():
-        yield f"{words} ({few(names, 3)})"
+    for words, example in _depths(source).items():
+        yield f"{words} (such as {example})"
     if words := listing.left_out.words():
         yield f"left out {words}"
 
 
-def _depths(source: Source) -> dict[str, list[str]]:
-    """What is done to images of more than 8 bits, with the names of some, as far as a look into some images tells."""
-    found: dict[str, list[str]] = {}
+def _depths(source: Source) -> dict[str, str]:
+    """What is done to images of more than 8 bits, each with one of them, as far as a look into some images tells."""
+    found: dict[str, str] = {}
     candidates = [i for i in range(len(source.labels)) if Path(source.name(i)).suffix.lower() not in EIGHT_BITS]
     for i in candidates[:: max(1, len(candidates) // LOOKED_INTO)]:
         try:
@@ -134,7 +134,7 @@ def _depths(source: Source) -> dict[str, list[str]]:
         except Exception:  # whatever a decoder raises; it is said when the image is to be used
             continue
         if words is not None:
-            found.setdefault(words, []).append(source.name(i))
+            found.setdefault(words, source.name(i))
     return found
 
 

@@ -16,6 +16,7 @@ and torchvision (ImageNet's ids: ascending). Heavy imports happen where a datase
 """
 
 import difflib
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -207,7 +208,7 @@ def _create(spec: DataSpec, name: str, split: str, **options: Any) -> Any:
     root = _root(spec)
     if root is None and name.startswith(("torch/", "wds/")):
         raise UserError(f"--dataset {spec.dataset} needs --data-dir, the folder with its files")
-    if name.startswith("torch/") and not spec.download and not Path(str(root)).is_dir():
+    if name.startswith("torch/") and not spec.download and not os.path.isdir(str(root)):
         raise UserError(f"--data-dir {root} does not exist; expected {_torch_layout(name, root)}")
     try:
         return create_dataset(name, root, split=split, class_map=spec.class_map, download=spec.download, **options)

@@ -65,7 +65,9 @@ def depth(image: Image.Image) -> str | None:
     """How an image of more than 8 bits a channel is brought to 8, in words; None for the others."""
     if not _is_deep(image):
         return None
-    return "floats: 0 is black, 1 is white" if image.mode == "F" else "grey of more than 8 bits: scaled by its type"
+    if image.mode == "F":
+        return "floats are read from 0, black, to 1, white"
+    return "grey of more than 8 bits is scaled by its type: white is the largest number of so many bits"
 
 
 def _is_deep(image: Image.Image) -> bool:
