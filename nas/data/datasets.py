@@ -255,7 +255,11 @@ def _open_scheme(spec: DataSpec, name: str, split: str) -> Source:
 
 def _check_torch_folder(name: str, dataset: Any) -> None:
     """Refuse a folder of which torchvision takes other files than --dataset folder does: it says of none why."""
-    taken, ours = {path for path, _ in dataset.imgs}, {image.place for image in list_images(walk(dataset.root)).images}
+    try:
+        ours = {image.place for image in list_images(walk(dataset.root)).images}
+    except OSError as error:
+        raise UserError(f"{name}: {one_line(error)}") from error
+    taken = {path for path, _ in dataset.imgs}
     if taken != ours:
         raise UserError(
             f"{name}: torchvision reads {len(taken)} files under {dataset.root}, where {len(ours)} images lie; they"

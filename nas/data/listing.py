@@ -121,10 +121,13 @@ def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterat
         inside = sorted(entries, key=lambda entry: entry.name)
     for entry in inside:
         path = below + entry.name
-        if entry.is_dir() and not is_foreign(entry.name):
+        if is_foreign(entry.name):
+            yield Found(path, None, path)
+        elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
             yield from _walk(entry.path, f"{path}/", (*above, here))
         else:
-            yield Found(path, entry.path, path, None if entry.is_file() or is_foreign(entry.name) else NO_FILE)
+            is_file = os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
+            yield Found(path, entry.path, path, None if is_file else NO_FILE)
 
 
 def _kind(thing: Found) -> str | None:
