@@ -148,6 +148,10 @@ def _checked_name(spec: DataSpec) -> tuple[str, str]:
     name = f"{scheme}/{rest}" if scheme else name
     if not 0 <= spec.val_fraction < 1:
         raise UserError(f"--val-fraction is {spec.val_fraction:g}; it must lie in [0, 1)")
+    if name != "digits" and spec.train_split == spec.test_split:
+        raise UserError(
+            f"--train-split and --val-split are both {spec.test_split}: results are reported on other images"
+        )
     if name == "digits" and spec.data_dir:
         raise UserError(f"digits is built in and reads no --data-dir, got {spec.data_dir}; which --dataset is it?")
     if spec.class_map and (name in ("digits", "imagenet", "imagenet100") or scheme == "torch"):

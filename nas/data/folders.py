@@ -30,6 +30,8 @@ def open_folders(
     classes = _published_classes(name) or class_map or None
     train_at, test_at = _find(root, train_split, TRAIN_NAMES), _find(root, test_split, TEST_NAMES)
     if train_at and test_at:
+        if train_at.resolve() == test_at.resolve():
+            raise UserError(f"{root}: {train_at.name} and {test_at.name} are the same images; {expected}")
         train, test = (Images(read_split(at, name, classes, expected)) for at in (train_at, test_at))
         return train, test, test_at.stem if test_at.is_file() else test_at.name
     one = train_at or test_at

@@ -99,7 +99,7 @@ def loader_spec(
         mean=data["mean"],
         std=data["std"],
         interpolation=data["interpolation"],
-        crop_pct=options.crop_pct or (1.0 if size[1] <= 64 else data["crop_pct"]),
+        crop_pct=options.crop_pct or (1.0 if max(size[1:]) <= 64 else data["crop_pct"]),
         workers=options.workers if options.workers is not None else (0 if embedded else min(4, os.cpu_count() or 1)),
         aa=None if options.aa in (None, "none") else options.aa,
         no_aug=options.no_aug,
