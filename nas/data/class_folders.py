@@ -1,5 +1,6 @@
 """One split: a folder of class folders, or a tar of them, as images with labels and with what is to be said of them."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -56,7 +57,8 @@ def read_split(path: Path, name: str, classes: dict[str, int] | str | None, expe
         names_by_label(class_to_idx),
         left_out=listing.left_out.counts(),
     )
-    return replace(source, remarks=tuple(f"{path}: {line}" for line in _remarks(listing, source)))
+    lines = (*_layout_said(listing), *_depths_said(paths, source), *_left_out_said(listing))
+    return replace(source, remarks=tuple(f"{path}: {line}" for line in lines))
 
 
 def _listed(path: Path, known: Iterable[str], expected: str) -> Listing:
@@ -109,8 +111,8 @@ def _without_images(path: Path, listing: Listing, classes: dict[str, int] | str 
     return sorted(absent)
 
 
-def _remarks(listing: Listing, source: Source) -> Iterator[str]:
-    """What was made of a split that is not plainly <class>/<image>."""
+def _layout_said(listing: Listing) -> Iterator[str]:
+    """What was made of folders that are not plainly <class>/<image>."""
     if listing.above:
         yield f"all images lie under {printable(listing.above)}, so the classes are the folders in that"
     if nested := listing.nested():
@@ -118,24 +120,25 @@ def _remarks(listing: Listing, source: Source) -> Iterator[str]:
             f"{len(nested)} of {len(listing.images)} images lie in subfolders of their class's folder"
             f" ({few(nested, 3)}); their class is the outermost"
         )
-    for words, example in _depths(source).items():
-        yield f"{words} (such as {example})"
-    if words := listing.left_out.words():
-        yield f"left out {words}"
 
 
-def _depths(source: Source) -> dict[str, str]:
+def _depths_said(paths: Sequence[str], source: Source) -> Iterator[str]:
     """What is done to images of more than 8 bits, each with one of them, as far as a look into some images tells."""
-    found: dict[str, str] = {}
-    candidates = [i for i in range(len(source.labels)) if Path(source.name(i)).suffix.lower() not in EIGHT_BITS]
+    said: set[str] = set()
+    candidates = [i for i, path in enumerate(paths) if os.path.splitext(path)[1].lower() not in EIGHT_BITS]
     for i in candidates[:: max(1, len(candidates) // LOOKED_INTO)]:
         try:
             words = depth(source.read(i))
-        except Exception:  # whatever a decoder raises; it is said when the image is to be used
+        except OSError:  # it is said when the image is to be used
             continue
-        if words is not None:
-            found.setdefault(words, source.name(i))
-    return found
+        if words is not None and words not in said:
+            said.add(words)
+            yield f"{words} (such as {source.name(i)})"
+
+
+def _left_out_said(listing: Listing) -> Iterator[str]:
+    if words := listing.left_out.words():
+        yield f"left out {words}"
 
 
 def names_by_label(class_to_idx: dict[str, int]) -> tuple[str, ...] | None:

@@ -4,10 +4,14 @@ docs/data.md lists what is read how. The first picture of a file that holds seve
 """
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from search_spaces.errors import reason
 
 # Formats that Pillow recognises and does not decode, and one for which it starts another program.
 NOT_DECODED = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"})
@@ -39,26 +43,39 @@ def suffixes() -> frozenset[str]:
 
 
 def opened(data: bytes) -> Image.Image:
-    """The image in a file's bytes, its pixels not decoded yet."""
-    try:
-        return Image.open(io.BytesIO(data), formats=formats())
-    except UnidentifiedImageError:  # its message names an object in memory
-        raise UnidentifiedImageError("cannot identify an image that Pillow decodes") from None
+    """The image in a file's bytes, its pixels not decoded yet. Raises OSError where it is none, or damaged."""
+    with _damage_as_oserror():
+        try:
+            return Image.open(io.BytesIO(data), formats=formats())
+        except UnidentifiedImageError:  # its message names an object in memory
+            raise UnidentifiedImageError("cannot identify an image that Pillow decodes") from None
 
 
 def as_seen(image: Image.Image, exif: bool = True) -> Image.Image:
     """An image of any mode and depth in 8-bit RGB, turned as its EXIF data says, transparent parts on white.
 
-    Raises ValueError where numbers do not say which of them is white, and what Pillow raises on a damaged file.
+    Raises OSError on a damaged file, and where numbers do not say which of them is white.
     """
-    image.load()
-    turn = TURNS.get(_orientation(image)) if exif else None
-    if _is_deep(image):
-        image = _eight_bits(image)
-    if image.has_transparency_data:
-        image = _on_white(image)
-    image = image.convert("RGB")
-    return image if turn is None else image.transpose(turn)
+    with _damage_as_oserror():
+        image.load()
+        turn = TURNS.get(_orientation(image)) if exif else None
+        if _is_deep(image):
+            image = _eight_bits(image)
+        if image.has_transparency_data:
+            image = _on_white(image)
+        image = image.convert("RGB")
+        return image if turn is None else image.transpose(turn)
+
+
+@contextmanager
+def _damage_as_oserror() -> Iterator[None]:
+    """Each of Pillow's decoders raises its own on a damaged file: RuntimeError, AssertionError, SyntaxError, …"""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {reason(error)}") from error
 
 
 def depth(image: Image.Image) -> str | None:
@@ -81,10 +98,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     tags = getattr(image, "tag_v2", {})  # TIFF's
     if image.mode == "F":
         if not (values.min() >= 0 and values.max() <= 1):  # a NaN is neither
-            raise ValueError("floats beyond 0 to 1 do not say which number is white; save it with 8 or 16 bits")
+            raise OSError("floats beyond 0 to 1 do not say which number is white; save it with 8 or 16 bits")
         grey = np.rint(values * 255).astype(np.uint8)
     elif image.mode == "I" and image.format not in ("PNG", "PPM"):  # of these, 16 bits in a wider type
-        raise ValueError("32-bit or signed integers do not say which number is white; save it with 8 or 16 bits")
+        raise OSError("32-bit or signed integers do not say which number is white; save it with 8 or 16 bits")
     else:
         bits = 16 if image.mode == "I" else tags.get(BITS_PER_SAMPLE, (16,))[0]
         grey = (values >> (bits - 8)).astype(np.uint8)

@@ -79,13 +79,13 @@ def list_images(found: Iterable[Found], known: Iterable[str] = ()) -> Listing:
     """The images among what was found, in natural order of their paths. known: names that can only be classes."""
     left_out, images, beside = LeftOut(), [], []
     for thing in found:
-        foreign = _foreign(thing.path)
-        kind = OTHERS if foreign else _kind(thing)
+        others = foreign(thing.path)
+        kind = OTHERS if others else _kind(thing)
         if kind is None:
             images.append(thing)
             continue
-        left_out.add(kind, foreign or thing.path)
-        beside += [] if foreign else [thing.path]
+        left_out.add(kind, others or thing.path)
+        beside += [] if others else [thing.path]
     images.sort(key=lambda image: natural_key(image.order))
     above = _above([image.path for image in images], beside, set(known))
     return Listing(images, above, left_out)
@@ -138,7 +138,7 @@ def _kind(thing: Found) -> str | None:
     return thing.kind
 
 
-def _foreign(path: str) -> str | None:
+def foreign(path: str) -> str | None:
     """The path up to a name that is another program's; None where there is none."""
     parts = path.split("/")
     return next(("/".join(parts[: i + 1]) for i, part in enumerate(parts) if is_foreign(part)), None)
@@ -172,4 +172,6 @@ def few(names: Sequence[str], limit: int = 10) -> str:
 
 def printable(name: str) -> str:
     """A file's name on one line and in any encoding: what cannot be printed as an escape."""
+    if name.isprintable():
+        return name
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

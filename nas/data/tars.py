@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from nas.data.listing import NO_FILE, Found
+from nas.data.listing import NO_FILE, Found, foreign, printable
 from search_spaces.errors import UserError
 
 SUFFIX = ".tar"
@@ -45,17 +45,17 @@ def _scan(tar: tarfile.TarFile, start: int, below: str, path: Path) -> Iterator[
         orders[name] = member.name
         links.pop(name, None)
         if member.isreg() and not member.issparse():
-            files[name] = start + member.offset_data, member.size
-            if name.lower().endswith(SUFFIX):
-                del files[name]
+            if name.lower().endswith(SUFFIX) and not foreign(name):
                 yield from _inside(tar, member, start, below + name[: -len(SUFFIX)] + "/", path)
+            else:
+                files[name] = start + member.offset_data, member.size
         elif member.issym():
             links[name] = _plain(posixpath.join(posixpath.dirname(name), member.linkname))
         elif member.islnk():
             links[name] = _plain(member.linkname)
         elif not member.isdir():
             yield Found(below + name, None, member.name, NO_FILE)
-    _check_end(tar, f"{path}{': ' + below[:-1] + SUFFIX if below else ''}")
+    _check_end(tar, f"{path}: {printable(below[:-1])}{SUFFIX} inside it" if below else str(path))
     for name in [*files, *links]:
         place = files.get(_end_of(name, links))
         yield Found(below + name, place, orders[name], None if place else NO_FILE)
@@ -67,7 +67,7 @@ def _inside(tar: tarfile.TarFile, member: tarfile.TarInfo, start: int, below: st
         with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
             yield from _scan(inner, start + member.offset_data, below, path)
     except tarfile.TarError as error:
-        raise UserError(f"{path}: {member.name} inside it is not a readable tar ({error})") from error
+        raise UserError(f"{path}: {printable(member.name)} inside it is not a readable tar ({error})") from error
 
 
 def _plain(name: str) -> str:

@@ -1,7 +1,9 @@
 """One reading of an image, what a viewer shows of it, for every mode, depth, format and data set."""
 
+import contextlib
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +19,7 @@ from torch.utils.data import DataLoader
 from nas.data.batches import Stream, collate
 from nas.data.datasets import DataSpec, open_splits
 from nas.data.decoding import TURNS, as_seen, depth, formats, opened, suffixes
-from nas.data.images import Images, Source
+from nas.data.images import UNREADABLE, Images, Source
 from nas.data.loader import Loader, eval_loader, train_loader
 from nas.data.transforms import LoaderSpec, Transform
 from search_spaces.errors import UserError
@@ -86,12 +88,12 @@ def test_floats_from_0_to_1_are_read_and_others_refused() -> None:
     values = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
     assert read(saved(Image.fromarray(values), "TIFF"))[..., 0].ravel().tolist() == list(range(256))
     for wrong in (values * 255, values - 0.5, np.where(values > 0.5, np.nan, values)):
-        with pytest.raises(ValueError, match="floats beyond 0 to 1 do not say which number is white"):
+        with pytest.raises(OSError, match="floats beyond 0 to 1 do not say which number is white"):
             read(saved(Image.fromarray(wrong), "TIFF"))
 
 
 def test_integers_of_32_bits_are_refused() -> None:
-    with pytest.raises(ValueError, match="32-bit or signed integers do not say"):
+    with pytest.raises(OSError, match="32-bit or signed integers do not say"):
         read(saved(Image.fromarray(RAMP.astype(np.int32)), "TIFF"))
 
 
@@ -181,6 +183,22 @@ def test_every_format_that_pillow_writes_and_reads_is_taken() -> None:
             except (OSError, KeyError, ValueError):
                 continue  # not in this mode
         assert read(data).shape[2] == 3, kind
+
+
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000", "ICNS", "TGA", "PPM"]
+)
+def test_a_damaged_file_raises_what_counts_as_unreadable(kind: str) -> None:
+    whole = saved(picture(1, size=(64, 64)), kind)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        data = bytearray(whole)
+        for at in rng.integers(0, len(data), 5):
+            data[at] = rng.integers(0, 256)
+        data = data[: rng.integers(len(data) // 2, len(data) + 1)]
+        with contextlib.suppress(*UNREADABLE), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert read(bytes(data)).dtype == np.uint8
 
 
 def test_suffixes_are_pillows_without_what_it_cannot_decode() -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from nas.data.datasets import DataSpec, Splits, open_splits
-from nas.data.listing import NO_FILE
+from nas.data.listing import NO_FILE, OTHERS
 from nas.data.tars import members, read_member
 from search_spaces.errors import UserError
 from tests.nas.data.inputs import CLASSES, class_folders, picture, seen, tars_of
@@ -144,6 +144,16 @@ def test_tars_in_tars_at_any_depth(tmp_path: Path) -> None:
     assert splits.class_names == CLASSES and sorted(splits.train.labels) == [0, 0, 1, 1, 2, 2]
     (tmp_path / "val.tar").write_bytes(packed(("ant.tar", packed(("0.png", png(0)))[:700])))
     refused(tmp_path, r"val\.tar.*ant\.tar")
+
+
+def test_what_a_mac_leaves_beside_a_tar_is_none(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            for channel, name in enumerate(CLASSES):
+                put(tar, f"{name}/0.png", png(channel))
+            put(tar, "._ant.tar", b"Mac OS X")
+    splits = opened(tmp_path)
+    assert len(splits.train) == 3 and splits.left_out == {OTHERS: 2}
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
