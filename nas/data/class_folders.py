@@ -96,14 +96,16 @@ def _name(root: Path, paths: Sequence[str], index: int) -> str:
 
 
 def _without_images(path: Path, listing: Listing, classes: dict[str, int] | str | None, found: set[str]) -> list[str]:
-    """Published classes, or class folders, that have no images.
+    """Published classes, or class folders, that have no images: empty, or with nothing but what is left out.
 
-    A class map may name more than a folder holds, and a tar does not list its empty folders.
+    A class map may name more than there is. Of a tar's folders only those count in which something lies.
     """
     if isinstance(classes, dict):
         return [name for name in classes if name not in found]
-    if classes or path.is_file():
+    if classes:
         return []
+    if path.is_file():
+        return natural_order(listing.folders_beside() - found)
     absent: list[str] = []
     for filled in [*({name} for name in listing.above.split("/")[:-1]), found]:
         absent += [d.name for d in path.iterdir() if d.is_dir() and not is_foreign(d.name) and d.name not in filled]

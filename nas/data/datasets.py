@@ -1,4 +1,4 @@
-"""Which images: every dataset that `--dataset` can name, opened through timm's factory.
+"""Which images: every dataset that `--dataset` can name; the schemes are opened through timm's factory.
 
 | name | what is read | test images |
 |---|---|---|

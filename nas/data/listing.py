@@ -70,6 +70,12 @@ class Listing:
         folder, slash, _ = image.path[len(self.above) :].partition("/")
         return folder if slash else ""
 
+    def folders_beside(self) -> set[str]:
+        """The folders where the classes are in which something was left out, other programs' aside."""
+        own = (path for kind, paths in self.left_out.paths.items() if kind != OTHERS for path in paths)
+        parts = (path[len(self.above) :].partition("/") for path in own if path.startswith(self.above))
+        return {folder for folder, slash, _ in parts if slash}
+
     def nested(self) -> list[str]:
         """The images that do not lie in their class's folder itself."""
         return [image.path for image in self.images if image.path.count("/", len(self.above)) > 1]

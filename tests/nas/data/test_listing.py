@@ -103,12 +103,15 @@ def test_a_second_folder_keeps_the_first_from_being_looked_through(root: Path, l
             shutil.rmtree(root / split / name)
         (root / split / "other").mkdir()
         (root / split / "other" / "photo.heic").write_bytes(b"heic")
-    if laid(root) == root:
-        with pytest.raises(UserError, match="no images in 1 classes of folder: other"):
-            open_splits(DataSpec("folder", root))
-    else:
-        splits = open_splits(DataSpec("folder", laid(root)))
-        assert splits.class_names == ("kept",) and splits.left_out[".heic"] == 2
+    with pytest.raises(UserError, match="no images in 1 classes of folder: other;"):
+        open_splits(DataSpec("folder", laid(root)))
+
+
+def test_a_class_of_nothing_but_what_is_left_out_is_refused(root: Path, laid: Layout) -> None:
+    for file in (root / "train" / "bee").iterdir():
+        file.rename(file.with_suffix(".heic"))
+    with pytest.raises(UserError, match="no images in 1 classes of folder: bee;"):
+        open_splits(DataSpec("folder", laid(root)))
 
 
 @pytest.mark.parametrize(
