@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nas.machine.timing import Network
 
 DATA = ("dataset", "data_dir", "val_split", "num_classes", "class_map", "batch_size", "workers")
-IMAGES = ("interpolation", "crop_pct", "mean", "std")
+IMAGES = ("interpolation", "crop_pct", "mean", "std", "exif")
 OF_A_MODEL = ("model_kwargs", "checkpoint")
 
 
@@ -211,6 +211,11 @@ def parser() -> argparse.ArgumentParser:
     add("--crop-pct", type=float, help="centre crop; 1 up to 64 px")
     add("--mean", type=float, nargs="+", help="of the normalisation")
     add("--std", type=float, nargs="+", help="of the normalisation")
+    add(
+        "--exif",
+        action=argparse.BooleanOptionalAction,
+        help="turn images as their EXIF data says; the run's own, or so",
+    )
     add("--speed-batches", type=int, nargs="+", default=[1, 32], help="batch sizes that images/s is measured at")
     add("--amp", action="store_true", help="bfloat16 autocast")
     add("--device")

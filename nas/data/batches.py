@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
+from nas.data.decoding import as_seen
 from nas.data.images import UNREADABLE, Images
 from nas.data.transforms import Transform, TransformError
 from search_spaces.errors import reason
@@ -118,10 +119,11 @@ class Fetch(Dataset[Item]):
 
     An image that cannot be read is reported and replaced by the next one of the dataset, `substitutes` at
     most; after these, or with none, the batch is an image short.
+    exif: turn images as their EXIF data says.
     """
 
-    def __init__(self, images: Images, transform: Transform, substitutes: int) -> None:
-        self.images, self.transform, self.substitutes = images, transform, substitutes
+    def __init__(self, images: Images, transform: Transform, substitutes: int, exif: bool = True) -> None:
+        self.images, self.transform, self.substitutes, self.exif = images, transform, substitutes, exif
 
     def __getitems__(self, wanted: Sequence[Wanted]) -> list[Item]:
         with isolated_rng():
@@ -132,7 +134,7 @@ class Fetch(Dataset[Item]):
         for offset in range(self.substitutes + 1):
             at = (position + offset) % len(self.images)
             try:
-                image = self.images.read(at)
+                image = self.images.read(at, self.exif)
             except UNREADABLE as error:
                 words = " ".join(str(error).split()) or type(error).__name__
                 failures = (*failures, Failure(self.images.name(at), words))
@@ -160,8 +162,8 @@ class Stream(IterableDataset[Item]):
     come from (seed, epoch, rank, worker, count).
     """
 
-    def __init__(self, reader: Any, transform: Transform, seed: int, first: int, step: int) -> None:
-        self.reader, self.transform, self.seed = reader, transform, seed
+    def __init__(self, reader: Any, transform: Transform, seed: int, first: int, step: int, exif: bool = True) -> None:
+        self.reader, self.transform, self.seed, self.exif = reader, transform, seed, exif
         self.first, self.step, self.epoch = first, step, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -176,6 +178,7 @@ class Stream(IterableDataset[Item]):
             doing = "reading"
             try:
                 image, label = next(entries)
+                image = as_seen(image, self.exif)
                 _seed_everything(epoch_seed(self.seed, self.epoch, self.reader.dist_rank, worker.id, number))
                 doing = self.transform.doing
                 item: Item = self.transform(image), int(label), ()

@@ -1,4 +1,4 @@
-"""Which images: every dataset that `--dataset` can name, opened through timm's factory.
+"""Which images: every dataset that `--dataset` can name; the schemes are opened through timm's factory.
 
 | name | what is read | test images |
 |---|---|---|
@@ -16,8 +16,10 @@ and torchvision (ImageNet's ids: ascending). Heavy imports happen where a datase
 """
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nas.data.folders import FOLDERS, few, layout, names_by_label, one_line, open_folders, read_timm
+from nas.data.class_folders import names_by_label, one_line
+from nas.data.decoding import opened
+from nas.data.folders import FOLDERS, layout, open_folders
 from nas.data.images import Images, Source
+from nas.data.listing import few, list_images, walk
 from nas.data.split_names import reported_words
 from search_spaces.errors import UserError
 
 NAMES = ("digits", "cifar10", "cifar100", *FOLDERS)
 STREAMS = ("hfids", "tfds", "wds")
 SCHEMES = ("torch", "hfds", *STREAMS)
+TORCH_FOLDERS = ("torch/folder", "torch/image_folder")
 TEST_FRACTION = 0.2  # of a dataset that has no test images of its own: the "test fifth" of nas.data.split_names
 
 
@@ -65,6 +71,8 @@ class Splits:
     num_classes: int
     class_names: tuple[str, ...] | None  # in label order; ImageNet's are ids (n01440764, …)
     reported: str
+    remarks: tuple[str, ...] = ()  # what a user is to be told of the files, a line each
+    left_out: Mapping[str, int] = field(default_factory=dict)  # {kind of file: how many} that are no images
 
 
 def open_splits(spec: DataSpec) -> Splits:
@@ -81,19 +89,46 @@ def open_splits(spec: DataSpec) -> Splits:
     elif name in FOLDERS:
         if not spec.data_dir:
             raise UserError(f"--dataset {name} needs --data-dir; expected {layout(name, 'DIR')}")
-        root = Path(spec.data_dir).expanduser()
-        train, test, split = open_folders(name, root, spec.train_split, spec.test_split, spec.class_map, TEST_FRACTION)
+        train, test, split = _open_folders(spec, name)
     else:
         split = spec.test_split
         train, test = (Images(_open_scheme(spec, name, which)) for which in (spec.train_split, split))
-        if name in ("torch/folder", "torch/image_folder") and train.name(0) == test.name(0):
+        if name in TORCH_FOLDERS and train.name(0) == test.name(0):
             raise UserError(f"{name}: no {spec.train_split} and {spec.test_split} folders in {spec.data_dir}")
     reported = reported_words(split)
     num_classes, names = _common_classes(spec, train, test, reported)
     val: Images | None = None
     if spec.val_fraction:
         train, val = train.split(spec.val_fraction)
-    return Splits(train, val, test, num_classes, names, reported)
+    remarks, left_out = _sources_say(train.source, test.source)
+    return Splits(train, val, test, num_classes, names, reported, remarks, left_out)
+
+
+def _open_folders(spec: DataSpec, name: str) -> tuple[Images, Images, str | None]:
+    root = Path(_root(spec) or "")
+    try:
+        return open_folders(name, root, spec.train_split, spec.test_split, spec.class_map, TEST_FRACTION)
+    except OSError as error:  # no permission, a name that is too long
+        raise UserError(f"--data-dir {root}: {one_line(error)}; expected {layout(name, root)}") from error
+
+
+def _sources_say(*sources: Source) -> tuple[tuple[str, ...], dict[str, int]]:
+    """What is to be said of some sources, each once, and what was left out of them in all."""
+    remarks = tuple(dict.fromkeys(line for source in sources for line in source.remarks))
+    left_out: Counter[str] = Counter()
+    for source in {id(source): source for source in sources}.values():
+        left_out.update(source.left_out)
+    return remarks, dict(left_out)
+
+
+def _root(spec: DataSpec) -> str | None:
+    """--data-dir, ~ for one's home written out."""
+    if not spec.data_dir:
+        return None
+    try:
+        return str(Path(spec.data_dir).expanduser())
+    except RuntimeError as error:  # of a user that there is none of
+        raise UserError(f"--data-dir {spec.data_dir}: {one_line(error)}") from error
 
 
 def _checked_name(spec: DataSpec) -> tuple[str, str]:
@@ -113,6 +148,10 @@ def _checked_name(spec: DataSpec) -> tuple[str, str]:
     name = f"{scheme}/{rest}" if scheme else name
     if not 0 <= spec.val_fraction < 1:
         raise UserError(f"--val-fraction is {spec.val_fraction:g}; it must lie in [0, 1)")
+    if name != "digits" and spec.train_split == spec.test_split:
+        raise UserError(
+            f"--train-split and --val-split are both {spec.test_split}: results are reported on other images"
+        )
     if name == "digits" and spec.data_dir:
         raise UserError(f"digits is built in and reads no --data-dir, got {spec.data_dir}; which --dataset is it?")
     if spec.class_map and (name in ("digits", "imagenet", "imagenet100") or scheme == "torch"):
@@ -170,10 +209,10 @@ def _create(spec: DataSpec, name: str, split: str, **options: Any) -> Any:
     """timm's create_dataset for a scheme. Raises UserError with what the scheme's package had to say."""
     from timm.data import create_dataset
 
-    root = str(Path(spec.data_dir).expanduser()) if spec.data_dir else None
+    root = _root(spec)
     if root is None and name.startswith(("torch/", "wds/")):
         raise UserError(f"--dataset {spec.dataset} needs --data-dir, the folder with its files")
-    if name.startswith("torch/") and not spec.download and not Path(str(root)).is_dir():
+    if name.startswith("torch/") and not spec.download and not os.path.isdir(str(root)):
         raise UserError(f"--data-dir {root} does not exist; expected {_torch_layout(name, root)}")
     try:
         return create_dataset(name, root, split=split, class_map=spec.class_map, download=spec.download, **options)
@@ -198,7 +237,11 @@ def _open_scheme(spec: DataSpec, name: str, split: str) -> Source:
     if not name.startswith("torch/"):
         reader = dataset.reader
         labels, names = _hf_labels(reader, spec.dataset), names_by_label(reader.class_to_idx)
-        return Source(partial(read_timm, reader), partial(_hf_name, reader), labels, names)
+        return Source(partial(_read_timm, reader), partial(_hf_name, reader), labels, names)
+    if name in TORCH_FOLDERS:
+        _check_torch_folder(name, dataset)
+    if hasattr(dataset, "loader"):  # torchvision's own converts to RGB by itself, and makes 16 bits all white
+        dataset.loader = _read_path
     if hasattr(dataset, "targets"):
         labels = np.asarray(dataset.targets)
         labels = labels if labels.ndim == 1 else labels[:, 0]  # QMNIST: its first column is the digit
@@ -214,9 +257,33 @@ def _open_scheme(spec: DataSpec, name: str, split: str) -> Source:
     )
 
 
+def _check_torch_folder(name: str, dataset: Any) -> None:
+    """Refuse a folder of which torchvision takes other files than --dataset folder does: it says of none why."""
+    try:
+        ours = {image.place for image in list_images(walk(dataset.root)).images}
+    except OSError as error:
+        raise UserError(f"{name}: {one_line(error)}") from error
+    taken = {path for path, _ in dataset.imgs}
+    if taken != ours:
+        raise UserError(
+            f"{name}: torchvision reads {len(taken)} files under {dataset.root}, where {len(ours)} images lie; they"
+            f" differ in {few(sorted(taken ^ ours), 3)}; give --dataset folder"
+        )
+
+
 def _read_torch(dataset: Any, index: int) -> Image.Image:
     image: Image.Image = dataset[index][0]
-    return image.convert("RGB")
+    return image
+
+
+def _read_path(path: str) -> Image.Image:
+    return opened(Path(path).read_bytes())
+
+
+def _read_timm(reader: Any, index: int) -> Image.Image:
+    """Decode as timm's ImageDataset does, but without its retries: raises what the decoder raises."""
+    with reader[index][0] as stream:
+        return opened(stream.read())
 
 
 def _torch_name(dataset: Any, name: str, index: int) -> str:
@@ -249,8 +316,10 @@ def _hf_name(reader: Any, index: int) -> str:
 def _open_streams(spec: DataSpec, name: str) -> Splits:
     if spec.val_fraction:
         raise UserError(f"--dataset {name} is a stream and nothing can be held out of it; pass --val-fraction 0")
-    train = _create(spec, name, spec.train_split, is_training=True)
-    test = _create(spec, name, spec.test_split)
+    # Images as they are, for our reading of them; TensorFlow decodes by itself, to 8-bit RGB.
+    mode = "RGB" if name.startswith("tfds/") else ""
+    train = _create(spec, name, spec.train_split, is_training=True, input_img_mode=mode)
+    test = _create(spec, name, spec.test_split, input_img_mode=mode)
     class_to_idx: dict[str, int] = train.reader.class_to_idx
     num_classes = spec.num_classes or (max(class_to_idx.values()) + 1 if class_to_idx else 0)
     if not num_classes:

@@ -2,14 +2,15 @@
 
 import struct
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from nas.data.decoding import as_seen
 from search_spaces.errors import UserError
 
 # What decoders raise on a file that is not the image it should be.
@@ -28,10 +29,12 @@ UNREADABLE = (
 class Source:
     """One set of n images as it lies on the disk, before it is split."""
 
-    read: Callable[[int], Image.Image]  # decodes one image, RGB; raises UNREADABLE
+    read: Callable[[int], Image.Image]  # opens one image, of any mode; raises UNREADABLE
     name: Callable[[int], str]  # the file's name, for messages
     labels: NDArray[np.int64]  # (n,)
     class_names: tuple[str, ...] | None  # in label order
+    remarks: tuple[str, ...] = ()  # what a user is to be told of the files, a line each
+    left_out: Mapping[str, int] = field(default_factory=dict)  # {kind of file: how many} that lie beside the images
 
 
 class Images:
@@ -57,12 +60,19 @@ class Images:
         """(n,), known without decoding an image."""
         return self.source.labels[self.indices]
 
+    def counts(self, num_classes: int) -> list[int]:
+        """How many images each class has, (num_classes,)."""
+        return np.bincount(self.labels, minlength=num_classes).tolist()  # type: ignore[no-any-return]
+
     def label(self, position: int) -> int:
         return int(self.source.labels[self.indices[position]])
 
-    def read(self, position: int) -> Image.Image:
-        """The decoded image. Raises UNREADABLE, where timm's dataset would silently give the next one."""
-        return self.source.read(int(self.indices[position]))
+    def read(self, position: int, exif: bool = True) -> Image.Image:
+        """The decoded image, RGB (`as_seen`). Raises UNREADABLE, where timm's dataset would silently give the next.
+
+        exif: turn it as its EXIF data says.
+        """
+        return as_seen(self.source.read(int(self.indices[position])), exif)
 
     def name(self, position: int) -> str:
         return self.source.name(int(self.indices[position]))

@@ -151,7 +151,7 @@ def train_loader(
                 " shards may differ in length: use one process, or unpack it into class folders"
             )
         reader = _reader(dataset, spec, seed, rank, world_size, is_training=True)
-        stream = Stream(reader, transform, seed, first=0, step=1)
+        stream = Stream(reader, transform, seed, first=0, step=1, exif=spec.exif)
         loader = _data_loader(stream, spec, device, batch_size=spec.batch_size, drop_last=spec.drop_last)
         steps = -(-len(reader) // spec.batch_size)
         return Loader(loader, steps, len(reader), spec, seed, torch.device(device))
@@ -159,7 +159,7 @@ def train_loader(
     if not len(batches):
         raise UserError(f"{len(dataset)} training images make no batch of {batches.global_batch}; lower --batch-size")
     # One substitute more than may be unreadable: if all fail, the loader stops for good reason.
-    fetch = Fetch(dataset, transform, substitutes=int(TOLERATED * len(dataset)) + 1)
+    fetch = Fetch(dataset, transform, substitutes=int(TOLERATED * len(dataset)) + 1, exif=spec.exif)
     loader = _data_loader(fetch, spec, device, batch_sampler=batches)
     return Loader(loader, len(batches), len(dataset), spec, seed, torch.device(device))
 
@@ -176,12 +176,12 @@ def eval_loader(
     transform = Transform(spec, is_training=False, as_bytes=True)
     if not isinstance(dataset, Images):
         reader = _reader(dataset, spec, 0, 0, 1, is_training=False)
-        stream = Stream(reader, transform, 0, first=rank, step=world_size)
+        stream = Stream(reader, transform, 0, first=rank, step=world_size, exif=spec.exif)
         loader = _data_loader(stream, spec, device, batch_size=spec.batch_size)
         steps = -(-len(reader) // (world_size * spec.batch_size))
         return Loader(loader, steps, len(reader), spec, 0, torch.device(device))
     batches = EvalBatches(len(dataset), spec.batch_size, rank, world_size)
-    loader = _data_loader(Fetch(dataset, transform, substitutes=0), spec, device, batch_sampler=batches)
+    loader = _data_loader(Fetch(dataset, transform, substitutes=0, exif=spec.exif), spec, device, batch_sampler=batches)
     return Loader(loader, len(batches), len(dataset), spec, 0, torch.device(device))
 
 

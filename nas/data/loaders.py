@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from nas.data.datasets import DataSpec, Splits, open_splits
-from nas.data.folders import few
 from nas.data.images import Images
+from nas.data.listing import few
 from nas.data.loader import eval_loader, mixup_fn, train_loader
 from nas.data.options import DataOptions
 from nas.data.split_names import held_out_words
@@ -24,8 +24,8 @@ CALIBRATION_BATCH = 32  # whatever the run's own, so that a basis is the same fo
 
 
 def open_data(options: DataOptions) -> Splits:
-    """The dataset's three parts."""
-    return open_splits(
+    """The dataset's three parts. Prints what a user is to be told of its files."""
+    splits = open_splits(
         DataSpec(
             dataset=options.dataset_name(),
             data_dir=None if options.data_dir is None else str(options.data_dir),
@@ -37,6 +37,9 @@ def open_data(options: DataOptions) -> Splits:
             download=options.download,
         )
     )
+    for line in splits.remarks:
+        print(line)
+    return splits
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def loader_spec(
         mean=data["mean"],
         std=data["std"],
         interpolation=data["interpolation"],
-        crop_pct=options.crop_pct or (1.0 if size[1] <= 64 else data["crop_pct"]),
+        crop_pct=options.crop_pct or (1.0 if max(size[1:]) <= 64 else data["crop_pct"]),
         workers=options.workers if options.workers is not None else (0 if embedded else min(4, os.cpu_count() or 1)),
         aa=None if options.aa in (None, "none") else options.aa,
         no_aug=options.no_aug,
@@ -110,6 +113,7 @@ def loader_spec(
         remode=options.remode or "pixel",
         recount=options.recount,
         aug_repeats=options.aug_repeats,
+        exif=options.exif,
     )
 
 

@@ -27,6 +27,8 @@ class DataOptions:
     """timm's class map file"""
     download: bool = False
     """let torchvision or Hugging Face fetch the dataset"""
+    exif: bool = True
+    """turn images as their EXIF data says, in training and evaluation alike (docs/data.md)"""
     workers: int | None = None
     """data loading processes; none for the embedded dataset, 4 otherwise"""
     aa: str | None = None

@@ -34,6 +34,7 @@ class LoaderSpec:
     recount: int = 1
     aug_repeats: int = 0  # repeated augmentation: versions of an image in a global batch
     drop_last: bool = True  # leave out an epoch's last, incomplete global batch
+    exif: bool = True  # turn images as their EXIF data says
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 0 or self.aug_repeats < 0:

@@ -6,30 +6,33 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from search_spaces.errors import UserError
+from search_spaces.errors import UserError, reason
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, rename it over `path`.
 
-    Whatever goes wrong, `path` is the old file or the new one. A full disk is a UserError.
+    Whatever goes wrong, `path` is the old file or the new one. A full disk, a folder that cannot be made or written
+    and a name that is too long are UserErrors.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {error}; the file that was there is untouched") from error
+        raise UserError(f"cannot write {path}: {reason(error)}; the file that was there is untouched") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it was never made
+            temporary.unlink()
 
 
 def copy_atomically(source: Path, path: Path) -> None:

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from nas.data.folders import few
+from nas.data.listing import few
 from nas.data.split_names import trained_before
 from nas.networks.weights import load_weights
 from search_spaces.errors import UserError

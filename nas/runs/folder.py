@@ -15,8 +15,8 @@ LARGE, SUPERNET = "large.safetensors", "supernet.safetensors"  # weights that a 
 
 C = TypeVar("C", bound=RunOptions)
 SWEEP_PLACE = ("ray_address", "cpus_per_trial", "gpus_per_trial", "procs_per_trial", "max_concurrent")
-# may differ between a run and its resumption
-PLACE = ("output", "resume", "device", "workers", "threads", "processes", *SWEEP_PLACE)
+# may differ between a run and its resumption; of data that moved, images.py sees that it is the same
+PLACE = ("output", "resume", "data_dir", "device", "workers", "threads", "processes", *SWEEP_PLACE)
 
 
 def plain(config: RunOptions) -> dict[str, Any]:

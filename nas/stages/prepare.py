@@ -12,6 +12,7 @@ from nas.data.loaders import Batching, Loaders, data_line, make_loaders
 from nas.networks.backbone import Start, TimmModel
 from nas.networks.opening import started_supernet
 from nas.runs.folder import open_run
+from nas.runs.images import recognised
 from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
 from search_spaces.errors import UserError
@@ -54,7 +55,7 @@ def prepare(
     # Only now: weights that cannot be had leave no folder behind.
     config = open_run(config, f"{b.stage}-{b.space.name}-{config.dataset}")
     assert config.output is not None
-    for line in (*lines, *words, *b.plan.lines):
+    for line in (*recognised(config, splits), *lines, *words, *b.plan.lines):
         print(line)
     supernet = supernet.to(b.device)
     batching = Batching(config.batch_size or 64, config.seed, config.smoothing or 0.0, held_out)

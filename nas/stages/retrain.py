@@ -323,7 +323,7 @@ def conclude(goal: Goal, prepared: Prepared, training: Training, teacher: Teache
     scores = top_k(networks, loaders.test, device, training.autocast, f"measuring on the {loaders.reported}")
     for name, row in table.items():
         row |= {k: scores[f"{name}_{k}"] for k in ("top1", "top5")}
-    facts |= {"unreadable_images": report_unreadable(loaders)}
+    facts |= {"unreadable_images": report_unreadable(loaders), "left_out_files": dict(prepared.splits.left_out)}
     if not is_main():
         return
     for batch in (1, 32):

@@ -210,7 +210,8 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
     facts |= {"budget": asked.question.budget, "split": loaders.reported}
     facts |= {"held_out": loaders.held_out if held_out else None}
     facts |= {"precision": str(amp_dtype(config, prepared.device) or torch.float32)}
-    facts |= {"unreadable_images": report_unreadable(loaders), "finalists": list(answer.finalists)}
+    facts |= {"unreadable_images": report_unreadable(loaders), "left_out_files": dict(prepared.splits.left_out)}
+    facts |= {"finalists": list(answer.finalists)}
     narrowing = {
         "stage_widths": list(subnet.stage_widths),
         "held_out_top1_full_stage_width": held_out.get("full_width_top1"),

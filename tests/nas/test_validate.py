@@ -12,7 +12,7 @@ from timm.data import create_dataset, create_transform, resolve_data_config
 from nas.networks.compact_file import load_compact
 from nas.runs.opened import open_folder
 from nas.stages.reported import reported_images
-from nas.validate import main, parser, run_validate
+from nas.validate import IMAGES, _options, main, parser, run_validate
 from search_spaces.errors import UserError
 from supernets.supernet import Supernet
 from tests.nas.finished import finished_run
@@ -72,6 +72,15 @@ def test_what_does_not_fit_is_refused(run: Path, tmp_path: Path, capsys: pytest.
         with pytest.raises(SystemExit) as stop:
             main()
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("python -m nas.validate: error: ")
+
+
+@pytest.mark.parametrize("exif", [True, False])
+def test_images_lie_as_the_option_says(run: Path, monkeypatch: pytest.MonkeyPatch, exif: bool) -> None:
+    specs: list[Any] = []
+    monkeypatch.setattr("nas.stages.reported.eval_loader", lambda images, spec, device: specs.append(spec))
+    options = parser().parse_args(["--exif" if exif else "--no-exif"])
+    reported_images(open_folder(run, CPU), CPU, _options(options, *IMAGES))
+    assert [spec.exif for spec in specs] == [exif]
 
 
 VIT = ("vit_tiny_patch16_224", dict(img_size=48, embed_dim=48, depth=2, num_heads=4))

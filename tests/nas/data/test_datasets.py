@@ -332,6 +332,7 @@ def test_hugging_face(tree, tmp_path):
         (DataSpec("digits", "somewhere"), "digits is built in and reads no --data-dir"),
         (DataSpec("digits", num_classes=12), "digits has 10 classes, not 12"),
         (DataSpec("digits", class_map="map.txt"), "--class-map: the classes of digits are fixed"),
+        (DataSpec("cifar10", ".", test_split="train"), "--train-split and --val-split are both train"),
         (DataSpec("digits", download=True), "--download: digits cannot be downloaded"),
         (DataSpec("digits", val_fraction=1e-4), "holds out none"),
         (DataSpec("imagenet"), r"needs --data-dir; expected DIR/train/<each of 1000 ids>/\*.JPEG"),
@@ -366,7 +367,7 @@ class TestBrokenFolders:
         assert "\n" not in str(error.value)
 
     def test_nothing_there(self, tmp_path):
-        self.refuse(tmp_path, f"{tmp_path}: Found 0 images.*expected .*train/<class>")
+        self.refuse(tmp_path, f"{tmp_path}: found 0 images.*expected .*train/<class>")
 
     def test_neither_folder_nor_tar(self, tmp_path):
         (tmp_path / "data.zip").touch()
@@ -396,10 +397,15 @@ class TestBrokenFolders:
         write_class(tmp_path / "val", 0, 5)
         self.refuse(tmp_path, "val: 5 images lie outside of any class folder")
 
+    def test_one_split_under_two_names(self, tmp_path):
+        write_split(tmp_path / "train", ["a", "b"], 3)
+        (tmp_path / "val").symlink_to("train")
+        self.refuse(tmp_path, "train and val are the same images")
+
     def test_one_level_too_high(self, tmp_path):
         for split in ("train", "val"):
             write_split(tmp_path / "data" / split, ["a", "b"], 3)
-        self.refuse(tmp_path, "the same class in two folders")
+        self.refuse(tmp_path, "train, val look like splits, not like classes; give --data-dir the folder that holds")
 
     @pytest.mark.parametrize("content", [b"", b"this is no tar"])
     def test_damaged_tar(self, tmp_path, content):

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from nas.cli import errors
 from nas.data.batches import Stream, collate
+from nas.data.datasets import DataSpec, open_splits
 from nas.data.images import Images, Source
 from nas.data.loader import Loader, eval_loader, lost_worker, train_loader
 from nas.data.transforms import LoaderSpec, Transform
@@ -43,6 +45,29 @@ def numbered(n: int = 40, wrong: int | None = None) -> Images:
         return Image.new("RGB", (24, 24), (i, i, i))
 
     return Images(Source(read, "ant/{}.jpg".format, np.arange(n), None))
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        for i in range(100):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i:02d}.png")
+    images = Images(open_splits(DataSpec("folder", tmp_path, val_fraction=0)).train.source)
+    denied, read = {"ant/07.png"}, Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if any(path.match(name) for name in denied):
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    loader = loader_of(images, training=False, workers=0)
+    assert sum(len(y) for _, y in loader) == 199
+    assert list(loader.corrupt.files) == [str(tmp_path / "ant" / "07.png")]
+    denied |= {"bee/*.png"}
+    with pytest.raises(UserError, match=r"of 200 images cannot be read .*ant/07\.png.*Permission denied") as error:
+        list(loader_of(images, training=False, workers=0))
+    assert_one_line(error)
 
 
 def loader_of(images: Images, training: bool, workers: int) -> Loader:

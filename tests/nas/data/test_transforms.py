@@ -89,3 +89,16 @@ def test_an_error_says_which_step_and_why() -> None:
     transform.steps.insert(1, ImageOps.posterize)
     with pytest.raises(TransformError, match=r"posterize: TypeError: posterize\(\) missing 1 required"):
         transform(Image.new("RGB", (60, 50)))
+
+
+@pytest.mark.parametrize("size", [(24, 40), (40, 24), (8, 96)])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"no_aug": True}, {"aa": DEFAULTS[0]}, {"reprob": 0.9}, {"crop_pct": 0.5}, {"interpolation": "random"}],
+)
+def test_inputs_that_are_not_square(size: tuple[int, int], change: dict[str, Any]) -> None:
+    spec = dataclasses.replace(SPEC, input_size=(3, *size), **change)
+    for width, height in ((50, 30), (30, 50), (1, 60), (60, 1), (300, 7), (2, 2)):
+        for training in (True, False):
+            made = Transform(spec, is_training=training, as_bytes=not spec.reprob)(photograph(2, (width, height)))
+            assert made.shape == (3, *size)
