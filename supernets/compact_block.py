@@ -11,7 +11,7 @@ from supernets.axes import BlockAxes
 
 
 def not_scriptable(module: nn.Module) -> nn.Module:
-    """What torch.jit.script asks a module for: UserError, in place of what its compiler says of code it cannot read."""
+    """What torch.jit.script asks a module for: UserError, not what its compiler says of code it cannot read."""
     raise UserError(
         f"{type(module).__name__} is no TorchScript; export the compact network: python -m nas.export FOLDER writes ONNX"
         " and a torch.export program (docs/export.md)"
@@ -60,7 +60,7 @@ class CompactBlock(nn.Module):
         self.register_buffer("mlp_index", index, persistent=False)
 
     def attention_half(self, z: Tensor, **mask: Any) -> Tensor:
-        """What attention adds to the slice: (..., S) -> (..., S). mask: attn_mask and is_causal, as timm's ViTs have."""
+        """What attention adds to the slice: (..., S) -> (..., S). mask: attn_mask and is_causal, as in timm's ViT."""
         y: Tensor = self.attn(self.norm1(z), **mask)
         return self.ls1(y) if hasattr(self, "ls1") else y
 

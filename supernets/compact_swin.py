@@ -5,6 +5,7 @@ the roll, the padding and the partition are one gather of tokens, and their reve
 tokens, W windows, T tokens of a window, S stream, h heads, D and V their widths.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,12 +171,13 @@ class CompactWindowBlock(CompactBlock):
 def _gathers(attn: Any, by_token: bool) -> tuple[Tensor | None, Tensor | None]:
     """Token of the image at each place of the windows, N where padded; and the place of each token. None: the same."""
     (H, W), (win_h, win_w), (shift_h, shift_w) = attn.input_resolution, attn.window_size, attn.shift_size
-    tokens = torch.arange(H * W).view(H, W).roll((-shift_h, -shift_w), (0, 1))
+    here = partial(torch.arange, device="cpu")  # their values decide, also where the network lies on the meta device
+    tokens = here(H * W).view(H, W).roll((-shift_h, -shift_w), (0, 1))
     tokens = F.pad(tokens, (0, -W % win_w, 0, -H % win_h), value=H * W)
     windows = tokens.unflatten(1, (-1, win_w)).unflatten(0, (-1, win_h)).transpose(1, 2).flatten(0, 1).flatten(1)
     order = (windows.t() if by_token else windows).flatten()  # (T, W) or (W, T)
-    if torch.equal(order, torch.arange(H * W)):
+    if torch.equal(order, here(H * W)):
         return None, None
     device = attn.relative_position_index.device
-    places = torch.empty(H * W + 1, dtype=torch.long).index_copy(0, order, torch.arange(order.numel()))
+    places = here(H * W + 1).index_copy(0, order, here(order.numel()))
     return order.to(device), places[: H * W].to(device)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import timm
 import torch
 from timm.models._features import FeatureGetterNet
 from timm.models.swin_transformer import PatchMerging
@@ -155,7 +154,7 @@ def test_attention_masks_on_a_vit(kind: str, pooling: str) -> None:
 @pytest.mark.parametrize("kind", ["widths", "uneven"])
 def test_a_mask_of_every_head_goes_to_its_head(kind: str) -> None:
     """Against the network whose heads run one by one: the mask of one head set aside changes what its channels give."""
-    network, x = compact_of("vit", kind)
+    network, _ = compact_of("vit", kind)
     attn = network.blocks[0].attn
     z = torch.randn(2, 5, 24)
     given: list[Tensor] = []
@@ -216,25 +215,37 @@ def pruned(network: Any, x: Tensor, inside: bool, stream: bool) -> None:
         out_channel_groups={},
     )
     pruner.step()
-    for attn in attentions:  # as for timm's own attention
+    for attn in attentions if inside else []:  # as for timm's own attention
         attn.head_dim = attn.qkv.out_features // (3 * attn.num_heads)
         attn.attn_dim = attn.proj.in_features
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("inside", [False, True])
-@over_cuts
+# What Torch-Pruning 1.6 can follow: no stream of which blocks read a part, no heads whose v is not as wide as q and k.
+BY_TORCH_PRUNING = [
+    *((kind, False, False) for kind in CUTS),
+    *((kind, True, False) for kind in ("an", "mixed", "channels", "skipped")),
+    *((kind, False, True) for kind in ("an", "widths", "uneven", "skipped")),
+    *((kind, True, True) for kind in ("an", "skipped")),
+]
+
+
+@pytest.mark.parametrize(("kind", "inside", "stream"), BY_TORCH_PRUNING)
 @over_families
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters")
 def test_torch_pruning_cuts_once_more(family: str, kind: str, inside: bool, stream: bool) -> None:
     network, x = compact_of(family, kind)
-    before = sum(p.numel() for p in network.parameters())
-    hidden = [m.out_features for name, m in network.named_modules() if name.endswith("fc1")]
-    qkv = [m.out_features for name, m in network.named_modules() if name.endswith("attn.qkv")]
+
+    def rows(layer: str) -> list[int]:
+        return [m.out_features for name, m in network.named_modules() if name.endswith(layer) and "blocks." in name]
+
+    hidden, qkv, before = rows("fc1"), rows("qkv"), sum(p.numel() for p in network.parameters())
     pruned(network, x, inside, stream)
-    assert [m.out_features for name, m in network.named_modules() if name.endswith("fc1")] == [h // 2 for h in hidden]
-    if inside:
-        assert [m.out_features for name, m in network.named_modules() if name.endswith("attn.qkv")] == [h // 2 for h in qkv]
+    assert rows("fc1") == [h // 2 for h in hidden]
+    assert rows("qkv") == ([n // 2 for n in qkv] if inside else qkv)
+    if stream and family != "t2t":  # whose token module stays whole
+        assert network.patch_embed.proj.out_channels == network.feature_info[0]["num_chs"] // 2
+    assert sum(p.numel() for p in network.parameters()) < before
     logits = network(x)
-    assert logits.shape == (len(x), 5) and logits.isfinite().all()
-    logits.sum().backward()
-    assert sum(p.numel() for p in network.parameters()) < 0.8 * before
+    assert logits.shape == (len(x), 5)
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters() if p.requires_grad)
