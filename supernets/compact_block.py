@@ -11,10 +11,10 @@ from supernets.axes import BlockAxes
 
 
 def not_scriptable(module: nn.Module) -> nn.Module:
-    """What torch.jit.script asks a module for: UserError, not what its compiler says of code it cannot read."""
+    """What torch.jit.script asks a module for: a UserError, before its compiler fails on code it cannot read."""
     raise UserError(
-        f"{type(module).__name__} is no TorchScript; export the compact network: python -m nas.export FOLDER writes ONNX"
-        " and a torch.export program (docs/export.md)"
+        f"{type(module).__name__} is no TorchScript; export the compact network: python -m nas.export FOLDER writes"
+        " ONNX and a torch.export program (docs/export.md)"
     )
 
 

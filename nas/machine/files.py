@@ -1,5 +1,6 @@
 """Files that are whole or not there: a temporary name, then a rename."""
 
+import contextlib
 import csv
 import io
 import json
@@ -19,9 +20,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     Whatever goes wrong, `path` is the old file or the new one. A full disk is a UserError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -29,7 +30,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}; the file that was there is untouched") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def copy_atomically(source: Path, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Stage 1: search a supernet for an architecture, and write arch.json."""
 
+import shlex
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -252,8 +253,9 @@ def remarks(asked: Asked, answer: Answer, arch: Architecture) -> None:
 
 
 def next_command(asked: Asked, folder: Path) -> str:
-    """What to type for stage 2."""
+    """What to type for stage 2, quoted for the shell."""
     config = asked.config
-    data = f" --dataset {config.dataset}" if config.dataset != "digits" else ""
-    data += f" --data-dir {config.data_dir}" if config.data_dir else ""
-    return f"python retrain.py --arch {results_path(folder)}/arch.json{data}"
+    words = ["python", "retrain.py", "--arch", f"{results_path(folder)}/arch.json"]
+    words += ["--dataset", str(config.dataset)] if config.dataset != "digits" else []
+    words += ["--data-dir", str(config.data_dir)] if config.data_dir else []
+    return shlex.join(words)

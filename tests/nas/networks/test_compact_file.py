@@ -60,7 +60,7 @@ def test_another_network_is_refused_and_nothing_written(
         network.head.fc = nn.Sequential(nn.Linear(network.num_features, 8), nn.Linear(8, 10))
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     for there in (folder, tmp_path / "elsewhere"):
-        with pytest.raises(UserError, match="no linear classifier|is not the one that the architecture describes"):
+        with pytest.raises(UserError, match=r"no linear classifier|is not the one that the architecture describes"):
             save_compact(network, there, arch)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert not (tmp_path / "elsewhere").exists()
