@@ -171,8 +171,9 @@ def found(asked: Asked, answer: Answer) -> Architecture:
     settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k in recorded and v is not None}
     settings |= {"searcher": asked.searcher.name, "budget": asked.question.budget, "space_size": float(space.size())}
     settings |= answer.found
-    if config.checkpoint is not None:
-        settings["checkpoint"] = str(config.checkpoint)
+    checkpoint = start_of(config, config.seed).checkpoint
+    if checkpoint is not None:
+        settings["checkpoint"] = str(checkpoint)
     return replace(arch, permutation=answer.standing.permutation, basis=answer.standing.basis, search=settings)
 
 
