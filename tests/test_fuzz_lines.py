@@ -133,7 +133,7 @@ def damaged(draw: random.Random, state: dict[str, Any], path: Path) -> Path:
         elif what == 4:
             state[name] = state[name].to(draw.choice([torch.int8, torch.bfloat16, torch.complex64, torch.bool]))
         else:
-            state[draw.choice(sorted(state))] = state[name][None]
+            state[draw.choice(sorted(state))] = state[name][None].clone()
     path = path.with_suffix(draw.choice([".safetensors", ".pt", ".pth", ".bin", ""]))
     if draw.random() < 0.5:
         save_file(state, path)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nas.networks.compact_file import TIMM_NAME
 from search_spaces.errors import UserError, reason
 
 PREPARATION = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -31,6 +32,11 @@ def source_of(model: str | None) -> Source | None:
         config, name, arguments = load_model_config_from_path(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--model {model}: no config.json as timm writes it ({reason(error)})") from None
+    if name == TIMM_NAME:
+        raise UserError(
+            f"--model {model} is a compact network of this toolkit, which cannot be compressed once more; give the"
+            " large network and a lower --budget (retrain.py --arch trains this one on)"
+        )
     overlay = {key: config[key] for key in PREPARATION if config.get(key) is not None}
     return Source(folder, name, dict(arguments or {}) | {"pretrained_cfg_overlay": overlay})
 

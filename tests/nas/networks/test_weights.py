@@ -17,6 +17,7 @@ from nas.networks.opening import model_of, start_of
 from nas.networks.weights import load_weights
 from search_spaces.errors import UserError
 from search_spaces.registry import get_space
+from tests.nas.finished import finished_run
 
 VIT = ("vit_tiny_patch16_224", dict(img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2))
 DEIT = ("deit_tiny_patch16_224", VIT[1])
@@ -144,6 +145,12 @@ def test_timms_own_folders_as_a_model(tmp_path: Path) -> None:
     for wrong in ("local-dir:nowhere", f"local-dir:{tmp_path / 'config.json'}"):
         with pytest.raises(UserError, match=r"no config\.json as timm writes it"):
             model_of(SearchConfig(model=wrong), get_space("vit-dan"))
+
+
+def test_a_compact_network_is_no_backbone(tmp_path: Path) -> None:
+    finished_run(tmp_path)
+    with pytest.raises(UserError, match="cannot be compressed once more"):
+        model_of(SearchConfig(model=f"local-dir:{tmp_path}"), get_space("swin-dan"))
 
 
 # Hugging Face Transformers
