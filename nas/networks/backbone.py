@@ -19,6 +19,8 @@ from nas.networks.weights import load_weights
 from search_spaces.errors import UserError, reason
 from supernets.families import ADAPTED
 
+# what timm's constructors raise on arguments that cannot be; without weights to fetch, RuntimeError too
+ARGUMENTS = (TypeError, AssertionError, ValueError, LookupError, AttributeError, ArithmeticError)
 # what timm's converters raise on weights of another network
 CONVERSION = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
@@ -74,11 +76,10 @@ def build(model: str, model_kwargs: Mapping[str, Any], *, pretrained: bool = Fal
     check_model_name(model)
     try:
         return timm.create_model(model, pretrained=pretrained, **dict(model_kwargs) | extra)  # type: ignore[no-any-return]
-    except (TypeError, AssertionError, ValueError, KeyError) as error:
-        raise UserError(f"timm cannot build {model} with {dict(model_kwargs)}: {error}") from None
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
+    except (OSError, RuntimeError, *ARGUMENTS) as error:
+        if not pretrained or isinstance(error, ARGUMENTS):
+            words = f"timm cannot build {model} with {dict(model_kwargs)}: {reason(error)}"
+            raise UserError(words) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"the pretrained weights of {model} could not be fetched ({reason[:120]});"

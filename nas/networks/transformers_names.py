@@ -8,7 +8,7 @@ from torch import Tensor
 
 # Of its files and, where they differ, of its modules from version 5 on; first what stands before, then layer by layer.
 RENAMED = (
-    (r"^\w+\.(?=(embeddings|encoder|layers|layernorm|pooler)\.)", ""),
+    (r"^(\w+\.)+?(?=(embeddings|encoder|layers|layernorm|pooler|(cls_|distillation_)?classifier)\.)", ""),
     (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
     (r"^embeddings\.distillation_token$", "dist_token"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),

@@ -200,9 +200,12 @@ def transformers_names(state: State, family: str, modules: bool) -> State:
 @pytest.mark.parametrize(("family", "model"), [("vit", VIT), ("deit", DISTILLED), ("swin", SWIN)])
 def test_names_of_transformers(family: str, model: Model, modules: bool, tmp_path: Path) -> None:
     state = made(model).state_dict()
-    save_file(transformers_names(state, family, modules), tmp_path / "model.safetensors")
-    network, lines, fresh = started(model, tmp_path)
-    assert holds(network, state) and not lines and not fresh
+    names = transformers_names(state, family, modules)
+    save_file(names, tmp_path / "model.safetensors")
+    torch.save({"state_dict": prefixed("model._orig_mod.")(names)}, tmp_path / "wrapped.ckpt")
+    for path in (tmp_path, tmp_path / "wrapped.ckpt"):
+        network, lines, fresh = started(model, path)
+        assert holds(network, state) and not lines and not fresh
 
 
 @pytest.mark.parametrize("family", ["vit", "deit", "swin"])
