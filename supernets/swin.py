@@ -178,6 +178,8 @@ class SwinAdapter(TimmBlockAdapter):
             raise refuse(backbone, "a network without pooling", "use global_pool=avg or max")
         if not isinstance(backbone.head.fc, nn.Linear):
             raise refuse(backbone, "a network without classifier", "use num_classes > 0")
+        if not all(len(stage.blocks) for stage in backbone.layers):
+            raise refuse(backbone, "a stage without blocks", "use depths of 1 or more")
         check_norm(backbone, backbone.norm, "norm")
         for stage in backbone.layers:
             for block in stage.blocks:

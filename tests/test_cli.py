@@ -69,6 +69,14 @@ SEARCH_MISTAKES = {
     "a model misspelt": ([*VIT, "--model", "vit_tiny_patch16_2244"], ("unknown model", "vit_tiny_patch16_224")),
     "a model of another family": ([*VIT, "--model", "swin_tiny_patch4_window7_224"], ("SwinTransformer", "vit-*")),
     "a constructor argument": ([*VIT, "--model-kwargs", "embed_dims=3"], ("timm cannot build", "embed_dims")),
+    "no heads": ([*VIT, "--model-kwargs", "num_heads=0"], ("timm cannot build", "'num_heads': 0")),
+    "a width below nothing": ([*VIT, "--model-kwargs", "embed_dim=-8"], ("timm cannot build", "'embed_dim': -8")),
+    "no blocks": ([*VIT, "--model-kwargs", "depth=0"], ("a network without blocks", "depth of 1 or more")),
+    "no blocks of T2T-ViT": (["--space", "t2t-dan-nano", "--model-kwargs", "depth=0"], ("a network without blocks",)),
+    "a stage without blocks": (
+        ["--space", "swin-dan-nano", "--model-kwargs", "depths=0,2"],
+        ("a stage without", "1 or"),
+    ),
     "no constructor argument": ([*VIT, "--model-kwargs", "img_size"], ("'img_size'", "KEY=VALUE")),
     "alpha of no block": (
         ["--space", "vit-an-nano", "--alpha", "5"],

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import timm
 import torch
@@ -200,6 +201,7 @@ def tried(seed: int, lines: int, place: Path, monkeypatch: Any, capsys: Any) -> 
     state = timm.create_model("vit_tiny_patch16_224", num_classes=10, **KWARGS).state_dict()
     (place / "runs").mkdir()
     monkeypatch.chdir(place / "runs")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # nothing is fetched
 
     def begin(*_: Any) -> None:
         raise Reached

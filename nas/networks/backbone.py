@@ -80,9 +80,8 @@ def build(model: str, model_kwargs: Mapping[str, Any], *, pretrained: bool = Fal
         if not pretrained or isinstance(error, ARGUMENTS):
             words = f"timm cannot build {model} with {dict(model_kwargs)}: {reason(error)}"
             raise UserError(words) from None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"the pretrained weights of {model} could not be fetched ({reason[:120]});"
+            f"the pretrained weights of {model} could not be fetched ({reason(error)[:120]});"
             " give --checkpoint FILE, or --no-pretrained to start from scratch"
         ) from None
 
