@@ -1,5 +1,6 @@
 """Both command lines: options from the dataclass, --config YAML, one-line errors, exit codes."""
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,10 @@ from nas.config import C
 from nas.machine.launch import launched
 from search_spaces.errors import UserError, reason
 
+OF_THE_MACHINE = (  # what a path or a disk can refuse, and no fault of the program
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ENOTDIR,
+    errno.ELOOP,
+)  # fmt: skip
 SPACES_FLAGS = ("pretrained", "amp", "model-ema")  # booleans whose default is the space's
 
 
@@ -50,6 +55,10 @@ def errors(program: str) -> Iterator[None]:
         yield
     except UserError as error:
         fail(program, str(error))
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        fail(program, f"{error.filename or 'the disk'}: {error.strerror}; give another place, or make room there")
     except RuntimeError as error:
         from nas.data.loader import lost_worker
 
@@ -125,7 +134,7 @@ def read_yaml(kind: type[C], path: Path, program: str) -> C:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"--config {path}: not readable as YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected a mapping of options to values")

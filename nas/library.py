@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from nas.networks.backbone import TimmModel
 from nas.networks.basis_file import recorded, save_basis, streams_of
 from nas.networks.compact_file import load_compact, save_compact
 from nas.networks.opening import meta_supernet
+from nas.runs.folder import fits, words_of
 from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
 from search_spaces.architecture import Architecture
@@ -177,24 +177,7 @@ def config_of(kind: type[C], call: str, options: Mapping[str, Any]) -> C:
         elif isinstance(value, str) and fits(Path(value), known[name]):
             value = Path(value)
         if not fits(value, known[name]):
-            words = str(known[name]) if get_args(known[name]) else known[name].__name__
+            words = words_of(known[name])
             raise UserError(f"nas.{call}(): {name} is {value!r}; expected {words} (docs/options.md)")
         values[name] = value
     return kind(**values)
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of an option's type."""
-    origin, kinds = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return any(fits(value, k) for k in kinds)
-    if origin is Annotated:
-        return fits(value, kinds[0])
-    if origin is Literal:
-        return value in kinds
-    if origin is tuple and isinstance(value, tuple):
-        each = kinds[:1] * len(value) if kinds[-1] is ... else kinds
-        return len(value) == len(each) and all(map(fits, value, each))
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else origin or kind)

@@ -120,31 +120,35 @@ def of_a_model(options: argparse.Namespace, device: "torch.device") -> Subject:
     from nas.machine.timing import count_macs
     from nas.networks.backbone import Start, input_size, starting_backbone
     from nas.networks.key_values import parse_key_values
+    from nas.networks.sources import source_of
 
-    model_kwargs = parse_key_values(tuple(options.model_kwargs))
+    model, model_kwargs = options.model, parse_key_values(tuple(options.model_kwargs))
+    source = source_of(model)
+    checkpoint = options.checkpoint
+    if source is not None:
+        model, model_kwargs = source.name, source.kwargs | model_kwargs
+        checkpoint = checkpoint or source.folder
     if options.checkpoint is not None and options.pretrained:
         raise UserError("--checkpoint and --pretrained both name the weights; give one of them")
     if options.checkpoint is None and options.pretrained is False:
         raise UserError("--no-pretrained leaves nothing to measure; give --checkpoint FILE, or timm's own weights")
     config = RetrainConfig(val_fraction=0.0, **_options(options, *DATA, *IMAGES))
     splits = open_data(config)
-    start = Start(options.checkpoint is None, options.checkpoint)
-    network, lines, fresh = starting_backbone(
-        options.model, model_kwargs, splits.num_classes, start, splits.class_names
-    )
+    start = Start(checkpoint is None, checkpoint)
+    network, lines, fresh = starting_backbone(model, model_kwargs, splits.num_classes, start, splits.class_names)
     for line in lines:
         print(line)
-    source = options.checkpoint or "timm's pretrained weights"
+    weights = checkpoint or "timm's pretrained weights"
     if fresh:
         raise UserError(
-            f"{source}: no classifier for the {splits.num_classes} classes of this dataset, so there is no accuracy to"
+            f"{weights}: no classifier for the {splits.num_classes} classes of this dataset, so there is no accuracy to"
             " measure; give the data that the network was trained for"
         )
     network = network.to(device).eval()
     size = input_size(network, model_kwargs)
     spec = loader_spec(config, network, size, options.batch_size)
     images = eval_loader(splits.test, spec, device)
-    print(f"{options.model}, {source}: {supported(network)}")
+    print(f"{options.model}, {weights}: {supported(network)}")
     print(
         f"images: {size[1]} x {size[2]} px, {spec.interpolation}, centre crop {spec.crop_pct:g},"
         f" mean {_numbers(spec.mean)}, std {_numbers(spec.std)}"
@@ -158,7 +162,7 @@ def of_a_model(options: argparse.Namespace, device: "torch.device") -> Subject:
         ) from None
     costs = {"params": sum(p.numel() for p in network.parameters()), "gflops": macs / 1e9}
     return Subject(
-        title=f"{options.model}, {source}",
+        title=f"{options.model}, {weights}",
         networks={"network": network},
         costs={"network": costs},
         images=images,
@@ -198,7 +202,12 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", type=Path, help="a run's folder: every network in it; or one weights file of it")
     add("--model", metavar="NAME", help="instead of --weights: any timm network, with --checkpoint or timm's weights")
     add("--model-kwargs", nargs="+", default=(), metavar="KEY=VALUE", help="its constructor arguments")
-    add("--checkpoint", type=Path, metavar="FILE", help="its weights (safetensors, or a torch file)")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="PLACE",
+        help="its weights: safetensors, a torch file, or a folder with one (docs/weights.md)",
+    )
     add("--pretrained", action=argparse.BooleanOptionalAction, help="timm's own weights; so without --checkpoint")
     add("--dataset", help="default: the run's own; with --data-dir: folder")
     add("--data-dir", type=Path)

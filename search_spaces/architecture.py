@@ -1,5 +1,6 @@
 """Architecture and arch.json: what search.py writes and retrain.py reads."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -66,10 +67,15 @@ def to_json(arch: Architecture) -> str:
 
 
 def save_architecture(arch: Architecture, path: Path) -> None:
-    """Write arch.json atomically."""
+    """Write arch.json atomically. UserError where the disk will not have it."""
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    temporary.write_text(to_json(arch))
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(to_json(arch))
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {path}: {error}; the file that was there is untouched") from error
 
 
 # field -> (accepted JSON types, how to say it)

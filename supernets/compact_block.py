@@ -5,8 +5,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from search_spaces.errors import UserError
 from search_spaces.slices import BlockSlice
 from supernets.axes import BlockAxes
+
+
+def not_scriptable(module: nn.Module) -> nn.Module:
+    """What torch.jit.script asks a module for: a UserError, before its compiler fails on code it cannot read."""
+    raise UserError(
+        f"{type(module).__name__} is no TorchScript; export the compact network: python -m nas.export FOLDER writes"
+        " ONNX and a torch.export program (docs/export.md)"
+    )
+
+
+class SkippedBlock(nn.Identity):
+    """In place of a block that is skipped whole: its input, whatever mask comes with it."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        return x
+
+    def set_input_size(self, *size: Any, **sizes: Any) -> None:
+        """A skipped Swin block has no windows."""
 
 
 class CompactBlock(nn.Module):
@@ -26,6 +45,8 @@ class CompactBlock(nn.Module):
     drop_path2: Any
     mlp_index: Tensor | None
 
+    __prepare_scriptable__ = not_scriptable
+
     def __init__(self, block: nn.Module, axes: BlockAxes, kept: BlockSlice) -> None:
         super().__init__()
         self.stream = kept.stream
@@ -38,9 +59,9 @@ class CompactBlock(nn.Module):
         index = None if isinstance(kept.mlp_stream, int | None) else torch.tensor(kept.mlp_stream)
         self.register_buffer("mlp_index", index, persistent=False)
 
-    def attention_half(self, z: Tensor) -> Tensor:
-        """What attention adds to the slice: (..., S) -> (..., S)."""
-        y: Tensor = self.attn(self.norm1(z))
+    def attention_half(self, z: Tensor, **mask: Any) -> Tensor:
+        """What attention adds to the slice: (..., S) -> (..., S). mask: attn_mask and is_causal, as in timm's ViT."""
+        y: Tensor = self.attn(self.norm1(z), **mask)
         return self.ls1(y) if hasattr(self, "ls1") else y
 
     def mlp_half(self, z: Tensor) -> Tensor:
@@ -63,11 +84,11 @@ class CompactBlock(nn.Module):
             return z.index_add(-1, index, y.to(z.dtype))
         return z + y if z.shape[-1] == R else torch.cat([z[..., :R] + y, z[..., R:]], dim=-1)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, N, E), Swin's (B, H, W, E)
+    def forward(self, x: Tensor, **mask: Any) -> Tensor:  # (B, N, E), Swin's (B, H, W, E)
         s = self.stream
         z = x[..., :s]
         if self.has_attn:
-            z = z + self.drop_path1(self.attention_half(z))
+            z = z + self.drop_path1(self.attention_half(z, **mask))
         if self.has_mlp:
             z = self._add_mlp(z)
         return z if s == x.shape[-1] else torch.cat([z, x[..., s:]], dim=-1)

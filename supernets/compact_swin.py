@@ -1,26 +1,29 @@
 """Swin's windowed attention as the compact network runs it: on a fixed input size, with as few copies as can be.
 
-timm rolls twice per dimension, pads, partitions, copies q, k and v so that the shift mask can be broadcast over
-images, merges and rolls back. Here the roll, the padding and the partition are one gather of tokens, and their
-reverse is another. B images, N = H*W tokens, W windows, T tokens of a window, S stream, h heads, D and V their widths.
+timm rolls twice per dimension, pads, partitions, copies the shift mask for every image, merges and rolls back. Here
+the roll, the padding and the partition are one gather of tokens, and their reverse is another. B images, N = H*W
+tokens, W windows, T tokens of a window, S stream, h heads, D and V their widths.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
 from supernets.axes import HeadWidths
+from supernets.compact_block import CompactBlock, not_scriptable
 from supernets.layers import by_width, join_heads, padded
 
 
 class CompactWindowAttention(nn.Module):
     """timm's WindowAttention with the shift and the partition around it. Children keep timm's names.
 
-    Plain windows are gathered as (B*W, T). Shifted ones as (B, T, W): then q, k and v, each projected on its own, are
-    views of shape (B, W*h, T, D), to which one mask of (1, W*h, T, T) applies, and the output is a view as well.
-    Heads whose V differ in width (section 2.5) run grouped by width, over windows gathered as (B*W, T).
+    Plain windows are gathered as (B*W, T). Shifted ones as (B, T, W): then q, k and v become (B, W*h, T, D), one copy
+    each, one mask of (1, W*h, T, T) applies to all images, and the output is a view. Heads whose V differ in width
+    (section 2.5) run grouped by width, over windows gathered as (B*W, T).
     """
 
     qkv: Any
@@ -33,6 +36,12 @@ class CompactWindowAttention(nn.Module):
     gather: Tensor | None
     scatter: Tensor | None
 
+    # timm's, of the block and of its attention, over the attributes that they know by these names
+    _calc_window_shift = SwinTransformerBlock._calc_window_shift
+    get_attn_mask = SwinTransformerBlock.get_attn_mask
+    set_window_size = WindowAttention.set_window_size
+    __prepare_scriptable__ = not_scriptable
+
     def __init__(self, block: Any, heads: HeadWidths) -> None:
         """block: timm's SwinTransformerBlock, already cut, whose parameters are taken over."""
         super().__init__()
@@ -42,19 +51,39 @@ class CompactWindowAttention(nn.Module):
                 setattr(self, name, child)
         self.relative_position_bias_table = attn.relative_position_bias_table
         self.num_heads, self.head_dim, self.scale = heads.number, heads.qk, attn.scale
-        self.heads = heads
-        by_token = block.attn_mask is not None and heads.even  # windows are gathered (T, W)
-        self.window_size = block.window_size  # read by timm where it resizes tables
-        self.window_area = block.window_size[0] * block.window_size[1]
-        for name, buffer in (
-            ("relative_position_index", attn.relative_position_index),
-            ("attn_mask", block.attn_mask),
-            *zip(("gather", "scatter"), _gathers(block, by_token), strict=True),
-        ):
+        self.v_widths = None if isinstance(heads.v, int) else heads.v
+        self.input_resolution, self.always_partition = block.input_resolution, block.always_partition
+        self.window_size, self.window_area = block.window_size, block.window_area
+        self.shift_size, self.target_shift_size = block.shift_size, block.target_shift_size
+        self.register_buffer("relative_position_index", attn.relative_position_index, persistent=False)
+        self._place_windows(block.attn_mask)
+
+    @property
+    def heads(self) -> HeadWidths:
+        """As the layers are now: a pruner that cuts them sets num_heads and head_dim, as in timm's attention."""
+        return HeadWidths(self.num_heads, self.head_dim, self.v_widths or self.proj.in_features // self.num_heads)
+
+    def set_input_size(
+        self, feat_size: tuple[int, int], window_size: tuple[int, int], always_partition: bool | None = None
+    ) -> None:
+        """timm's block method: another feature map and window; the table of relative positions is interpolated."""
+        self.input_resolution = feat_size
+        if always_partition is not None:
+            self.always_partition = always_partition
+        window_size, self.shift_size = self._calc_window_shift(window_size)
+        self.set_window_size(window_size)
+        table = self.relative_position_bias_table
+        self._place_windows(self.get_attn_mask(device=table.device, dtype=table.dtype))
+
+    def _place_windows(self, mask: Tensor | None) -> None:
+        """What follows from the feature map and its windows. mask (W, T, T): of shifted windows."""
+        by_token = mask is not None and self.v_widths is None  # windows are gathered (T, W)
+        gather, scatter = _gathers(self, by_token)
+        for name, buffer in (("attn_mask", mask), ("gather", gather), ("scatter", scatter)):
             self.register_buffer(name, buffer, persistent=False)
-        self.num_windows = block.attn_mask.shape[0] if block.attn_mask is not None else 0
-        H, W = block.input_resolution
-        self.padded = H % block.window_size[0] != 0 or W % block.window_size[1] != 0
+        self.num_windows = 0 if mask is None else mask.shape[0]
+        (H, W), (win_h, win_w) = self.input_resolution, self.window_size
+        self.padded = H % win_h != 0 or W % win_w != 0
         self._bias: tuple[nn.Parameter, Tensor, Any, Tensor] | None = None  # table, its memory, key, bias
 
     def bias(self, dtype: torch.dtype) -> Tensor:
@@ -85,60 +114,70 @@ class CompactWindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, S) -> (B, H, W, S)."""
-        shape, x = x.shape, x.flatten(1, 2)
+        shape, x, heads = x.shape, x.flatten(1, 2), self.heads
         if self.gather is not None:
             if self.padded:
                 x = F.pad(x, (0, 0, 0, 1))  # the token of zeros that every padded place reads
             x = x.index_select(1, self.gather)  # (B, W*T, S) or, shifted, (B, T*W, S)
-        x = self._even_heads(x) if self.heads.even else self._uneven_heads(x)  # (B, W*T, h*V) or (B, T*W, h*V)
+        qkv = self.qkv(x)  # (B, W*T, 2hD + hV) or (B, T*W, 2hD + hV)
+        x = self._even_heads(qkv, heads) if heads.even else self._uneven_heads(qkv, heads)  # (B, W*T, hV), (B, T*W, hV)
         x = self.proj_drop(self.proj(x))
         if self.scatter is not None:
             x = x.index_select(1, self.scatter)
         return x.view(shape)
 
-    def _even_heads(self, x: Tensor) -> Tensor:
-        B, h, T = x.shape[0], self.num_heads, self.window_area
-        rows = [h * self.head_dim, h * self.head_dim, self.proj.in_features]
+    def _even_heads(self, qkv: Tensor, heads: HeadWidths) -> Tensor:
+        B, h, T, W = qkv.shape[0], heads.number, self.window_area, self.num_windows
+        rows = [h * heads.qk, h * heads.qk, heads.v_total]
         if self.attn_mask is None:
-            parts = F.linear(x, self.qkv.weight, self.qkv.bias).view(-1, T, sum(rows)).split(rows, dim=-1)
+            parts = qkv.view(-1, T, sum(rows)).split(rows, dim=-1)
             q, k, v = (t.unflatten(-1, (h, -1)).transpose(1, 2) for t in parts)  # (B*W, h, T, D)
         else:
-            weights = self.qkv.weight.split(rows)
-            biases = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.split(rows)
-            parts = tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
-            q, k, v = (t.view(B, T, self.num_windows * h, -1).transpose(1, 2) for t in parts)  # (B, W*h, T, D)
+            parts = qkv.split(rows, dim=-1)
+            q, k, v = (t.reshape(B, T, W * h, -1).transpose(1, 2) for t in parts)  # (B, W*h, T, D)
         x = self._attend(*padded(q, k, v), self._cached_bias(q.dtype))
         return join_heads(x[..., : v.shape[-1]]).reshape(B, -1, rows[2])
 
-    def _uneven_heads(self, x: Tensor) -> Tensor:
-        B, T, W = x.shape[0], self.window_area, self.num_windows
+    def _uneven_heads(self, qkv: Tensor, heads: HeadWidths) -> Tensor:
+        B, T, W = qkv.shape[0], self.window_area, self.num_windows
 
         def attend(q: Tensor, k: Tensor, v: Tensor, index: Any) -> Tensor:  # (B*W, g, T, D), v (B*W, g, T, V)
             bias = self._cached_bias(q.dtype)
             if self.attn_mask is None:
                 return self._attend(q, k, v, bias[:, index])
             bias = bias.unflatten(1, (W, self.num_heads))[:, :, index].flatten(1, 2)
-            heads = q.shape[1]
-            q, k, v = (t.reshape(B, W * heads, T, -1) for t in (q, k, v))
-            return self._attend(q, k, v, bias).reshape(B * W, heads, T, -1)
+            g = q.shape[1]
+            q, k, v = (t.reshape(B, W * g, T, -1) for t in (q, k, v))
+            return self._attend(q, k, v, bias).reshape(B * W, g, T, -1)
 
-        qkv = self.qkv(x).view(-1, T, self.qkv.out_features)
-        return by_width(qkv, self.heads, attend).reshape(B, -1, self.proj.in_features)
+        return by_width(qkv.view(-1, T, qkv.shape[-1]), heads, attend).reshape(B, -1, heads.v_total)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         dropout_p = self.attn_drop.p if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=self.scale)
 
 
-def _gathers(block: Any, by_token: bool) -> tuple[Tensor | None, Tensor | None]:
+class CompactWindowBlock(CompactBlock):
+    """A block of a compact Swin, whose input size can be changed as timm's can."""
+
+    def set_input_size(
+        self, feat_size: tuple[int, int], window_size: tuple[int, int], always_partition: bool | None = None
+    ) -> None:
+        """timm's, on the attention."""
+        if self.has_attn:
+            self.attn.set_input_size(feat_size, window_size, always_partition)
+
+
+def _gathers(attn: Any, by_token: bool) -> tuple[Tensor | None, Tensor | None]:
     """Token of the image at each place of the windows, N where padded; and the place of each token. None: the same."""
-    (H, W), (win_h, win_w), (shift_h, shift_w) = block.input_resolution, block.window_size, block.shift_size
-    tokens = torch.arange(H * W).view(H, W).roll((-shift_h, -shift_w), (0, 1))
+    (H, W), (win_h, win_w), (shift_h, shift_w) = attn.input_resolution, attn.window_size, attn.shift_size
+    here = partial(torch.arange, device="cpu")  # their values decide, also where the network lies on the meta device
+    tokens = here(H * W).view(H, W).roll((-shift_h, -shift_w), (0, 1))
     tokens = F.pad(tokens, (0, -W % win_w, 0, -H % win_h), value=H * W)
     windows = tokens.unflatten(1, (-1, win_w)).unflatten(0, (-1, win_h)).transpose(1, 2).flatten(0, 1).flatten(1)
     order = (windows.t() if by_token else windows).flatten()  # (T, W) or (W, T)
-    if torch.equal(order, torch.arange(H * W)):
+    if torch.equal(order, here(H * W)):
         return None, None
-    device = block.attn.relative_position_index.device
-    places = torch.empty(H * W + 1, dtype=torch.long).index_copy(0, order, torch.arange(order.numel()))
+    device = attn.relative_position_index.device
+    places = here(H * W + 1).index_copy(0, order, here(order.numel()))
     return order.to(device), places[: H * W].to(device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from search_spaces.slices import BlockShape
 from supernets.adapter import OuterAxis, refuse
 from supernets.axes import HeadWidths, Params
-from supernets.compact_swin import CompactWindowAttention
+from supernets.compact_swin import CompactWindowAttention, CompactWindowBlock
 from supernets.flops import NetworkCosts, PerWidth
 from supernets.layers import by_width, linear, norm, stem_norm
 from supernets.timm_block import TimmBlockAdapter, check_norm, num_params
@@ -91,6 +91,8 @@ def windowed(block: Any, x: Tensor, attend: Any) -> Tensor:
 
 class SwinAdapter(TimmBlockAdapter):
     """SwinTransformer as blocks, stem, patch merging and classifier. Turns fused attention on."""
+
+    compact_block = CompactWindowBlock
 
     def __init__(self, backbone: Any) -> None:
         super().__init__(backbone)
@@ -176,6 +178,8 @@ class SwinAdapter(TimmBlockAdapter):
             raise refuse(backbone, "a network without pooling", "use global_pool=avg or max")
         if not isinstance(backbone.head.fc, nn.Linear):
             raise refuse(backbone, "a network without classifier", "use num_classes > 0")
+        if not all(len(stage.blocks) for stage in backbone.layers):
+            raise refuse(backbone, "a stage without blocks", "use depths of 1 or more")
         check_norm(backbone, backbone.norm, "norm")
         for stage in backbone.layers:
             for block in stage.blocks:

@@ -24,6 +24,8 @@ class T2TAdapter(TimmBlockAdapter):
         super().__init__(backbone)
         if not isinstance(backbone.head, nn.Linear):
             raise refuse(backbone, "a network without classifier", "use num_classes > 0")
+        if not len(backbone.blocks):
+            raise refuse(backbone, "a network without blocks", "use a depth of 1 or more")
         tokens = backbone.tokens_to_token
         E, classes = backbone.embed_dim, backbone.head.out_features
         num_tokens = tokens.num_patches + backbone.num_prefix_tokens

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from search_spaces.slices import BlockShape, BlockSlice
 from supernets.adapter import Adapter, refuse
 from supernets.axes import BlockAxes, HalfAxes, HeadWidths, Params, head_widths
+from supernets.compact_block import not_scriptable
 from supernets.layers import by_width, layer_scale, mlp, norm, on_channels
 from supernets.rotated import StemNorm, StreamNorm
 
@@ -96,17 +97,31 @@ class NarrowAttention(nn.Module):
     proj: Any
     proj_drop: Any
 
+    __prepare_scriptable__ = not_scriptable
+
     def __init__(self, attn: Any, heads: HeadWidths) -> None:
         super().__init__()
         for name, child in attn.named_children():
             setattr(self, name, child)
         self.num_heads, self.head_dim, self.scale = heads.number, heads.qk, attn.scale
-        self.heads = heads
+        self.v_widths = None if isinstance(heads.v, int) else heads.v
 
-    def forward(self, x: Tensor) -> Tensor:
-        def attend(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
+    @property
+    def heads(self) -> HeadWidths:
+        """As the layers are now: a pruner that cuts them sets num_heads and head_dim, as in timm's attention."""
+        return HeadWidths(self.num_heads, self.head_dim, self.v_widths or self.proj.in_features // self.num_heads)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """(B, N, S) -> (B, N, S). attn_mask, is_causal: as torch's scaled_dot_product_attention takes them."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, index: Any) -> Tensor:
+            mask = attn_mask
+            if mask is not None and mask.dim() > 2 and mask.shape[-3] > 1:  # one for every head
+                mask = mask[..., index, :, :]
             dropout_p = self.attn_drop.p if self.training else 0.0
-            return nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self.scale)
+            return nn.functional.scaled_dot_product_attention(
+                q, k, v, mask, dropout_p=dropout_p, is_causal=is_causal, scale=self.scale
+            )
 
         def norm_qk(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
             return self.q_norm(q), self.k_norm(k)

@@ -95,6 +95,8 @@ class VitAdapter(TimmBlockAdapter):
             raise refuse(backbone, "a network without pooling", "use global_pool=avg or token")
         if not isinstance(backbone.head, nn.Linear):
             raise refuse(backbone, "a network without classifier", "use num_classes > 0")
+        if not len(backbone.blocks):
+            raise refuse(backbone, "a network without blocks", "use a depth of 1 or more")
         for where in ("norm", "fc_norm", "norm_pre"):
             check_norm(backbone, getattr(backbone, where), where)
         for block in backbone.blocks:

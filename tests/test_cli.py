@@ -1,6 +1,8 @@
 """What a user can get wrong: exit code 2, one line that says what to do, no traceback, nothing written."""
 
+import errno
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from nas import commands
+from nas.cli import main
 from nas.config import SearchConfig
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +69,14 @@ SEARCH_MISTAKES = {
     "a model misspelt": ([*VIT, "--model", "vit_tiny_patch16_2244"], ("unknown model", "vit_tiny_patch16_224")),
     "a model of another family": ([*VIT, "--model", "swin_tiny_patch4_window7_224"], ("SwinTransformer", "vit-*")),
     "a constructor argument": ([*VIT, "--model-kwargs", "embed_dims=3"], ("timm cannot build", "embed_dims")),
+    "no heads": ([*VIT, "--model-kwargs", "num_heads=0"], ("timm cannot build", "'num_heads': 0")),
+    "a width below nothing": ([*VIT, "--model-kwargs", "embed_dim=-8"], ("timm cannot build", "'embed_dim': -8")),
+    "no blocks": ([*VIT, "--model-kwargs", "depth=0"], ("a network without blocks", "depth of 1 or more")),
+    "no blocks of T2T-ViT": (["--space", "t2t-dan-nano", "--model-kwargs", "depth=0"], ("a network without blocks",)),
+    "a stage without blocks": (
+        ["--space", "swin-dan-nano", "--model-kwargs", "depths=0,2"],
+        ("a stage without", "1 or"),
+    ),
     "no constructor argument": ([*VIT, "--model-kwargs", "img_size"], ("'img_size'", "KEY=VALUE")),
     "alpha of no block": (
         ["--space", "vit-an-nano", "--alpha", "5"],
@@ -85,6 +96,11 @@ SEARCH_MISTAKES = {
     "a budget above all": ([*VIT, "--budget", "1.5"], ("--budget 1.5", "0 < B <= 1")),
     "a budget twice": ([*VIT, "--budget", "0.5", "--gflops", "1"], ("--budget and --gflops",)),
     "gflops below nothing": ([*VIT, "--gflops", "-1"], ("--gflops -1", "more than 0")),
+    "gflops above the backbone's": ([*VIT, "--gflops", "4"], ("--gflops 4", "the backbone has 0.", "give fewer")),
+    "gflops that are no number": ([*VIT, "--gflops", "nan"], ("--gflops nan", "more than 0")),
+    "an output of a name too long": ([*VIT, "--output", "x" * 300], ("--output xxx", "File name too long")),
+    "a resume of a name too long": ([*VIT, "--resume", "--output", "x" * 300], ("File name too long",)),
+    "an output where nothing can be": ([*VIT, "--output", "/dev/null/run"], ("--output /dev/null/run", "Not a dir")),
     "epochs below nothing": ([*VIT, "--epochs", "-3"], ("--epochs -3", "0 or more")),
     "no epochs": ([*VIT, "--epochs", "0"], ("--epochs 0", "at least 1")),
     "a batch of nothing": ([*VIT, "--batch-size", "0"], ("--batch-size 0", "at least 1")),
@@ -263,3 +279,59 @@ def test_list_spaces_shows_every_space(shell: Shell) -> None:
     assert code == 0
     assert all(name in out for name in SPACES)
     assert shell.files() == {}
+
+
+def test_the_next_command_is_quoted_for_the_shell(shell: Shell) -> None:
+    arguments = ["--space", "vit-an-nano", "--budget", "0.3", "--output", "what's found; here"]
+    code, out, err = shell("search.py", *arguments)
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if line.startswith("next: ")]
+    words = shlex.split(line.removeprefix("next: "))
+    assert words == ["python", "retrain.py", "--arch", "what's found; here/arch.json"]
+
+
+@pytest.mark.parametrize("name", ["log.csv", "arch.json", "supernet.safetensors"])
+@pytest.mark.parametrize("script", ["search.py", "retrain.py"])
+def test_files_of_others_are_left_alone(script: str, name: str, shell: Shell) -> None:
+    (shell.folder / "mine").mkdir()
+    (shell.folder / "mine" / name).write_text("my notes\n")
+    arguments = VIT if script == "search.py" else AN
+    shell.refuses(script, *arguments, "--output", "mine", says=(f"mine holds {name}", "a folder of its own"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG])
+def test_what_the_disk_refuses_is_one_line(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["search.py"])
+
+    def run(_: SearchConfig) -> None:
+        raise OSError(number, "says the disk", "a/place")
+
+    with pytest.raises(SystemExit) as end:
+        main(SearchConfig, run)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "search.py: error: a/place: says the disk; give another place, or make room there\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_run_that_may_write_no_more_ends_in_one_line(tmp_path: Path) -> None:
+    """Files of at most 100 kB: the first checkpoint is larger."""
+    command = [
+        sys.executable,
+        ROOT / "search.py",
+        *VIT,
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--output",
+        tmp_path / "run",
+    ]
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *map(str, command)]
+    ended = subprocess.run(limited, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr and "cannot write" in ended.stderr.splitlines()[-1]
+    assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".") or p.suffix == ".pt"]

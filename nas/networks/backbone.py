@@ -13,9 +13,16 @@ from torch import Tensor, nn
 
 from nas.data.listing import few
 from nas.data.split_names import trained_before
+from nas.networks.adapting import adapted
+from nas.networks.state_dicts import few_names
 from nas.networks.weights import load_weights
-from search_spaces.errors import UserError
+from search_spaces.errors import UserError, reason
 from supernets.families import ADAPTED
+
+# what timm's constructors raise on arguments that cannot be; without weights to fetch, RuntimeError too
+ARGUMENTS = (TypeError, AssertionError, ValueError, LookupError, AttributeError, ArithmeticError)
+# what timm's converters raise on weights of another network
+CONVERSION = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class TimmModel:
 class Start:
     """Where the starting weights come from.
 
-    pretrained: timm's. checkpoint: a file. Neither: timm's initialisation, drawn from seed.
+    pretrained: timm's. checkpoint: a file, or a folder with one. Neither: timm's initialisation, drawn from seed.
     """
 
     pretrained: bool = False
@@ -69,14 +76,12 @@ def build(model: str, model_kwargs: Mapping[str, Any], *, pretrained: bool = Fal
     check_model_name(model)
     try:
         return timm.create_model(model, pretrained=pretrained, **dict(model_kwargs) | extra)  # type: ignore[no-any-return]
-    except (TypeError, AssertionError, ValueError, KeyError) as error:
-        raise UserError(f"timm cannot build {model} with {dict(model_kwargs)}: {error}") from None
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (OSError, RuntimeError, *ARGUMENTS) as error:
+        if not pretrained or isinstance(error, ARGUMENTS):
+            words = f"timm cannot build {model} with {dict(model_kwargs)}: {reason(error)}"
+            raise UserError(words) from None
         raise UserError(
-            f"the pretrained weights of {model} could not be fetched ({reason[:120]});"
+            f"the pretrained weights of {model} could not be fetched ({reason(error)[:120]});"
             " give --checkpoint FILE, or --no-pretrained to start from scratch"
         ) from None
 
@@ -116,10 +121,13 @@ def load_into(
 
     Raises UserError when anything but the classifier is missing or has another shape, or something is no number.
     """
-    filter_fn = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-    state = dict(state) if filter_fn is None else dict(filter_fn(dict(state), backbone))
-    own = backbone.state_dict()
-    lines = []
+    own, held = backbone.state_dict(), state
+    state, lines = adapted(dict(state), backbone, source)
+    state = as_timm_has_it(state, backbone, source)
+    if not set(own) & set(state):
+        raise UserError(
+            f"{source} does not fit {type(backbone).__name__}: it holds {few_names(held)}; wanted are {few_names(own)}"
+        )
     for name in classifier_names(backbone):
         for leaf in (f"{name}.weight", f"{name}.bias"):
             if leaf not in state or leaf not in own or state[leaf].shape == own[leaf].shape:
@@ -153,6 +161,22 @@ def load_into(
         lines.append(f"not used from {source}: {few(unexpected, 4)}")
     backbone.load_state_dict({n: state[n] for n in own if n in state}, strict=False)
     return lines, bool(fresh)
+
+
+def as_timm_has_it(state: Mapping[str, Tensor], backbone: nn.Module, source: str) -> dict[str, Tensor]:
+    """Weights after timm's own conversion: names of other authors, position embeddings, tables and stems resized."""
+    filter_fn = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    if filter_fn is None:
+        return dict(state)
+    try:
+        return dict(filter_fn(dict(state), backbone))
+    except UserError as error:
+        raise UserError(f"{source}: {error}; it holds {few_names(state)}") from None
+    except CONVERSION as error:
+        raise UserError(
+            f"{source} does not fit {type(backbone).__name__}, timm cannot convert it ({reason(error)}); it holds"
+            f" {few_names(state)}; wanted are {few_names(backbone.state_dict())}"
+        ) from None
 
 
 def input_size(backbone: Any, model_kwargs: Mapping[str, Any]) -> tuple[int, int, int]:

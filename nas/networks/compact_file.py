@@ -3,12 +3,14 @@
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from nas.data.folders import few
 from nas.machine.files import write_text
 from nas.networks.architecture import slices_of
 from nas.networks.backbone import build, classifier_names
@@ -30,7 +32,10 @@ def save_compact(compact: nn.Module, folder: Path, arch: Architecture, data: Map
     """Write compact.safetensors, arch.json and the config.json by which timm opens the folder.
 
     data: how its images are prepared (mean, std, interpolation, crop_pct), where that is not the backbone's own way.
+    Of a network with another number of classes than the architecture arch.json says its own, and its FLOPs and
+    parameters; UserError, before anything is written, where the network is not that of the architecture otherwise.
     """
+    arch = described(compact, arch)
     folder.mkdir(parents=True, exist_ok=True)
     save_architecture(arch, folder / "arch.json")
     path = folder / WEIGHTS
@@ -93,7 +98,52 @@ def load_compact(
 
 def build_compact(arch: Architecture, num_classes: int, model_kwargs: Mapping[str, Any] | None = None) -> nn.Module:
     """The compact network's modules, with timm's initial weights cut to size."""
-    model = build(arch.model, dict(arch.model_kwargs) | dict(model_kwargs or {}), num_classes=num_classes)
-    supernet = Supernet(model)
+    supernet = _uncut(arch, num_classes, model_kwargs or {})
+    return shrink(supernet.backbone, slices_of(arch, supernet.shapes))
+
+
+def _uncut(arch: Architecture, num_classes: int, model_kwargs: Mapping[str, Any]) -> Supernet:
+    supernet = Supernet(build(arch.model, dict(arch.model_kwargs) | dict(model_kwargs), num_classes=num_classes))
     install_stages(supernet, streams_of(arch.basis))
-    return shrink(model, slices_of(arch, supernet.shapes))
+    return supernet
+
+
+def described(compact: nn.Module, arch: Architecture) -> Architecture:
+    """The architecture with the number of classes that a network has. UserError where it is another network."""
+    net: Any = compact
+    classifiers = [net.get_submodule(name) for name in classifier_names(net)]
+    if not classifiers or not all(isinstance(layer, nn.Linear) for layer in classifiers):
+        raise UserError(
+            "the network has no linear classifier, and arch.json says of how many classes; give it one by"
+            " reset_classifier(num_classes), or keep its state_dict() yourself"
+        )
+    num_classes = classifiers[0].out_features
+    with torch.device("meta"):
+        supernet = _uncut(arch, num_classes, {})
+        subnet = slices_of(arch, supernet.shapes)
+        if num_classes != arch.num_classes:
+            arch = replace(
+                arch,
+                num_classes=num_classes,
+                flops=supernet.flops(subnet),
+                params=supernet.params(subnet),
+                backbone_flops=supernet.flops(),
+                backbone_params=supernet.params(),
+            )
+        expected = _sizes(shrink(supernet.backbone, subnet))
+    found = _sizes(compact)
+    differ = [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
+    if differ:
+        words = few([f"{n} {found.get(n, 'missing')}, there {expected.get(n, 'missing')}" for n in differ], 3)
+        raise UserError(
+            f"the network is not the one that the architecture describes: {words}; for another input size open it at"
+            " that size (nas.load(FOLDER, img_size=...)) and keep its state_dict() yourself, merge adapters first"
+        )
+    return arch
+
+
+def _sizes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of every tensor by its name, and of the images that the modules expect."""
+    tensors = {name: tuple(t.shape) for name, t in (*network.named_parameters(), *network.named_buffers())}
+    images = {f"{name}.img_size": m.img_size for name, m in network.named_modules() if hasattr(m, "img_size")}
+    return tensors | images

@@ -8,19 +8,27 @@ import torch
 from nas.networks.backbone import Start, TimmModel, build, check_family, starting_backbone
 from nas.networks.key_values import parse_key_values
 from nas.networks.options import NetworkOptions
+from nas.networks.sources import source_of
 from search_spaces.registry import Space
 from supernets.supernet import Supernet
 
 
 def model_of(options: NetworkOptions, space: Space) -> TimmModel:
-    """The space's own model unless --model names another."""
+    """The space's own model unless --model names another: one of timm's, or that of a folder or of the Hub."""
+    source, given = source_of(options.model), parse_key_values(options.model_kwargs)
+    if source is not None:
+        return TimmModel(source.name, source.kwargs | given)
     own = dict(space.model_kwargs) if options.model is None else {}
-    return TimmModel(options.model or space.model, own | parse_key_values(options.model_kwargs))
+    return TimmModel(options.model or space.model, own | given)
 
 
 def start_of(options: NetworkOptions, seed: int) -> Start:
-    """Where the weights start."""
-    return Start(bool(options.pretrained) and options.checkpoint is None, options.checkpoint, seed)
+    """Where the weights start; those of a folder or of the Hub where --model names one."""
+    checkpoint, pretrained = options.checkpoint, bool(options.pretrained)
+    source = source_of(options.model) if pretrained and checkpoint is None else None
+    if source is not None:
+        checkpoint = source.folder
+    return Start(pretrained and checkpoint is None, checkpoint, seed)
 
 
 def meta_supernet(model: TimmModel, num_classes: int, space: Space) -> Supernet:

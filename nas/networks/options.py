@@ -12,13 +12,13 @@ class NetworkOptions:
     """Which backbone, and where its weights start."""
 
     model: str | None = None
-    """any timm name of the space's family"""
+    """any timm name of the space's family; timm's local-dir:FOLDER and hf-hub:OWNER/NAME as well"""
     model_kwargs: KeyValues = ()
     """constructor arguments of the timm model, e.g. img_size=384 depths=2,2,6,2"""
     pretrained: bool | None = None
     """start from timm's pretrained weights"""
     checkpoint: Path | None = None
-    """start from these weights (safetensors, or a torch file)"""
+    """start from these weights: safetensors, a torch file, or a folder with one (docs/weights.md)"""
     drop_path: float | None = None
     """stochastic depth of the backbone"""
 

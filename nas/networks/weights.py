@@ -2,8 +2,10 @@
 
 import argparse
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -11,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nas.machine.files import write_atomically
+from nas.networks.state_dicts import few_names, unwrapped, without_wrappers
+from nas.networks.transformers_names import of_transformers, timm_names
 from search_spaces.errors import UserError, reason
 
 # what torch.load raises on a file that is not its own: bytes that happen to be opcodes fail anywhere
@@ -24,6 +28,9 @@ UNREADABLE = (
     AttributeError,
     OSError,
 )
+IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar")
+ZIP = b"PK"  # what a torch file begins with
 BACKBONE = "supernet.backbone."  # where an objective's state dict holds the weights
 
 
@@ -34,24 +41,13 @@ def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from safetensors or a torch file (weights_only), unwrapped.
+    """A state dict under timm's names (docs/weights.md), from safetensors, a torch file (weights_only), or a folder.
 
-    Recognised wrappers: state_dict_ema, model_ema, state_dict, model, the averaged weights first, with whatever else
-    a training script saved beside them; a training checkpoint of this toolkit; and the prefixes `module.` and
-    `_orig_mod.` of DistributedDataParallel and torch.compile.
+    Out of the dictionaries and wrappers that training scripts put around it, the averaged weights first; Hugging Face
+    Transformers' names of ViT, DeiT and Swin as timm has them; a training checkpoint of this toolkit as well.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give --checkpoint a safetensors or torch file")
-    if path.suffix == ".safetensors":
-        try:
-            return dict(load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not a readable safetensors file: {error}") from None
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm and DeiT save their options so
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        raise UserError(f"{path} is not a readable torch file of weights: {reason(error)}") from None
+    path = weights_file(path)
+    state = _read(path)
     if isinstance(state, dict) and "format" in state and isinstance(state.get("objective"), dict):
         if state.get("basis"):
             raise UserError(
@@ -60,9 +56,56 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             )
         own = {n.removeprefix(BACKBONE): t for n, t in state["objective"].items() if n.startswith(BACKBONE)}
         state = state.get("ema") or own
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path} holds no state dict; expected tensors by parameter name")
-    return {name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in state.items()}
+    tensors = unwrapped(state)
+    if tensors is None:
+        held = f"; it holds {few_names(state)}" if isinstance(state, Mapping) else f"; it is a {type(state).__name__}"
+        raise UserError(f"{path} holds no state dict{held}; expected tensors by parameter name")
+    return timm_names(tensors) if of_transformers(tensors) else without_wrappers(tensors)
+
+
+def weights_file(path: Path) -> Path:
+    """The file itself, or the one of a folder, as timm and Transformers write it. UserError where there is none."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file; give --checkpoint a safetensors or torch file, or a folder with one")
+    for name in IN_FOLDERS:
+        if (path / name).is_file():
+            return path / name
+    files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    if len(files) == 1:
+        return files[0]
+    held = f"holds {few_names(p.name for p in files)}" if files else "holds no weights"
+    raise UserError(f"{path} {held}; give --checkpoint one file ({', '.join(SUFFIXES)})")
+
+
+def _read(path: Path) -> Any:
+    """What a file holds, by what its first bytes say that it is."""
+    with open(path, "rb") as file:
+        first = file.read(9)
+    if (path.suffix == ".safetensors" and not first.startswith(ZIP)) or first[8:] == b"{":
+        try:
+            return dict(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+    try:
+        # by the content, not the name; timm and DeiT save their options so
+        with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        classes = _classes_in(path, str(error))
+        if classes:
+            raise UserError(
+                f"{path} holds more than tensors: {', '.join(classes)}, which would run as code and is not loaded; save"
+                " the weights alone where that class is known: torch.save(model.state_dict(), 'weights.pt')"
+            ) from None
+        raise UserError(f"{path} is not a readable torch file of weights: {reason(error)}") from None
+
+
+def _classes_in(path: Path, words: str) -> list[str]:
+    """The classes for which torch refuses a file that it could read. words: its refusal."""
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except UNREADABLE:  # its older format
+        found = re.findall(r"Unsupported (?:global|class): (?:GLOBAL )?([\w.]+)", words)
+    return [str(name) for name in found if name != "argparse.Namespace"]

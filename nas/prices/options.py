@@ -36,11 +36,16 @@ class PriceOptions:
 
     def fraction(self, full: int) -> float | None:
         """The budget as a fraction of the backbone's price, `full`; None when there is none."""
-        if self.gflops is not None:
-            if self.gflops <= 0:
-                raise UserError(f"--gflops {self.gflops}; expected more than 0")
-            return min(self.gflops * 1e9 / full, 1.0)
-        return self.budget or None
+        if self.gflops is None:
+            return self.budget or None
+        if not self.gflops > 0:
+            raise UserError(f"--gflops {self.gflops}; expected more than 0")
+        if self.gflops * 1e9 > full:
+            raise UserError(
+                f"--gflops {self.gflops}: the backbone has {full / 1e9:.4g} GFLOPs (MACs), nothing would be compressed;"
+                " give fewer, or --budget, a fraction of them"
+            )
+        return self.gflops * 1e9 / full
 
 
 def one_budget(options: P) -> P:

@@ -9,6 +9,7 @@ import yaml
 
 from nas.machine.files import write_text
 from nas.networks.compact_file import TIMM_CONFIG, WEIGHTS
+from nas.runs.folder import read_options
 from search_spaces.architecture import Architecture, load_architecture
 from search_spaces.errors import UserError, reason
 from search_spaces.registry import METHODS
@@ -27,7 +28,7 @@ def write_card(folder: Path, arch: Architecture | None = None) -> Path:
 def model_card(folder: Path, arch: Architecture) -> str:
     """Architecture, data, accuracy, FLOPs, speed, and how it was made. What no file of the run says is left out."""
     summary, speed = _json(folder / "summary.json"), _json(folder / "export.json")
-    options = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").is_file() else {}
+    options = read_options(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     name = folder.resolve().name
     front = {"library_name": "timm", "pipeline_tag": "image-classification", "tags": ["timm", arch.method]}
     if summary.get("dataset"):

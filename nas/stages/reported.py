@@ -5,12 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import yaml
 
 from nas.config import RetrainConfig, with_defaults
 from nas.data.loader import Loader, eval_loader
 from nas.data.loaders import loader_spec, open_data
-from nas.runs.folder import typed
+from nas.runs.folder import read_options, typed
 from nas.runs.opened import Opened, large_network
 from search_spaces.errors import UserError
 from search_spaces.registry import get_space
@@ -23,7 +22,7 @@ def reported_images(opened: Opened, device: torch.device, options: Mapping[str, 
     """
     config, saved = RetrainConfig(), opened.folder / "config.yaml"
     if saved.is_file():
-        known = {k: v for k, v in yaml.safe_load(saved.read_text()).items() if hasattr(config, k)}
+        known = {k: v for k, v in read_options(saved).items() if hasattr(config, k)}
         config = RetrainConfig(**typed(RetrainConfig, known, saved))
     if options.get("dataset") or options.get("data_dir"):  # not the run's: nothing of its data applies
         config = replace(config, dataset=None, data_dir=None, num_classes=None, class_map="")

@@ -1,5 +1,6 @@
 """Stage 1: search a supernet for an architecture, and write arch.json."""
 
+import shlex
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -171,8 +172,9 @@ def found(asked: Asked, answer: Answer) -> Architecture:
     settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k in recorded and v is not None}
     settings |= {"searcher": asked.searcher.name, "budget": asked.question.budget, "space_size": float(space.size())}
     settings |= answer.found
-    if config.checkpoint is not None:
-        settings["checkpoint"] = str(config.checkpoint)
+    checkpoint = start_of(config, config.seed).checkpoint
+    if checkpoint is not None:
+        settings["checkpoint"] = str(checkpoint)
     return replace(arch, permutation=answer.standing.permutation, basis=answer.standing.basis, search=settings)
 
 
@@ -260,8 +262,9 @@ def remarks(asked: Asked, answer: Answer, arch: Architecture) -> None:
 
 
 def next_command(asked: Asked, folder: Path) -> str:
-    """What to type for stage 2."""
+    """What to type for stage 2, quoted for the shell."""
     config = asked.config
-    data = f" --dataset {config.dataset}" if config.dataset != "digits" else ""
-    data += f" --data-dir {config.data_dir}" if config.data_dir else ""
-    return f"python retrain.py --arch {results_path(folder)}/arch.json{data}"
+    words = ["python", "retrain.py", "--arch", f"{results_path(folder)}/arch.json"]
+    words += ["--dataset", str(config.dataset)] if config.dataset != "digits" else []
+    words += ["--data-dir", str(config.data_dir)] if config.data_dir else []
+    return shlex.join(words)

@@ -128,7 +128,10 @@ def run(stage: str, config: Any, processes: int, on_epoch: OnEpoch) -> None:
 
 def here(config: Any, folder: Path) -> Any:
     """The run in this folder, resumed where it has begun."""
-    return replace(config, output=folder, resume=(folder / "config.yaml").is_file())
+    begun = (folder / "config.yaml").is_file()
+    if not begun:
+        shutil.rmtree(folder, ignore_errors=True)  # what has arrived of a run without its options
+    return replace(config, output=folder, resume=begun)
 
 
 def figures(row: Mapping[str, Any], stage: str) -> dict[str, Any]:

@@ -296,6 +296,7 @@ def save(training: Training, epochs_done: int) -> None:
     """The checkpoint first, then the tables it holds: a kill in between loses and doubles no row."""
     state: dict[str, Any] = {
         "epoch": epochs_done,
+        "epochs": training.epochs,
         "objective": training.objective.state_dict(),
         "optimizer": training.optimizer.state_dict(),
         "rows": training.rows,
@@ -377,7 +378,8 @@ def load_state(training: Training, state: Mapping[str, Any], path: Path) -> None
     try:
         training.objective.load_state_dict(state["objective"])
         training.optimizer.load_state_dict(state["optimizer"])
-        if training.scheduler is not None:
+        longer = state.get("epochs", training.epochs) != training.epochs  # its schedule is of the old length
+        if training.scheduler is not None and not longer:
             training.scheduler.load_state_dict(state["scheduler"])
         if training.arch_optimizer is not None:
             training.arch_optimizer.load_state_dict(state["arch_optimizer"])

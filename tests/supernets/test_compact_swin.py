@@ -1,6 +1,7 @@
 """The compact Swin's own attention: timm's function, gradients included, and a cache that never goes stale."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -128,3 +129,31 @@ def test_a_copy_and_a_network_made_in_inference_mode_cache_for_themselves() -> N
     with torch.inference_mode():
         made = cut(supernet.backbone, supernet.identity()).eval()
         assert torch.equal(made(x), made(x))
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+@pytest.mark.parametrize(
+    "size",
+    [dict(img_size=(44, 28)), dict(img_size=64, window_size=8), dict(window_size=3), dict(img_size=32)],
+    ids=lambda size: "-".join(size),
+)
+def test_it_takes_another_input_size_as_timm_does(size: dict[str, Any], skipped: bool) -> None:
+    """Cut and then resized it is the resized network cut; back again, the tables are as large as they were."""
+    large = swin(36)
+    subnet = Supernet(large).identity()
+    if skipped:
+        subnet = replace(subnet, blocks=(replace(subnet.blocks[0], attn=False, mlp=False), *subnet.blocks[1:]))
+    compact: Any = cut(large, subnet).eval()
+    resized: Any = copy.deepcopy(large)
+    resized.set_input_size(**size)
+    expected = cut(resized, subnet).eval()
+    compact.set_input_size(**size)
+    x = torch.randn(2, 3, *resized.patch_embed.img_size, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(compact(x), expected(x))
+    compact.set_input_size(img_size=36, window_size=4)
+    assert compact(torch.randn(1, 3, 36, 36, dtype=torch.float64)).isfinite().all()
+    tables = [
+        [p.shape for name, p in net.named_parameters() if "table" in name] for net in (compact, cut(large, subnet))
+    ]
+    assert tables[0] == tables[1]

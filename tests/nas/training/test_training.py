@@ -2,6 +2,7 @@
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -302,3 +303,15 @@ def test_too_many_unreadable_images_stop_the_run_and_few_are_counted(tmp_path, c
     with pytest.raises(UserError, match="3 of 200 images cannot be read"):
         fit(training, resume=True, words="test")
     assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+def test_a_longer_run_goes_on_by_its_own_schedule(tmp_path: Path) -> None:
+    options = dict(sched="cosine", warmup_epochs=1, min_lr=1e-4)
+    fit(tiny.training(tiny.config(tmp_path / "run", epochs=3, **options)), resume=False, words="test")
+    longer = tiny.training(tiny.config(tmp_path / "run", epochs=6, **options))
+    fit(longer, resume=True, words="test")
+    whole = tiny.training(tiny.config(tmp_path / "whole", epochs=6, **options))
+    fit(whole, resume=False, words="test")
+    assert [row["epoch"] for row in longer.rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["lr"] for row in longer.rows[3:]] == [row["lr"] for row in whole.rows[3:]]
+    assert longer.rows[2]["lr"] != whole.rows[2]["lr"]
