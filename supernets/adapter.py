@@ -1,7 +1,7 @@
 """What a backbone family must tell the supernet. Its own adapter is one file, and one line of families.py."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +27,7 @@ class Adapter(ABC):
 
     block_axes: BlockAxes  # of every parameter that its blocks may have
     compact_block: type[CompactBlock] = CompactBlock  # in a compact network, where the backbone's own will not do
+    skipped_block: type[nn.Module] = nn.Identity  # there, in place of a block without halves
     block_names: tuple[str, ...]  # module path of each block, in order
     shapes: tuple[BlockShape, ...]
     costs: NetworkCosts
@@ -153,6 +154,12 @@ class Adapter(ABC):
     def head_parts(self, block: Any) -> dict[str, str]:
         """What stands against a change of basis inside the heads: of "qk", of "v"; none by default but both said."""
         return {"qk": "the family does not say how its heads multiply", "v": "the family does not say it"}
+
+    def watch_qkv(self, block: Any, see: Callable[[Tensor], None]) -> Callable[[], None]:
+        """Let `see` have what a block's q, k and v read, (B, N, 3HD), whenever it runs; returns what ends that."""
+        (reader,) = (name for name in self.block_axes.attn.readers if name in dict(block.named_parameters()))
+        layer = block.get_submodule(reader.removesuffix(".weight"))
+        return layer.register_forward_hook(lambda _, __, qkv: see(qkv)).remove  # type: ignore[no-any-return]
 
     def writers(self, block: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
         """The matrices from a block's heads and neurons to the stream: (S, H*V) and (R, M)."""

@@ -58,7 +58,7 @@ def _shrink_block(adapter: Adapter, name: str, shape: BlockShape, kept: BlockSli
     parent, _, leaf = name.rpartition(".")
     owner: nn.Module = adapter.backbone.get_submodule(parent)
     if not kept.attn and not kept.mlp:
-        setattr(owner, leaf, nn.Identity())  # skipped: the others keep their names
+        setattr(owner, leaf, adapter.skipped_block())  # the others keep their names
         return
     block: Any = adapter.backbone.get_submodule(name)
     as_it_is = kept.attn and kept.mlp and kept.mlp_stream is None and kept.stream == stage_width
