@@ -172,6 +172,11 @@ def block_shapes(backbone: nn.Module) -> list[BlockShape]:
     ]
 
 
+def qk_width(shape: BlockShape, about: int) -> int:
+    """A width of q and k that a block allows, of those up to `about` the widest."""
+    return max(about // shape.qk_unit, 1) * shape.qk_unit
+
+
 def alphas(shape: BlockShape, width: str) -> list[int]:
     """Compression factors that a block allows: divisors of its heads, neurons and, in "stream", channels."""
     sizes = [shape.num_heads, shape.hidden] + [shape.embed_dim] * (width == "stream")
@@ -209,7 +214,7 @@ def _general_blocks(draw: st.DrawFn, shape: BlockShape) -> BlockSlice:
         heads=heads,
         hidden=draw(_kept(shape.hidden)),
         mlp_stream=draw(st.none() | _kept(stream)),
-        qk=draw(st.none() | st.integers(1, shape.head_dim // shape.qk_unit).map(lambda n: n * shape.qk_unit)),
+        qk=draw(st.none() | st.integers(1, shape.head_dim).map(lambda width: qk_width(shape, width))),
         v_channels=draw(
             st.none() | st.integers(1, shape.head_dim) | st.tuples(*[_indices(shape.head_dim)] * num_heads)
         ),
