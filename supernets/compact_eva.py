@@ -132,8 +132,8 @@ class CompactEvaBlock(CompactBlock):
         return self.gamma_2 * y if hasattr(self, "gamma_2") else y
 
 
-class SkippedEvaBlock(nn.Module):
+class SkippedEvaBlock(nn.Identity):
     """In place of a block without halves: what an Eva hands to its blocks besides the stream is of no account."""
 
-    def forward(self, x: Tensor, **_: Any) -> Tensor:
-        return x
+    def forward(self, input: Tensor, **_: Any) -> Tensor:
+        return input

@@ -181,7 +181,8 @@ def reference(supernet: Supernet, subnet: NetworkSlice, x: Tensor, ridge: Ridge)
     def fit(name: str, read: Tensor, lacking: Tensor, share: float) -> None:
         layer, owner = small.get_submodule(name), name.rpartition(".")[0]
         places: list[tuple[slice, str]] = [(slice(None), f"{name}.bias")]
-        if name.endswith("qkv") and hasattr(small.get_submodule(owner), "q_bias"):  # timm: torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        if name.endswith("qkv") and hasattr(small.get_submodule(owner), "q_bias"):
+            # timm: torch.cat((self.q_bias, self.k_bias, self.v_bias)), the second of zeros
             qk = len(small.get_submodule(owner).q_bias)
             rows = slice(qk), slice(qk, 2 * qk), slice(2 * qk, None)
             places = list(zip(rows, (f"{owner}.q_bias", "", f"{owner}.v_bias"), strict=True))
