@@ -295,10 +295,8 @@ def test_every_accepted_backbone_is_rotated_or_says_why_not(family: str, options
     plain = Supernet(copy.deepcopy(backbone)).eval()
     last = plain.shapes[-1].stage
     fixed = fixed_streams(plain.adapter)
-    readable = options.get("final_norm", options.get("use_fc_norm", True)) or options.get(
-        "use_post_transformer_norm", True
-    )
-    readable = readable and options.get("global_pool") not in ("max", "avgmax")
+    evas = options.get("use_fc_norm", True) or options.get("use_post_transformer_norm", True)
+    readable = options.get("final_norm", evas) and options.get("global_pool") not in ("max", "avgmax")
     assert fixed.keys() == (set() if readable else {last}) and all(fixed.values())
     net = rewritten(backbone, 1)
     assert sorted({*net.adapter.streams, *fixed}) == list(range(last + 1))
