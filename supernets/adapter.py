@@ -156,7 +156,7 @@ class Adapter(ABC):
         return {"qk": "the family does not say how its heads multiply", "v": "the family does not say it"}
 
     def watch_qkv(self, block: Any, see: Callable[[Tensor], None]) -> Callable[[], None]:
-        """Let `see` have what a block's q, k and v read, (B, N, 3HD), whenever it runs; returns what ends that."""
+        """Let `see` have a block's q, k and v (B, N, 3HD), not yet normed, whenever it runs; returns what ends that."""
         (reader,) = (name for name in self.block_axes.attn.readers if name in dict(block.named_parameters()))
         layer = block.get_submodule(reader.removesuffix(".weight"))
         return layer.register_forward_hook(lambda _, __, qkv: see(qkv)).remove  # type: ignore[no-any-return]

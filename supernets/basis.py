@@ -260,7 +260,10 @@ def change_heads(supernet: Supernet, basis: Basis, back: bool = False) -> None:
     for name, block, shape in zip(adapter.block_names, adapter.blocks(), supernet.shapes, strict=True):
         size = unit_sizes(shape)
         H, d = size["H"], size["D"]
-        a, t = (None if m is None else m.to(_device(block)).double() for m in (basis.qk.get(name), basis.v.get(name)))
+        device, found = next(block.parameters()).device, (basis.qk.get(name), basis.v.get(name))
+        if all(m is None for m in found):
+            continue
+        a, t = (None if m is None else m.to(device).double() for m in found)
         if back:
             a, t = (None if m is None else torch.linalg.inv(m) for m in (a, t))
         q, v = a, t
@@ -279,10 +282,6 @@ def change_heads(supernet: Supernet, basis: Basis, back: bool = False) -> None:
                 parts = p.detach().double().movedim(dim, 0).unflatten(0, (len(changes), H, d))
                 moved = torch.stack([_in_heads(m, part) for m, part in zip(changes, parts, strict=True)])
                 block.get_parameter(leaf).data.copy_(moved.flatten(0, 2).movedim(0, dim))
-
-
-def _device(block: torch.nn.Module) -> torch.device:
-    return next(block.parameters()).device
 
 
 def _in_heads(matrices: Tensor | None, t: Tensor) -> Tensor:
