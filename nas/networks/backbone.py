@@ -156,12 +156,8 @@ def load_into(
 
 
 def input_size(backbone: Any, model_kwargs: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) that a timm model was made for; timm's own record ignores its constructor's arguments.
-
-    One that takes images of any size (dynamic_img_size) has positions, and costs, of the size that it was built with.
-    """
+    """(C, H, W) that a timm model was made for; timm's own record ignores its constructor's arguments."""
     channels, *size = backbone.pretrained_cfg["input_size"]
-    size = backbone.patch_embed.img_size if getattr(backbone, "dynamic_img_size", False) else size
     size = model_kwargs.get("img_size", size)
     height, width = (size, size) if isinstance(size, int) else size
     return model_kwargs.get("in_chans", channels), height, width
