@@ -52,5 +52,12 @@ FAMILIES: dict[str, Family] = {
             (1, 2, 3),
             Defaults(training=dict(lr=1e-3, batch_size=128)),
         ),
+        Family(
+            "eva",
+            "eva02_small_patch14_336.mim_in22k_ft_in1k",
+            "eva02_tiny_patch14_224",
+            NANO_VIT,
+            defaults=SMALL_RATE,
+        ),
     )
 }

@@ -1,5 +1,6 @@
 """Free: every width of every block by itself, the stream's of every stage (section 2.9)."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from search_spaces.defaults import Defaults
@@ -45,7 +46,7 @@ class Free(Method):
         found: dict[str, set[int]] = {
             "stream": multiples(step, -(-E // NARROWEST), E),
             "heads": set(range(shape.num_heads + 1)),
-            "qk": multiples(step, 1, d),
+            "qk": multiples(math.lcm(step, shape.qk_unit), 1, d),
             "v": multiples(step, 1, d),
             "hidden": hidden | {0, M},
         }
@@ -67,6 +68,8 @@ class Free(Method):
             least = 0 if name in ("heads", "hidden") else 1
             if not (least <= picks[name] <= most and int(picks[name]) == picks[name]):
                 raise ValueError(f"{name} {picks[name]:g} of {most}")
+        if picks["qk"] % shape.qk_unit:
+            raise ValueError(f"qk {picks['qk']:g}, no multiple of the {shape.qk_unit} channels that turn together")
         stream, heads, qk, v, hidden = (int(picks[name]) for name in self.choice_names)
         return BlockSlice(
             stream=stream,

@@ -17,17 +17,31 @@ def count(kept: Kept) -> int:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """The facts of one backbone block that choices and slices need."""
+    """The facts of one backbone block that choices and slices need.
+
+    qk_order: the channels of q and k inside a head in the order in which they are kept, qk_unit of them always
+    together: pairs that a rotary embedding turns. Empty: as they stand, each by itself.
+    """
 
     stage: int
     embed_dim: int  # E, width of the residual stream
     num_heads: int  # H
     head_dim: int  # d
     hidden: int  # M, hidden neurons of the MLP
+    qk_order: tuple[int, ...] = ()
+    qk_unit: int = 1
 
     def __post_init__(self) -> None:
         if min(self.embed_dim, self.num_heads, self.head_dim, self.hidden) < 1 or self.stage < 0:
             raise ValueError(f"not a block: {self}")
+        if self.qk_order and sorted(self.qk_order) != list(range(self.head_dim)):
+            raise ValueError(f"not an order of {self.head_dim} channels: {self.qk_order}")
+
+    def qk_kept(self, width: int) -> Kept:
+        """The channels of q and k that a head of that width keeps. ValueError where it would part some."""
+        if width % self.qk_unit:
+            raise ValueError(f"q and k of width {width}; rotary embeddings keep {self.qk_unit} channels together")
+        return tuple(sorted(self.qk_order[:width])) if self.qk_order else width
 
 
 @dataclass(frozen=True)
@@ -39,8 +53,8 @@ class BlockSlice:
     heads, hidden: kept heads and kept hidden neurons of the MLP.
     mlp_stream: the channels, among the first `stream`, that the MLP reads (after the norm over all of
         `stream`) and writes. None: all of them. (section 2.3)
-    qk: the first so many channels of Q and of K in every kept head, whose scale stays that of all of them. None: all
-        of them. (section 2.9)
+    qk: the first so many channels of Q and of K in every kept head, in the block's order (`BlockShape.qk_order`); the
+        scale stays that of all of them. None: all of them. (section 2.9)
     v_channels: the kept channels of V and of the output projection: the first so many in every kept head (section
         2.9), or for each kept head its own, one or more (section 2.5). None: all of them.
     attn, mlp: False when the half-block is skipped altogether.

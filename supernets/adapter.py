@@ -1,7 +1,7 @@
 """What a backbone family must tell the supernet. Its own adapter is one file, and one line of families.py."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from search_spaces.errors import UserError
 from search_spaces.slices import BlockShape, BlockSlice
 from supernets.axes import BlockAxes, HeadWidths, Params, take_axis
-from supernets.compact_block import CompactBlock
+from supernets.compact_block import CompactBlock, SkippedBlock
 from supernets.flops import BlockCosts, NetworkCosts, StreamCosts, block_costs
 from supernets.rotated import STREAMS
 
@@ -27,6 +27,7 @@ class Adapter(ABC):
 
     block_axes: BlockAxes  # of every parameter that its blocks may have
     compact_block: type[CompactBlock] = CompactBlock  # in a compact network, where the backbone's own will not do
+    skipped_block: type[nn.Module] = SkippedBlock  # there, in place of a block without halves
     block_names: tuple[str, ...]  # module path of each block, in order
     shapes: tuple[BlockShape, ...]
     costs: NetworkCosts
@@ -35,9 +36,7 @@ class Adapter(ABC):
     outer_norms: Mapping[str, tuple[str, int]]  # name of each outer norm -> letters and stage of what it normalises
     classifiers: tuple[str, ...] = ()  # linear layers that read the pooled features, (B, w), or of several (B, n, w)
     # What a rotation of the streams needs to know (section 2.7); a family that does not say it is not rotated:
-    outer_readers: Mapping[str, tuple[str, ...]] = MappingProxyType(
-        {}
-    )  # outer norm -> linear layers that read through it
+    outer_readers: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # outer norm -> linear layers that read through it
     stem_norm: str | None = None  # a norm whose output is the first stage's stream
     before_stem: tuple[str, ...] = ()  # first letters of the parameters that lie before stem_norm
     stem_tokens: int = 0  # tokens that stem_norm runs on
@@ -153,6 +152,12 @@ class Adapter(ABC):
     def head_parts(self, block: Any) -> dict[str, str]:
         """What stands against a change of basis inside the heads: of "qk", of "v"; none by default but both said."""
         return {"qk": "the family does not say how its heads multiply", "v": "the family does not say it"}
+
+    def watch_qkv(self, block: Any, see: Callable[[Tensor], None]) -> Callable[[], None]:
+        """Let `see` have a block's q, k and v (B, N, 3HD), not yet normed, whenever it runs; returns what ends that."""
+        (reader,) = (name for name in self.block_axes.attn.readers if name in dict(block.named_parameters()))
+        layer = block.get_submodule(reader.removesuffix(".weight"))
+        return layer.register_forward_hook(lambda _, __, qkv: see(qkv)).remove  # type: ignore[no-any-return]
 
     def writers(self, block: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
         """The matrices from a block's heads and neurons to the stream: (S, H*V) and (R, M)."""

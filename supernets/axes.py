@@ -12,8 +12,8 @@ What is kept of a fused axis is kept in each part: merging columns are (4, S). q
 the last third is v's (H, V), as wide as long as nothing is cut.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -30,15 +30,21 @@ class HalfAxes:
     """The parameters of a family's attention or MLP half, by their names in the block.
 
     axes: letters of each dimension of every parameter that the half may have.
-    outputs: modules, last first, in whose parameters what the half adds is linear; LayerScale before the projection.
+    outputs: modules or bare parameters, last first, in which what the half adds is linear; LayerScale before the
+    projection.
     late_norms: norms that what the heads or neurons give passes through, be they inside the half or at its end.
     norm: the one norm through which the half reads the stream; None where it reads it as it is.
+    keys: parameters of k alone, where q, k and v are not fused.
+    parted_biases: readers whose bias stands in parts of its own: their names in the order of the reader's rows, None
+    for rows without one.
     """
 
     axes: Mapping[str, tuple[str, ...]]
     outputs: tuple[str, ...]
     late_norms: tuple[str, ...] = ()
     norm: str | None = None
+    keys: tuple[str, ...] = ()
+    parted_biases: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
 
     @cached_property
     def readers(self) -> tuple[str, ...]:
@@ -63,7 +69,11 @@ class HalfAxes:
 
     @cached_property
     def _by_output(self) -> list[list[str]]:
-        return [[name for name in self.axes if name.startswith(f"{module}.")] for module in self.outputs]
+        return [[name for name in self.axes if within(name, (module,))] for module in self.outputs]
+
+    def biases(self, matrix: str) -> tuple[str | None, ...]:
+        """The names that a reader's bias has, in the order of its rows; there or not, None: not."""
+        return self.parted_biases.get(matrix, (f"{matrix.removesuffix('weight')}bias",))
 
     def output(self, params: Params) -> list[str]:
         """The parameters that scale what the half adds: those of the first module of `outputs` that the block has."""
@@ -90,6 +100,11 @@ class BlockAxes:
     def has(self, name: str, kept: BlockSlice) -> bool:
         """Whether a slice has the half that a parameter belongs to."""
         return kept.attn if name in self.attn.axes else kept.mlp
+
+
+def within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a parameter is one of these, or of one of these modules."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def unit_sizes(shape: BlockShape) -> dict[str, int]:
@@ -123,11 +138,15 @@ def take_axis(t: Tensor, dim: int, letters: str, kept: Mapping[str, Kept], sizes
 
 @dataclass(frozen=True)
 class HeadWidths:
-    """The kept heads of a block. qk: channels of q and k in each; v: of v in each, or one number per head."""
+    """The kept heads of a block. qk: channels of q and k in each; v: of v in each, or one number per head.
+
+    qk_channels: those of q and k where they are not the first.
+    """
 
     number: int
     qk: int
     v: int | tuple[int, ...]
+    qk_channels: tuple[int, ...] | None = None
 
     @property
     def even(self) -> bool:
@@ -144,7 +163,10 @@ def head_widths(kept: BlockSlice, shape: BlockShape) -> HeadWidths:
     """How wide the kept heads are."""
     v = shape.head_dim if kept.v_channels is None else kept.v_channels
     widths = v if isinstance(v, int) else tuple(map(len, v))
-    return HeadWidths(count(kept.heads), shape.head_dim if kept.qk is None else kept.qk, widths)
+    if kept.qk is None:
+        return HeadWidths(count(kept.heads), shape.head_dim, widths)
+    channels = shape.qk_kept(kept.qk)
+    return HeadWidths(count(kept.heads), kept.qk, widths, None if isinstance(channels, int) else channels)
 
 
 def v_rows(shape: BlockShape, kept: BlockSlice) -> list[int]:
@@ -164,7 +186,7 @@ def slice_block(params: Params, axes: BlockAxes, shape: BlockShape, kept: BlockS
     mlp_stream = kept.stream if kept.mlp_stream is None else kept.mlp_stream
     keep: dict[str, Kept] = {"S": kept.stream, "R": mlp_stream, "H": kept.heads, "M": kept.hidden}
     if kept.qk is not None:
-        keep["D"] = kept.qk
+        keep["D"] = shape.qk_kept(kept.qk)
     if isinstance(kept.v_channels, int):
         keep["V"] = kept.v_channels
     sizes = unit_sizes(shape)
@@ -186,8 +208,8 @@ def slice_block(params: Params, axes: BlockAxes, shape: BlockShape, kept: BlockS
 def _take_qkv(t: Tensor, dim: int, shape: BlockShape, kept: BlockSlice) -> Tensor:
     """The axis of fused q, k and v of a block whose kept heads are narrower than they were."""
     q, k, v = t.unflatten(dim, (3, shape.num_heads, shape.head_dim)).unbind(dim)
-    widths = shape.head_dim if kept.qk is None else kept.qk
-    parts = [take(take(part, dim, kept.heads), dim + 1, widths).flatten(dim, dim + 1) for part in (q, k)]
+    channels = shape.head_dim if kept.qk is None else shape.qk_kept(kept.qk)
+    parts = [take(take(part, dim, kept.heads), dim + 1, channels).flatten(dim, dim + 1) for part in (q, k)]
     if isinstance(kept.v_channels, tuple):
         rows = torch.tensor(v_rows(shape, kept), device=t.device)
         parts.append(v.flatten(dim, dim + 1).index_select(dim, rows))

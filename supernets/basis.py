@@ -260,32 +260,32 @@ def change_heads(supernet: Supernet, basis: Basis, back: bool = False) -> None:
     for name, block, shape in zip(adapter.block_names, adapter.blocks(), supernet.shapes, strict=True):
         size = unit_sizes(shape)
         H, d = size["H"], size["D"]
-        a, t = basis.qk.get(name), basis.v.get(name)
-        if a is None and t is None:
+        device, found = next(block.parameters()).device, (basis.qk.get(name), basis.v.get(name))
+        if all(m is None for m in found):
             continue
+        a, t = (None if m is None else m.to(device).double() for m in found)
+        if back:
+            a, t = (None if m is None else torch.linalg.inv(m) for m in (a, t))
+        q, v = a, t
+        k, out = (None if m is None else torch.linalg.inv(m).mT for m in (a, t))
+        attn = adapter.block_axes.attn
         for leaf, p in adapter.block_parameters(block).items():
             for dim, letters in enumerate(adapter.block_axes[leaf]):
-                if letters not in ("3HD", "HV"):
-                    continue
-                moved = p.detach().double().movedim(dim, 0)
                 if letters == "3HD":
-                    parts = list(moved.unflatten(0, (3, H, d)).unbind(0))
-                    if a is not None:
-                        A = a.to(p.device).double()
-                        A = torch.linalg.inv(A) if back else A
-                        parts[0] = _in_heads(A, parts[0])
-                        parts[1] = _in_heads(torch.linalg.inv(A).mT, parts[1])
-                    if t is not None:
-                        T = t.to(p.device).double()
-                        parts[2] = _in_heads(torch.linalg.inv(T) if back else T, parts[2])
-                    moved = torch.stack(parts).flatten(0, 2)
-                elif t is not None:  # a norm over them would stand against it: head_parts
-                    T = t.to(p.device).double()
-                    T = torch.linalg.inv(T) if back else T
-                    moved = _in_heads(torch.linalg.inv(T).mT, moved.unflatten(0, (H, d))).flatten(0, 1)
-                block.get_parameter(leaf).data.copy_(moved.movedim(0, dim))
+                    changes = [q, k, v]
+                elif letters == "HD":
+                    changes = [k if leaf in attn.keys else q]
+                elif letters == "HV":  # a norm over them would stand against it: head_parts
+                    changes = [out if leaf in attn.writers else v]
+                else:
+                    continue
+                parts = p.detach().double().movedim(dim, 0).unflatten(0, (len(changes), H, d))
+                moved = torch.stack([_in_heads(m, part) for m, part in zip(changes, parts, strict=True)])
+                block.get_parameter(leaf).data.copy_(moved.flatten(0, 2).movedim(0, dim))
 
 
-def _in_heads(matrices: Tensor, t: Tensor) -> Tensor:
-    """(H, d, d) on the first two axes of (H, d, ...)."""
+def _in_heads(matrices: Tensor | None, t: Tensor) -> Tensor:
+    """(H, d, d) on the first two axes of (H, d, ...); None: nothing."""
+    if matrices is None:
+        return t
     return (matrices @ t.flatten(2)).view_as(t) if t.dim() > 2 else (matrices @ t[..., None])[..., 0]

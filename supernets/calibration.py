@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from search_spaces.slices import identity_slice
-from supernets.axes import slice_block
+from supernets.axes import slice_block, within
 from supernets.basis import Basis, change_heads
 from supernets.coordinates import isometry
 from supernets.least_squares import head_order, neuron_order
@@ -159,7 +159,8 @@ def qk_lost(supernet: Supernet, qk: Mapping[str, Tensor], metric: Metric) -> dic
         params, d, whole = adapter.block_parameters(block), shape.head_dim, identity_slice(shape)
         added = [adapter.attention_half(block, shape, params, whole, z) for z in streams]
         root, widths, errors = metric.root(name, 0), [], []
-        for width in sorted({max(1, round(d * k / QK_WIDTHS)) for k in range(1, QK_WIDTHS)} - {d}):
+        unit = shape.qk_unit
+        for width in sorted({unit * max(1, round(d * k / QK_WIDTHS / unit)) for k in range(1, QK_WIDTHS)} - {d}):
             kept = replace(whole, qk=width)
             own = slice_block(params, adapter.block_axes, shape, kept)
             error = Moment()
@@ -268,10 +269,10 @@ class HeadMoments:
         for name, block in zip(adapter.block_names, adapter.blocks(), strict=True):
             against = adapter.head_parts(block)
             attn, mlp = adapter.block_axes.attn, adapter.block_axes.mlp
-            reader, writer = (_layer(block, names) for names in (attn.readers, attn.writers))
+            writer = _layer(block, attn.writers)
             if wanted.inside and "qk" not in against:
                 self.q[name], self.k[name] = Moment(), Moment()
-                hooks.callback(reader.register_forward_hook(self._qk(name)).remove)
+                hooks.callback(adapter.watch_qkv(block, self._qk(name)))
             if wanted.inside and "v" not in against:
                 self.rotated.add(name)
             if name in self.rotated or metric is not None:
@@ -286,16 +287,16 @@ class HeadMoments:
         shape = self.supernet.shapes[self.supernet.adapter.block_names.index(name)]
         return shape.num_heads, shape.head_dim
 
-    def _qk(self, name: str) -> Callable[..., None]:
+    def _qk(self, name: str) -> Callable[[Tensor], None]:
         H, d = self._shape(name)
 
-        def hook(_: Any, __: Any, qkv: Tensor) -> None:
+        def see(qkv: Tensor) -> None:
             q, k, _v = qkv.flatten(0, -3).unflatten(-1, (3, H, d)).permute(2, 3, 0, 1, 4).unbind(0)  # (H, B, N, d)
             k = k - k.mean(2, keepdim=True)  # a key that all tokens share changes no softmax
             self.q[name].add(q.flatten(1, 2))
             self.k[name].add(k.flatten(1, 2))
 
-        return hook
+        return see
 
     def _out(self, name: str) -> Callable[..., None]:
         H, d = self._shape(name)
@@ -349,9 +350,8 @@ class HeadMoments:
         halves = (adapter.block_axes.attn, adapter.block_axes.mlp)
         for half, (axes, matrix) in enumerate(zip(halves, adapter.writers(block), strict=True)):
             weight = matrix.detach().double()
-            before = tuple(f"{module}." for module in axes.outputs[:-1])
             for leaf, scale in block.named_parameters():
-                if leaf.startswith(before):  # LayerScale
+                if within(leaf, axes.outputs[:-1]):  # LayerScale
                     weight = weight * scale.detach().double()[:, None]
             found.append(weight if self.metric is None else self.metric.root(name, half) @ weight)
         proj, fc2 = found

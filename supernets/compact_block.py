@@ -55,13 +55,16 @@ class CompactBlock(nn.Module):
             params = [f"{name}.{leaf}" for leaf, _ in child.named_parameters()]
             if not params or any(axes.has(param, kept) for param in params):
                 setattr(self, name, child)
+        for name, p in block.named_parameters(recurse=False):
+            if axes.has(name, kept):
+                self.register_parameter(name, p)
         self.mlp_stream = kept.num_mlp_stream()
         index = None if isinstance(kept.mlp_stream, int | None) else torch.tensor(kept.mlp_stream)
         self.register_buffer("mlp_index", index, persistent=False)
 
-    def attention_half(self, z: Tensor, **mask: Any) -> Tensor:
-        """What attention adds to the slice: (..., S) -> (..., S). mask: attn_mask and is_causal, as in timm's ViT."""
-        y: Tensor = self.attn(self.norm1(z), **mask)
+    def attention_half(self, z: Tensor, **given: Any) -> Tensor:
+        """What attention adds to the slice: (..., S) -> (..., S). given: what the backbone hands to its blocks (masks)."""
+        y: Tensor = self.attn(self.norm1(z), **given)
         return self.ls1(y) if hasattr(self, "ls1") else y
 
     def mlp_half(self, z: Tensor) -> Tensor:
@@ -84,11 +87,11 @@ class CompactBlock(nn.Module):
             return z.index_add(-1, index, y.to(z.dtype))
         return z + y if z.shape[-1] == R else torch.cat([z[..., :R] + y, z[..., R:]], dim=-1)
 
-    def forward(self, x: Tensor, **mask: Any) -> Tensor:  # (B, N, E), Swin's (B, H, W, E)
+    def forward(self, x: Tensor, **given: Any) -> Tensor:  # (B, N, E), Swin's (B, H, W, E)
         s = self.stream
         z = x[..., :s]
         if self.has_attn:
-            z = z + self.drop_path1(self.attention_half(z, **mask))
+            z = z + self.drop_path1(self.attention_half(z, **given))
         if self.has_mlp:
             z = self._add_mlp(z)
         return z if s == x.shape[-1] else torch.cat([z, x[..., s:]], dim=-1)

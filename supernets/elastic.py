@@ -24,7 +24,8 @@ class Term:
     slice: what the term computes. weight (): multiplies its output (g_i of equation 3.5).
     head_gate (H,), hidden_gate (M,): multiply the outputs of kept heads and the activations of kept neurons.
     channel_gate (R,): multiplies the MLP's input and output channels (section 2.3).
-    qk_gate (D,), v_gate (V,): inside every head, multiply the products that q k^T sums over, and the channels of v.
+    qk_gate (D,), v_gate (V,): inside every head, multiply the products that q k^T sums over, and the channels of v; the
+    former in the order in which the block keeps them.
     stream_gate (S,): how much of each channel of the stream exists: both norms are over that, and what the halves add
     is multiplied by it. attn_there, mlp_there (): how much of a half exists; multiply what it adds whatever its heads
     or neurons give (section 2.9).
@@ -133,12 +134,15 @@ def gated(
         return bool(found)
 
     of_v = _v_gate(term, shape)
-    if term.qk_gate is not None and not normed("D", term.qk_gate):
+    of_qk = _qk_gate(term, shape)
+    if of_qk is not None and not normed("D", of_qk):
         widths = head_widths(term.slice, shape)
-        rest = term.qk_gate.new_ones(widths.number * widths.qk + widths.v_total)
+        of_q = of_qk.repeat(widths.number)
         for name, letters in axes.attn.axes.items():
             if letters[0] == "3HD":
-                scale_rows(name, torch.cat([term.qk_gate.repeat(widths.number), rest]))
+                scale_rows(name, torch.cat([of_q, torch.ones_like(of_q), of_q.new_ones(widths.v_total)]))
+            elif letters[0] == "HD" and name not in axes.attn.keys:
+                scale_rows(name, of_q)
     for units, gate, half in (("HV", of_v, axes.attn), ("M", term.hidden_gate, axes.mlp)):
         if gate is not None and not normed(units, gate):
             for name in half.writers:
@@ -170,6 +174,14 @@ def gated(
             for name in half.output(params) if there else ():
                 scale(name, term.weight)
     return scaled
+
+
+def _qk_gate(term: Term, shape: BlockShape) -> Tensor | None:
+    """The gate of every channel of q and k that the slice keeps, as they stand in it, (D,)."""
+    if term.qk_gate is None or not shape.qk_order:
+        return term.qk_gate
+    kept = shape.qk_order[: len(term.qk_gate)]
+    return term.qk_gate[torch.tensor(kept, device=term.qk_gate.device).argsort()]
 
 
 def _v_gate(term: Term, shape: BlockShape) -> Tensor | None:

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from search_spaces.errors import UserError
 from supernets.adapter import Adapter
+from supernets.eva import EvaAdapter
 from supernets.swin import SwinAdapter
 from supernets.t2t import T2TAdapter
 from supernets.t2t_vit import T2TViT
@@ -36,6 +38,7 @@ ADAPTED: dict[str, Adapted] = {
     "vit": Adapted((VisionTransformer, VisionTransformerDistilled), VitAdapter),
     "deit": Adapted((VisionTransformer, VisionTransformerDistilled), VitAdapter),
     "t2t": Adapted((T2TViT,), T2TAdapter),
+    "eva": Adapted((Eva,), EvaAdapter),
 }
 
 

@@ -75,8 +75,8 @@ def _kept_size(letters: str, size: int, shape: BlockShape) -> dict[str, int]:
     """How long a sliced axis is: unit -> number, the sum of each number times the kept units. "": none."""
     if letters == "3HD":
         return {"Q": 2, "V": 1}
-    if letters == "HV":
-        return {"V": 1}
+    if letters in ("HD", "HV"):
+        return {"Q" if letters == "HD" else "V": 1}
     if letters == ".":
         return {"": size}
     sizes = unit_sizes(shape)

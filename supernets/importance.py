@@ -88,7 +88,9 @@ def taylor_lost(supernet: Supernet, scores: Mapping[str, Tensor]) -> dict[str, T
     lost = {}
     for name, shape in zip(supernet.adapter.block_names, supernet.shapes, strict=True):
         for part in ("heads", "qk", "v", "hidden"):
-            tails = scores[f"{name}.{part}"].cpu().flip(0).cumsum(0).flip(0)
+            own = scores[f"{name}.{part}"].cpu()
+            own = own[list(shape.qk_order)] if part == "qk" and shape.qk_order else own
+            tails = own.flip(0).cumsum(0).flip(0)
             own = torch.cat([tails, tails.new_zeros(1)])
             lost[f"{name}.{part}"] = own.expand(shape.num_heads, -1) / shape.num_heads if part == "v" else own
     return lost

@@ -1,4 +1,4 @@
-"""timm's layers as functions of sliced parameters: norms, attention, MLP, LayerScale. They store no slice.
+"""timm's layers as functions of sliced parameters: norms, attention, MLPs, LayerScale. They store no slice.
 
 Shape letters: B images (times windows in Swin), N tokens, S slice of the stream, R channels the MLP reads and writes,
 H kept heads, D head width, V channels of V in a head (without an H beside it, in all of them).
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import RmsNorm
+from timm.layers import GluMlp, RmsNorm, SwiGLU
 from timm.layers.fast_norm import rms_norm
 from torch import Tensor, nn
 
@@ -76,21 +76,23 @@ def padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_width(
-    qkv: Tensor,
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     heads: HeadWidths,
     attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor],
     norm_qk: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
-    """(B, N, 2HD + V) -> (B, N, V): attention of every head at the width of its own q, k and v.
+    """(B, N, 2HD + V), or q, k and v each (B, N, .), -> (B, N, V): attention of every head at its own widths.
 
     attend: q, k (B, h, N, D), v (B, h, N, w) and an index of those h heads -> (B, h, N, w). norm_qk: before it. Even
     heads run together, what is narrower padded: fused kernels want one width, and others take two to three times as
     long. Heads whose V differ (section 2.5) run with those of their own width, without padding.
     """
-    B, N, _ = qkv.shape
     h, D = heads.number, heads.qk
-    if heads.v == D:  # one permute of the whole, as timm does
-        q, k, v = qkv.reshape(B, N, 3, h, D).permute(2, 0, 3, 1, 4).unbind(0)
+    if not isinstance(qkv, Tensor):
+        q, k = (t.unflatten(-1, (h, D)).transpose(1, 2) for t in qkv[:2])
+        v = qkv[2].unflatten(-1, (h, D)).transpose(1, 2) if heads.v == D else qkv[2]
+    elif heads.v == D:  # one permute of the whole, as timm does
+        q, k, v = qkv.reshape(*qkv.shape[:2], 3, h, D).permute(2, 0, 3, 1, 4).unbind(0)
     else:
         qk, v = qkv.split([2 * h * D, heads.v_total], dim=-1)
         q, k = qk.unflatten(-1, (2, h, D)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -140,10 +142,15 @@ def attention(attn: Any, params: Params, heads: HeadWidths, x_BNS: Tensor, scale
 
 
 def mlp(module: Any, params: Params, x: Tensor) -> Tensor:
-    """timm's Mlp on sliced parameters: (..., R) -> (..., R); without its second layer (..., M)."""
-    x = linear(params, "mlp.fc1", x)
-    x = module.drop1(module.act(x))
-    x = norm(module.norm, params, "mlp.norm", x)
+    """timm's Mlp, GluMlp or SwiGLU on sliced parameters: (..., R) -> (..., R); without its second layer (..., M)."""
+    if isinstance(module, SwiGLU):
+        x = module.act(linear(params, "mlp.fc1_g", x)) * linear(params, "mlp.fc1_x", x)
+    elif isinstance(module, GluMlp):
+        first, second = linear(params, "mlp.fc1", x).chunk(2, dim=-1)
+        x = first * module.act(second) if module.gate_last else module.act(first) * second
+    else:
+        x = module.act(linear(params, "mlp.fc1", x))
+    x = norm(module.norm, params, "mlp.norm", module.drop1(x))
     return module.drop2(linear(params, "mlp.fc2", x))  # type: ignore[no-any-return]
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from search_spaces.slices import BlockShape, BlockSlice, Kept, NetworkSlice
-from supernets.axes import HalfAxes, Params, slice_block, take
+from supernets.axes import HalfAxes, Params, slice_block, take, within
 from supernets.layers import linear, norm
 from supernets.supernet import Supernet
 
@@ -267,17 +267,23 @@ class _Refit:
         matrices = [leaf for leaf in half.axes.readers if leaf in half.small]
         if half.axes.norm is None or not matrices:
             return {}
-        biases = [f"{leaf.removesuffix('weight')}bias" for leaf in matrices]
-        moments = Residual(all(leaf in half.small for leaf in biases))
+        parts = {leaf: _parts(half, leaf) for leaf in matrices}
+        moments = {biased: Residual(biased) for biased in {bias is not None for own in parts.values() for bias in own}}
         for z_E, z in zip(before, self.small, strict=True):
             n = norm(half.norm, half.small, half.axes.norm, z[..., : half.kept.stream])
             n = take(n, -1, half.columns)
             left = _less(norm(half.norm, half.full, half.axes.norm, z_E), n, half.columns)
-            moments.add(_with_zeros(n, half.zeros), _with_zeros(left, half.zeros))
+            for each in moments.values():
+                each.add(_with_zeros(n, half.zeros), _with_zeros(left, half.zeros))
         values: Values = {}
-        for leaf, bias in zip(matrices, biases, strict=True):
-            weight, added = moments.solve(self.ridge.layers, half.rows[leaf].double())
-            values |= _changed(half.small, leaf, weight, bias, added)
+        for leaf, own in parts.items():
+            weights, rows = [], half.rows[leaf].double().split(list(own.values()))
+            for bias, part in zip(own, rows, strict=True):
+                weight, added = moments[bias is not None].solve(self.ridge.layers, part)
+                weights.append(weight)
+                if bias is not None and added is not None:
+                    values[bias] = half.small[bias].double() + added
+            values[leaf] = half.small[leaf].double() + torch.cat(weights)
         return values
 
     def _write(self, half: _Half) -> Values:
@@ -287,9 +293,8 @@ class _Refit:
         if matrix not in half.axes.writers or matrix not in half.small:  # what the half adds is not linear in it
             self.small = [_plus(z, half.run(half.small, half.kept, z), half.kept.stream) for z in self.small]
             return {}
-        outputs = tuple(f"{module}." for module in half.axes.outputs)
-        scale = next((p for leaf, p in half.small.items() if leaf.startswith(tuple(f"{s}." for s in scales))), None)
-        reading = {leaf: p for leaf, p in half.small.items() if not leaf.startswith(outputs)}
+        scale = next((p for leaf, p in half.small.items() if within(leaf, scales)), None)
+        reading = {leaf: p for leaf, p in half.small.items() if not within(leaf, half.axes.outputs)}
         units = [half.run(reading, half.kept, z) for z in self.small]
 
         def added(params: Params, u: Tensor) -> Tensor:
@@ -339,6 +344,15 @@ class _Refit:
                 moved = towards_prediction(x, expected, values[matrix], values.get(bias), self.ridge.prediction)
                 values |= {name: value for name, value in zip((matrix, bias), moved, strict=True) if value is not None}
             self.values |= values
+
+
+def _parts(half: _Half, matrix: str) -> dict[str | None, int]:
+    """How many rows of a reader have which bias, in their order; None: none, of at most one part."""
+    biases = [bias if bias in half.small else None for bias in half.axes.biases(matrix)]
+    rows = {bias: 0 if bias is None else len(half.small[bias]) for bias in biases}
+    if None in rows:
+        rows[None] = len(half.small[matrix]) - sum(rows.values())
+    return rows
 
 
 def _run(half: Run, block: Any, shape: BlockShape, params: Params, at: BlockSlice, z: Tensor) -> Tensor:

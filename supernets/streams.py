@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from supernets.adapter import Adapter
+from supernets.axes import within
 from supernets.rotated import centred
 
 Axes = dict[str, dict[int, tuple[str, int]]]  # parameter -> dimension -> letters and stage of the stream that it is
@@ -32,7 +33,7 @@ class Reading:
 
     @property
     def biases(self) -> tuple[str, ...]:
-        """The names of the readers' biases."""
+        """The names of the readers' biases, where each has one that is its own."""
         return tuple(f"{name.removesuffix('weight')}bias" for name in self.matrices)
 
 
@@ -68,8 +69,8 @@ def scalings(adapter: Adapter) -> list[Scaling]:
         there = dict(block.named_parameters())
         for half in (adapter.block_axes.attn, adapter.block_axes.mlp):
             *before, writer = half.outputs
-            gammas = [n for module in before for n in there if n.startswith(f"{module}.")]
-            written = tuple(f"{name}.{n}" for n in there if n.startswith(f"{writer}."))
+            gammas = [n for n in there if within(n, before)]
+            written = tuple(f"{name}.{n}" for n in there if within(n, (writer,)))
             found += [Scaling(shape.stage, f"{name}.{gamma}", written) for gamma in gammas]
     return found
 

@@ -1,11 +1,14 @@
-"""timm's transformer block, pre-norm with Attention or WindowAttention and Mlp: its axes, its halves, cut attention."""
+"""timm's transformer block, pre-norm with attention and an MLP or a GLU: its axes, its halves, cut attention."""
 
 from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
-from timm.layers import RmsNorm
+from timm.layers import GluMlp, RmsNorm
 from torch import Tensor, nn
 
+from search_spaces.errors import UserError
 from search_spaces.slices import BlockShape, BlockSlice
 from supernets.adapter import Adapter, refuse
 from supernets.axes import BlockAxes, HalfAxes, HeadWidths, Params, head_widths
@@ -40,6 +43,10 @@ MLP = HalfAxes(
         "norm2.bias": ("S",),
         "mlp.fc1.weight": ("M", "R"),
         "mlp.fc1.bias": ("M",),
+        "mlp.fc1_g.weight": ("M", "R"),  # of a SwiGLU
+        "mlp.fc1_g.bias": ("M",),
+        "mlp.fc1_x.weight": ("M", "R"),
+        "mlp.fc1_x.bias": ("M",),
         "mlp.norm.weight": ("M",),
         "mlp.norm.bias": ("M",),
         "mlp.fc2.weight": ("R", "M"),
@@ -50,12 +57,22 @@ MLP = HalfAxes(
     late_norms=("mlp.norm",),
     norm="norm2",
 )
+PACKED = {"mlp.fc1.weight": ("2M", "R"), "mlp.fc1.bias": ("2M",)}  # of a GluMlp: what is gated and its gate
+
+
+def with_packed_gates(axes: HalfAxes, blocks: Iterable[Any]) -> HalfAxes:
+    """The axes of an MLP half for blocks that all have, or all have not, both sides of a GLU in one layer."""
+    packed = [isinstance(block.mlp, GluMlp) for block in blocks]
+    if len(set(packed)) > 1:
+        raise UserError("some MLPs are timm's GluMlp and some are not; blocks of one kind are expected")
+    return replace(axes, axes=dict(axes.axes) | PACKED) if all(packed) else axes
 
 
 class TimmBlockAdapter(Adapter):
     """A family of such blocks; what it says of itself is its attention."""
 
     block_axes = BlockAxes(ATTENTION, MLP)
+    layer_scales = ("ls1.gamma", "ls2.gamma")  # of both halves, where there are any
 
     @abstractmethod
     def attend(self, block: Any, params: Params, heads: HeadWidths, x: Tensor) -> Tensor:
@@ -63,11 +80,11 @@ class TimmBlockAdapter(Adapter):
 
     def attention_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
         y_S = self.attend(block, params, head_widths(kept, shape), norm(block.norm1, params, "norm1", z_S))
-        return layer_scale(params, "ls1.gamma", y_S)
+        return layer_scale(params, self.layer_scales[0], y_S)
 
     def mlp_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
         def after_norm(h_R: Tensor) -> Tensor:
-            return layer_scale(params, "ls2.gamma", mlp(block.mlp, params, h_R))
+            return layer_scale(params, self.layer_scales[1], mlp(block.mlp, params, h_R))
 
         h_S = norm(block.norm2, params, "norm2", z_S)
         return on_channels(after_norm, h_S, kept.mlp_stream, writes="mlp.fc2.weight" in params)

@@ -1,10 +1,11 @@
 """timm's VisionTransformer (ViT, DeiT, two-headed distilled DeiT) as a backbone. One stage."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, Mlp, PatchEmbed
+from timm.layers import Attention, GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -13,13 +14,20 @@ from supernets.adapter import OuterAxis, refuse
 from supernets.axes import HeadWidths, Params
 from supernets.flops import NetworkCosts, PerWidth
 from supernets.layers import attention, norm, stem_norm
-from supernets.timm_block import TimmBlockAdapter, check_norm, num_params
+from supernets.timm_block import TimmBlockAdapter, check_norm, num_params, with_packed_gates
 
 STREAM_VECTORS = ("cls_token", "dist_token", "reg_token", "pos_embed")  # (1, n, E)
 
 
 class VitAdapter(TimmBlockAdapter):
-    """VisionTransformer and VisionTransformerDistilled as blocks, stem and classifier."""
+    """VisionTransformer and VisionTransformerDistilled as blocks, stem and classifier.
+
+    With dynamic_img_size the supernet runs at the size that the network was built for, which is that of its costs.
+    """
+
+    block_types: tuple[type[nn.Module], ...] = (Block,)
+    attention_types: tuple[type[nn.Module], ...] = (Attention,)
+    plain_attention = "use timm's plain Attention"
 
     def __init__(self, backbone: Any) -> None:
         super().__init__(backbone)
@@ -29,10 +37,8 @@ class VitAdapter(TimmBlockAdapter):
         num_patches = embed.num_patches
         num_tokens = num_patches + backbone.num_prefix_tokens
         self.block_names = tuple(f"blocks.{i}" for i in range(len(backbone.blocks)))
-        self.shapes = tuple(
-            BlockShape(0, backbone.embed_dim, b.attn.num_heads, b.attn.head_dim, b.mlp.fc1.out_features)
-            for b in backbone.blocks
-        )
+        self.shapes = tuple(self.block_shape(block) for block in backbone.blocks)
+        self.block_axes = replace(self.block_axes, mlp=with_packed_gates(self.block_axes.mlp, backbone.blocks))
         self.classifiers = tuple(name for name in ("head", "head_dist") if getattr(backbone, name, None) is not None)
         self.outer_axes = {
             name: self._axes(name, p.dim()) for name, p in backbone.named_parameters() if not name.startswith("blocks.")
@@ -61,6 +67,11 @@ class VitAdapter(TimmBlockAdapter):
         )
         self.costs = self.stream_costs(costs)
 
+    def block_shape(self, block: Any) -> BlockShape:
+        """The facts of a block."""
+        attn = block.attn
+        return BlockShape(0, self.backbone.embed_dim, attn.num_heads, attn.head_dim, block.mlp.fc2.in_features)
+
     def _describe_streams(self, num_tokens: int) -> None:
         vit = self.backbone
         last = next((n for n in ("norm", "fc_norm") if not isinstance(getattr(vit, n), nn.Identity)), None)
@@ -87,8 +98,8 @@ class VitAdapter(TimmBlockAdapter):
     def _check(self, backbone: Any) -> None:
         if type(backbone.patch_embed) is not PatchEmbed:
             raise refuse(backbone, type(backbone.patch_embed).__name__, "use timm's PatchEmbed")
-        if backbone.dynamic_img_size or backbone.patch_embed.dynamic_img_pad:
-            raise refuse(backbone, "dynamic_img_size", "give the size with img_size=")
+        if backbone.patch_embed.dynamic_img_pad:
+            raise refuse(backbone, "dynamic_img_pad", "give the size with img_size=")
         if backbone.attn_pool is not None:
             raise refuse(backbone, "attention pooling", "use global_pool=avg or token")
         if backbone.global_pool == "":
@@ -100,17 +111,19 @@ class VitAdapter(TimmBlockAdapter):
         for where in ("norm", "fc_norm", "norm_pre"):
             check_norm(backbone, getattr(backbone, where), where)
         for block in backbone.blocks:
-            if type(block) is not Block:
-                raise refuse(backbone, f"block type {type(block).__name__}", "use pre-norm blocks (timm's Block)")
-            if type(block.attn) is not Attention or getattr(block.attn, "gate", None) is not None:
-                kind = type(block.attn).__name__ if type(block.attn) is not Attention else "gated attention"
-                raise refuse(backbone, kind, "use timm's plain Attention")
-            if type(block.mlp) is not Mlp:
-                raise refuse(backbone, f"MLP type {type(block.mlp).__name__}", "use timm's plain Mlp")
+            if type(block) not in self.block_types:
+                names = " or ".join(cls.__name__ for cls in self.block_types)
+                raise refuse(backbone, f"block type {type(block).__name__}", f"use pre-norm blocks (timm's {names})")
+            if type(block.attn) not in self.attention_types or getattr(block.attn, "gate", None) is not None:
+                known = type(block.attn) in self.attention_types
+                raise refuse(backbone, "gated attention" if known else type(block.attn).__name__, self.plain_attention)
+            if type(block.mlp) not in (Mlp, GluMlp, SwiGLU):
+                raise refuse(backbone, f"MLP type {type(block.mlp).__name__}", "use timm's Mlp, GluMlp or SwiGLU")
             for where in ("norm1", "norm2", "attn.q_norm", "attn.k_norm"):
                 check_norm(backbone, block.get_submodule(where), where)
 
-    def stem(self, params: Params, images: Tensor) -> Tensor:
+    def embed(self, params: Params, images: Tensor) -> Tensor:
+        """Patches, the tokens before them and the positions of all, (B, N, w)."""
         vit, embed = self.backbone, self.backbone.patch_embed
         weight, bias = params["patch_embed.proj.weight"], params.get("patch_embed.proj.bias")
         x = F.conv2d(images, weight, bias, stride=embed.proj.stride)  # (B, w, h, w)
@@ -120,13 +133,19 @@ class VitAdapter(TimmBlockAdapter):
             for name in ("cls_token", "dist_token", "reg_token")
             if name in params
         ]
-        if "pos_embed" not in params:
-            return stem_norm(vit.norm_pre, params, "norm_pre", vit.patch_drop(torch.cat([*prefix, x], dim=1)))
-        if vit.no_embed_class:
-            x = torch.cat([*prefix, x + params["pos_embed"]], dim=1)
-        else:
-            x = torch.cat([*prefix, x], dim=1) + params["pos_embed"]
-        return stem_norm(vit.norm_pre, params, "norm_pre", vit.patch_drop(vit.pos_drop(x)))
+        if "pos_embed" in params and vit.no_embed_class:
+            x = x + params["pos_embed"]
+        x = self.join(prefix, x)
+        return x if "pos_embed" not in params or vit.no_embed_class else x + params["pos_embed"]
+
+    def join(self, prefix: list[Tensor], x: Tensor) -> Tensor:
+        """The tokens before the patches, and these."""
+        return torch.cat([*prefix, x], dim=1)
+
+    def stem(self, params: Params, images: Tensor) -> Tensor:
+        vit, x = self.backbone, self.embed(params, images)
+        x = vit.pos_drop(x) if "pos_embed" in params else x
+        return stem_norm(vit.norm_pre, params, "norm_pre", vit.patch_drop(x))
 
     def enter_stage(self, stage: int, params: Params, x: Tensor) -> Tensor:
         raise AssertionError("a ViT has one stage")

@@ -108,13 +108,47 @@ def blocks_of(backbone: Any) -> list[tuple[int, str, Any]]:
     return [(0, f"blocks.{i}", block) for i, block in enumerate(backbone.blocks)]
 
 
+def there(module: Any, *names: str) -> list[str]:
+    """Those of a module's layers that it has."""
+    return [name for name in names if getattr(module, name, None) is not None]
+
+
+def embed_dim_of(block: Any) -> int:
+    """E, the width of the stream that a block writes."""
+    return block.attn.proj.out_features  # type: ignore[no-any-return]
+
+
+def turning_pairs(backbone: Any) -> str:
+    """How the two channels of q and k that a rotary embedding turns together stand: "half" a head apart, or "next"."""
+    if getattr(backbone, "rope", None) is None:
+        return ""
+    return "half" if backbone.blocks[0].attn.rotate_half else "next"
+
+
+def among_pairs(width: int, head_dim: int, how: str) -> Tensor:
+    """(head_dim,) bool: the channels of q and k that a head of `width` keeps.
+
+    timm turns pair p of a head by one of its angles: all angles of one axis of the image, from the fastest, then those
+    of the other. Kept are pairs that lie apart: first those of even number, of them first the even ones, and so on.
+    """
+    if not how:
+        return among(width, head_dim)
+
+    def apart(pairs: list[int]) -> list[int]:
+        return pairs if len(pairs) < 2 else apart(pairs[::2]) + apart(pairs[1::2])
+
+    kept = among(tuple(sorted(apart(list(range(head_dim // 2)))[: width // 2])), head_dim // 2)
+    return kept.repeat(2) if how == "half" else kept.repeat_interleave(2)
+
+
 def readers_of(backbone: Any) -> Iterator[tuple[int, str, list[str], bool]]:
     """(stage, norm, the linear layers after it, whether tokens of zeros come in between) of all that reads a stream."""
     swin = hasattr(backbone, "layers")
     for stage, name, block in blocks_of(backbone):
         sizes = zip(block.input_resolution, block.window_size, strict=True) if swin else ()
-        yield stage, f"{name}.norm1", [f"{name}.attn.qkv"], any(size % window for size, window in sizes)
-        yield stage, f"{name}.norm2", [f"{name}.mlp.fc1"], False
+        attn = [f"{name}.attn.{key}" for key in there(block.attn, "qkv", "q_proj", "k_proj", "v_proj")]
+        yield stage, f"{name}.norm1", attn, any(size % window for size, window in sizes)
+        yield stage, f"{name}.norm2", [f"{name}.mlp.{key}" for key in there(block.mlp, "fc1", "fc1_g", "fc1_x")], False
     if swin:
         for stage in range(1, len(backbone.layers)):
             merging = f"layers.{stage}.downsample"
@@ -160,15 +194,15 @@ class KeptWeights:
         if tensor is not None:
             self.tensors[name] = kept.expand_as(tensor)
 
-    def block(self, name: str, block: Any, kept: BlockSlice) -> None:
-        """norm1, attention, norm2 and MLP of one block; a skipped half keeps nothing."""
+    def block(self, name: str, block: Any, kept: BlockSlice, turning: str = "") -> None:
+        """norm1, attention, norm2 and MLP of one block; a skipped half keeps nothing. turning: of its q and k."""
         attn, mlp = block.attn, block.mlp
-        embed_dim, num_heads = attn.qkv.in_features, attn.num_heads
-        head_dim = attn.qkv.out_features // (3 * num_heads)
+        embed_dim, num_heads = embed_dim_of(block), attn.num_heads
+        head_dim = attn.proj.in_features // num_heads
 
         stream = among(kept.stream if kept.attn else 0, embed_dim)
         heads = among(kept.heads if kept.attn else 0, num_heads)
-        qk_D = among((head_dim if kept.qk is None else kept.qk) if kept.attn else 0, head_dim)
+        qk_D = among_pairs((head_dim if kept.qk is None else kept.qk) if kept.attn else 0, head_dim, turning)
         qk_HD = heads[:, None] & qk_D
         v_HD = heads[:, None].repeat(1, head_dim)
         if kept.attn and isinstance(kept.v_channels, int):
@@ -181,6 +215,10 @@ class KeptWeights:
 
         self.norm(f"{name}.norm1", block.norm1, stream)
         self.linear(f"{name}.attn.qkv", attn.qkv, qkv, stream)
+        for key, rows in (("q", qk_HD.flatten()), ("k", qk_HD.flatten()), ("v", v)):  # Eva's
+            self.linear(f"{name}.attn.{key}_proj", getattr(attn, f"{key}_proj", None), rows, stream)
+            if isinstance(getattr(attn, f"{key}_bias", None), nn.Parameter):
+                self.tensors[f"{name}.attn.{key}_bias"] = rows
         for key in ("q_norm", "k_norm"):  # over one head's d channels
             self.norm(f"{name}.attn.{key}", getattr(attn, key, None), qk_D)
         table = getattr(attn, "relative_position_bias_table", None)  # (number of offsets, H)
@@ -188,15 +226,20 @@ class KeptWeights:
         self.norm(f"{name}.attn.norm", getattr(attn, "norm", None), v)
         self.linear(f"{name}.attn.proj", attn.proj, stream, v)
         self.scale(f"{name}.ls1", getattr(block, "ls1", None), stream)
+        self.last_axis(f"{name}.gamma_1", getattr(block, "gamma_1", None), stream)
 
         stream = among(kept.stream if kept.mlp else 0, embed_dim)
         selected = stream if kept.mlp_stream is None else stream & among(kept.mlp_stream, embed_dim)
-        hidden = among(kept.hidden if kept.mlp else 0, mlp.fc1.out_features)
+        hidden = among(kept.hidden if kept.mlp else 0, mlp.fc2.in_features)
         self.norm(f"{name}.norm2", block.norm2, stream)
-        self.linear(f"{name}.mlp.fc1", mlp.fc1, hidden, selected)
+        for key in there(mlp, "fc1", "fc1_g", "fc1_x"):
+            layer = getattr(mlp, key)
+            sides = layer.out_features // mlp.fc2.in_features  # timm's GluMlp: fc1(x).chunk(2, dim=-1)
+            self.linear(f"{name}.mlp.{key}", layer, hidden.repeat(sides), selected)
         self.norm(f"{name}.mlp.norm", getattr(mlp, "norm", None), hidden)
         self.linear(f"{name}.mlp.fc2", mlp.fc2, selected, hidden)
         self.scale(f"{name}.ls2", getattr(block, "ls2", None), selected)
+        self.last_axis(f"{name}.gamma_2", getattr(block, "gamma_2", None), selected)
 
     def stem(self, backbone: Any, width: Tensor) -> None:
         """Patch embedding (or T2T's last projection), tokens, position embedding, the norm before block 0."""
@@ -232,7 +275,7 @@ class KeptWeights:
 
 
 def kept_weights(backbone: nn.Module, subnet: NetworkSlice) -> KeptWeights:
-    """The masks of a subnet over a timm ViT, distilled DeiT or Swin, or a T2T-ViT.
+    """The masks of a subnet over a timm ViT, distilled DeiT, Swin or Eva, or a T2T-ViT.
 
     Where an MLP reads only some channels (mlp_stream), norm2 still keeps a weight for every channel that it
     normalises over. Raises ValueError when the subnet is not one of this backbone, and TypeError when the
@@ -241,7 +284,7 @@ def kept_weights(backbone: nn.Module, subnet: NetworkSlice) -> KeptWeights:
     blocks = blocks_of(backbone)
     if len(blocks) != len(subnet.blocks) or len(subnet.stage_widths) != blocks[-1][0] + 1:
         raise ValueError(f"{len(subnet.blocks)} slices for {len(blocks)} blocks")
-    embed_dims = {stage: block.attn.qkv.in_features for stage, _, block in blocks}
+    embed_dims = {stage: embed_dim_of(block) for stage, _, block in blocks}
     widths = [among(width, embed_dims[stage]) for stage, width in enumerate(subnet.stage_widths)]
 
     weights = KeptWeights()
@@ -249,7 +292,7 @@ def kept_weights(backbone: nn.Module, subnet: NetworkSlice) -> KeptWeights:
     for (stage, name, block), kept in zip(blocks, subnet.blocks, strict=True):
         if kept.stream > subnet.stage_widths[stage]:
             raise ValueError(f"{name} uses {kept.stream} channels, its stage has {subnet.stage_widths[stage]}")
-        weights.block(name, block, kept)
+        weights.block(name, block, kept, turning_pairs(backbone))
     for stage in range(1, len(widths)):
         name = f"layers.{stage}.downsample"
         weights.merging(name, backbone.get_submodule(name), widths[stage - 1], widths[stage])

@@ -10,7 +10,9 @@ from typing import Any
 
 import hypothesis.strategies as st
 import torch
+from timm.layers import LayerNorm, RmsNorm
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from supernets.basis import Basis
 from supernets.streams import fixed_streams, stage_is_centred
 from supernets.supernet import Supernet
 from supernets.t2t_vit import T2TViT
-from tests.oracle import blocks_of, oracle_logits, randomise
+from tests.oracle import blocks_of, embed_dim_of, oracle_logits, randomise, turning_pairs
 
 SEEDS = st.integers(0, 2**16)
 MIN_STREAM = 4  # a norm over fewer channels is ill-conditioned, over one it is a constant
@@ -105,6 +107,48 @@ def t2t_backbones(draw: st.DrawFn) -> nn.Module:
     return randomise(model, draw(SEEDS)).eval()
 
 
+@st.composite
+def eva_backbones(draw: st.DrawFn) -> nn.Module:
+    """A timm Eva with the features of EVA, EVA-02, DINOv3, Perception Encoder and ViTs with rotary embeddings."""
+    num_heads = draw(st.sampled_from([2, 3, 4]))
+    class_token, positions, after = draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from(["norm", "fc", ""]))
+    rope = draw(st.sampled_from(["cat", "cat", "dinov3", "mrope", ""]))
+    model = Eva(
+        img_size=draw(st.sampled_from([32, 48, (32, 48)])),
+        patch_size=16,
+        num_classes=draw(st.integers(2, 7)),
+        global_pool=draw(st.sampled_from(["avg", "token"] if class_token else ["avg"])),
+        embed_dim=num_heads * draw(st.sampled_from([4, 8])),
+        depth=draw(st.integers(1, 3)),
+        num_heads=num_heads,
+        qkv_bias=draw(st.booleans()),
+        qkv_fused=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        mlp_ratio=draw(st.sampled_from([1, 2, 4])),
+        swiglu_mlp=draw(st.booleans()),
+        swiglu_align_to=draw(st.sampled_from([0, 12])),
+        scale_mlp=draw(st.booleans()),
+        scale_attn_inner=draw(st.booleans()),
+        attn_type=draw(st.sampled_from(["eva", "rope"])),
+        norm_layer=draw(st.sampled_from([LayerNorm, RmsNorm])),
+        init_values=draw(st.sampled_from([None, 1.0])),
+        attn_only_layer_scale=draw(st.booleans()),
+        class_token=class_token,
+        num_reg_tokens=draw(st.sampled_from([0, 2])),
+        no_embed_class=draw(st.booleans()),
+        use_abs_pos_emb=positions or not rope,
+        use_rot_pos_emb=bool(rope),
+        rope_type=rope,
+        rope_grid_indexing="ij" if rope == "mrope" else draw(st.sampled_from(["ij", "xy"])),
+        rope_rotate_half=draw(st.booleans()),
+        rope_temperature=100.0,
+        use_pre_transformer_norm=draw(st.booleans()),
+        use_post_transformer_norm=after == "norm",
+        use_fc_norm=after == "fc",
+    )
+    return randomise(model, draw(SEEDS)).eval()
+
+
 def images(backbone: Any, batch: int = 2, seed: int = 0) -> Tensor:
     """(batch, 3, H, W) normal noise of the size, dtype and device that the backbone expects."""
     parameter = next(backbone.parameters())
@@ -118,13 +162,19 @@ def block_shapes(backbone: nn.Module) -> list[BlockShape]:
     return [
         BlockShape(
             stage=stage,
-            embed_dim=block.attn.qkv.in_features,
+            embed_dim=embed_dim_of(block),
             num_heads=block.attn.num_heads,
             head_dim=block.attn.proj.in_features // block.attn.num_heads,
-            hidden=block.mlp.fc1.out_features,
+            hidden=block.mlp.fc2.in_features,
+            qk_unit=2 if turning_pairs(backbone) else 1,
         )
         for stage, _, block in blocks_of(backbone)
     ]
+
+
+def qk_width(shape: BlockShape, about: int) -> int:
+    """A width of q and k that a block allows, of those up to `about` the widest."""
+    return max(about // shape.qk_unit, 1) * shape.qk_unit
 
 
 def alphas(shape: BlockShape, width: str) -> list[int]:
@@ -164,7 +214,7 @@ def _general_blocks(draw: st.DrawFn, shape: BlockShape) -> BlockSlice:
         heads=heads,
         hidden=draw(_kept(shape.hidden)),
         mlp_stream=draw(st.none() | _kept(stream)),
-        qk=draw(st.none() | st.integers(1, shape.head_dim)),
+        qk=draw(st.none() | st.integers(1, shape.head_dim).map(lambda width: qk_width(shape, width))),
         v_channels=draw(
             st.none() | st.integers(1, shape.head_dim) | st.tuples(*[_indices(shape.head_dim)] * num_heads)
         ),

@@ -38,6 +38,7 @@ SMALL = {
     ),
     "importance": ("--space vit-an-nano --epochs 1 --threads 1 --test-images 100", "rotate taylor"),
     "rotation": ("--space vit-an-nano --epochs 1 --threads 1 --widths 48 --calibration-images 128", "gradient "),
+    "accepted": ("--modules vision_transformer_relpos --names", "VisionTransformerRelPos"),
     "basis": ("--model deit_tiny_patch16_224 --images 8 --batch-size 4", "by error"),
 }
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -22,6 +23,7 @@ from tests.oracle import randomise
 from tests.strategies import expected_logits, random_basis
 
 VIT = dict(img_size=32, patch_size=16, num_classes=5, embed_dim=24, depth=3, num_heads=6, mlp_ratio=2)
+EVA = dict(use_rot_pos_emb=True, swiglu_mlp=True, swiglu_align_to=4, qkv_fused=False, init_values=1.0, num_reg_tokens=1)
 FAMILIES: dict[str, Any] = {
     "vit": lambda **kwargs: VisionTransformer(**VIT | dict(init_values=1.0) | kwargs),
     "swin": lambda **kwargs: SwinTransformer(
@@ -31,6 +33,7 @@ FAMILIES: dict[str, Any] = {
     "t2t": lambda **kwargs: T2TViT(
         img_size=32, num_classes=5, embed_dim=24, depth=3, num_heads=6, mlp_ratio=2, token_dim=8, **kwargs
     ),
+    "eva": lambda **kwargs: Eva(**VIT | EVA | kwargs),
 }
 
 

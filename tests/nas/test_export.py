@@ -107,6 +107,34 @@ def test_heads_whose_widths_differ_are_exported(tmp_path: Path) -> None:
     assert max(max(seen.values()) for seen in found.values()) <= 1e-5, found
 
 
+EVAS = {"EVA-02": "eva02_base_patch14_224", "DINOv3": "vit_small_plus_patch16_dinov3"}
+
+
+@pytest.mark.parametrize("kind", EVAS)
+def test_heads_that_turn_are_exported(kind: str, tmp_path: Path) -> None:
+    """Pairs of q and k left out, SwiGLUs with and without norm; the third block is not there at all."""
+    for name in nas.export.PACKAGES:
+        pytest.importorskip(name)
+    model = EVAS[kind]
+    options = dict(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=10)
+    supernet = nas.Supernet(randomise(timm.create_model(model, **options), 0)).eval()
+    picks = [
+        dict(stream=24, heads=2, qk=6, v=3, hidden=40),
+        dict(stream=24, heads=1, qk=2, v=7, hidden=0),
+        dict(stream=24, heads=0, qk=2, v=7, hidden=0),
+    ]
+    arch = nas.pick(supernet, "eva-free", picks, model_kwargs=options)
+    nas.save(nas.cut(supernet, arch), tmp_path, arch)
+    network = load_compact(tmp_path)
+    program = export_program(network, noise(2))
+    nas.export.export_onnx(program, tmp_path / "network.onnx")
+    others = {"program": program.module(), "onnx": onnx_network(tmp_path / "network.onnx", 1)}
+    found = differences(network, others, {str(size): noise(size) for size in (1, 2, 5)})
+    assert max(max(seen.values()) for seen in found.values()) <= 1e-5, found
+    wider = load_compact(tmp_path, img_size=(24, 16))
+    assert wider(torch.randn(1, 3, 24, 16)).shape == (1, 10)
+
+
 def test_a_file_that_computes_something_else_is_caught(run: Path) -> None:
     network = load_compact(run)
     batches = {"one": pictures(1)}

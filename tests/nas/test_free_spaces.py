@@ -20,7 +20,7 @@ from supernets.basis import rewrite
 from supernets.calibration import Wanted, calibrate
 from supernets.rotated import StreamNorm
 from tests.oracle import randomise
-from tests.strategies import images
+from tests.strategies import images, qk_width
 
 FREE = [name for name, space in SPACES.items() if space.method.name == "free"]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -32,6 +32,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         dict(img_size=20, patch_size=2, embed_dim=16, depths=(1, 2), num_heads=(2, 4), window_size=4, num_classes=5),
     ),
     "t2t-free-nano": ("t2t_vit_7", dict(img_size=32, embed_dim=32, depth=3, num_heads=4, token_dim=4, num_classes=5)),
+    "eva-free-nano": (
+        "vit_small_patch16_dinov3", dict(img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=5),
+    ),
 }  # fmt: skip
 over_spaces = pytest.mark.parametrize("space", MODELS)
 
@@ -54,7 +57,9 @@ def widths(net: nas.Supernet) -> list[dict[str, int]]:
     for i, shape in enumerate(net.shapes):
         E, H, d, M = shape.embed_dim, shape.num_heads, shape.head_dim, shape.hidden
         heads, hidden = (0 if i == 1 else H - i % 2), (0 if i == 2 else M // 2 + i)
-        picks.append(dict(stream=3 * E // 4, heads=heads, qk=d - 1 - i, v=d - 2 + i % 2, hidden=hidden))
+        picks.append(
+            dict(stream=3 * E // 4, heads=heads, qk=qk_width(shape, d - 1 - i), v=d - 2 + i % 2, hidden=hidden)
+        )
     return picks
 
 
@@ -72,7 +77,9 @@ def test_a_pick_is_cut_saved_and_loaded(space: str, basis: bool, tmp_path: Path)
     assert bool(arch.basis) == basis and not arch.permutation
     if basis:
         read = basis_of(again, tmp_path)
-        assert read is not None and read.digest() == found.digest() and read.qk.keys() == read.v.keys() != set()
+        assert read is not None and read.digest() == found.digest() and read.v.keys() == set(net.adapter.block_names)
+        turned = any(shape.qk_order for shape in net.shapes)
+        assert read.qk.keys() == (set() if turned else read.v.keys())
     with torch.no_grad():
         expected = net.small(x, slices_of(arch, net.shapes))
         for network in (small, nas.load(tmp_path), load_compact(tmp_path)):
@@ -119,6 +126,7 @@ MISTAKES: dict[str, tuple[dict[str, float], str]] = {
     "too many heads": (dict(heads=3), "block 1: heads 3 of 2; allowed: "),
     "too wide": (dict(qk=9), "block 1: qk 9 of 8; allowed: "),
     "no channel": (dict(v=0), "block 1: v 0 of 8; allowed: "),
+    "a half of a pair": (dict(qk=3), "block 1: qk 3, no multiple of the 2 channels that turn together; allowed: "),
     "another stream": (
         dict(stream=8), "block 1 has stream 8, block 0 of the same stage 12; they are to be the same",
     ),
@@ -128,11 +136,12 @@ MISTAKES: dict[str, tuple[dict[str, float], str]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_pick_that_does_not_fit_is_refused(mistake: str) -> None:
     change, says = MISTAKES[mistake]
-    net, _ = supernet("vit-free-nano", False)
+    space = "eva-free-nano" if "pair" in mistake else "vit-free-nano"
+    net, _ = supernet(space, False)
     picks: list[dict[str, float]] = [dict(pick) for pick in widths(net)]
     picks[1] |= change
-    with pytest.raises(UserError, match=f"vit-free-nano: {says}"):
-        nas.pick(net, "vit-free-nano", picks, model_kwargs=MODELS["vit-free-nano"][1])
+    with pytest.raises(UserError, match=f"{space}: {says}"):
+        nas.pick(net, space, picks, model_kwargs=MODELS[space][1])
 
 
 @pytest.mark.parametrize("name", FREE)

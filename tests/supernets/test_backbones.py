@@ -12,6 +12,7 @@ import torch
 from timm.layers import (
     Attention,
     DiffAttention,
+    GatedMlp,
     GluMlp,
     HybridEmbed,
     LayerNorm,
@@ -20,6 +21,7 @@ from timm.layers import (
     SwiGLUPacked,
 )
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import (
     DiffParallelScalingBlock,
@@ -48,6 +50,11 @@ SWIN = dict(
 T2T = dict(
     img_size=32, embed_dim=32, depth=2, num_heads=4, num_classes=5, token_dim=8, drop_path_rate=0.0, token_drop_rate=0.0
 )
+ROPE = dict(use_rot_pos_emb=True)
+DINOV3 = dict(
+    rope_type="dinov3", rope_rotate_half=True, use_abs_pos_emb=False, init_values=1.0, num_reg_tokens=2,
+    dynamic_img_size=True, use_fc_norm=False,
+)  # fmt: skip
 HYBRID = partial(HybridEmbed, backbone=nn.Conv2d(3, 8, 1))
 AVG = dict(class_token=False, global_pool="avg")
 build: dict[str, Build] = {
@@ -55,6 +62,7 @@ build: dict[str, Build] = {
     "distilled": partial(VisionTransformerDistilled, **VIT),
     "swin": partial(SwinTransformer, **SWIN),
     "t2t": partial(T2TViT, **T2T),
+    "eva": partial(Eva, **VIT | ROPE),
 }
 
 
@@ -109,10 +117,43 @@ SUPPORTED: list[tuple[str, str, dict[str, Any]]] = [
     ("`token_dim`", "t2t", {"token_dim": 16}),
 ]
 
+SUPPORTED += [
+    ("`dynamic_img_size`", "vit", {"dynamic_img_size": True}),
+    ("`SwiGLU`, `SwiGLUPacked`, `GluMlp`", "vit", {"mlp_layer": SwiGLU, "scale_mlp_norm": True}),
+    ("`SwiGLU`, `SwiGLUPacked`, `GluMlp`", "vit", {"mlp_layer": SwiGLUPacked, "init_values": 1.0}),
+    ("`SwiGLU`, `SwiGLUPacked`, `GluMlp`", "vit", {"mlp_layer": GluMlp}),
+    ("EVA", "eva", {"use_rot_pos_emb": False}),
+    ("EVA", "eva", {"use_rot_pos_emb": False, "global_pool": "token"}),
+    ("EVA-02", "eva", {"swiglu_mlp": True, "ref_feat_shape": (16, 16)}),
+    ("EVA-02", "eva", {"swiglu_mlp": True, "scale_mlp": True, "qkv_fused": False}),
+    (
+        "`scale_attn_inner`",
+        "eva",
+        {"swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True, "qkv_fused": False},
+    ),
+    ("DINOv3", "eva", DINOV3 | {"qkv_bias": False}),
+    ("DINOv3", "eva", DINOV3 | {"swiglu_mlp": True, "swiglu_align_to": 8}),
+    ("Perception Encoder", "eva", {"attn_type": "rope", "use_pre_transformer_norm": True, "rope_grid_indexing": "xy"}),
+    (
+        "Perception Encoder",
+        "eva",
+        {
+            "attn_type": "rope",
+            "use_pre_transformer_norm": True,
+            "use_post_transformer_norm": False,
+            "use_fc_norm": False,
+        },
+    ),
+    ('`attn_type="rope"`', "eva", {"attn_type": "rope", "global_pool": "token", "init_values": 1.0}),
+    ("`qk_norm`", "eva", {"qk_norm": True}),
+    ("`attn_only_layer_scale`", "eva", {"init_values": 1.0, "attn_only_layer_scale": True}),
+    ("`class_token=False`", "eva", {"class_token": False}),
+    ('`rope_type="mrope"`', "eva", {"rope_type": "mrope"}),
+    ('`global_pool="avg"`, `"max"`, `"avgmax"`', "eva", {"global_pool": "avgmax"}),
+]
 # words of the row, what the message names, and how the network is made
 REFUSED: list[tuple[str, str, Build]] = [
-    ("`dynamic_img_size`", "dynamic_img_size", partial(build["vit"], dynamic_img_size=True)),
-    ("`dynamic_img_pad`", "dynamic_img_size", partial(build["vit"], dynamic_img_pad=True)),
+    ("`dynamic_img_pad`", "dynamic_img_pad", partial(build["vit"], dynamic_img_pad=True)),
     ('`global_pool="map"` or `"prr"`', "attention pooling", partial(build["vit"], global_pool="map")),
     ('`global_pool="map"` or `"prr"`', "attention pooling", partial(build["vit"], global_pool="prr")),
     ('`global_pool=""`', "without pooling", partial(build["vit"], global_pool="")),
@@ -125,9 +166,7 @@ REFUSED: list[tuple[str, str, Build]] = [
         "DiffParallelScalingBlock",
         partial(build["vit"], block_fn=DiffParallelScalingBlock),
     ),
-    ("`SwiGLU`, `SwiGLUPacked`", "MLP type SwiGLU", partial(build["vit"], mlp_layer=SwiGLU)),
-    ("`SwiGLU`, `SwiGLUPacked`", "MLP type (SwiGLUPacked|GluMlp)", partial(build["vit"], mlp_layer=SwiGLUPacked)),
-    ("`GluMlp`", "MLP type GluMlp", partial(build["vit"], mlp_layer=GluMlp)),
+    ("other MLPs", "MLP type GatedMlp", partial(build["vit"], mlp_layer=GatedMlp)),
     ("differential attention", "DiffAttention", partial(build["vit"], attn_layer=DiffAttention)),
     ("gated attention", "gated attention", gated),
     ('`norm_layer="simplenorm"`', "SimpleNorm", partial(build["vit"], norm_layer="simplenorm")),
@@ -139,12 +178,27 @@ REFUSED: list[tuple[str, str, Build]] = [
     ("`num_classes=0`", "without classifier", partial(build["swin"], num_classes=0)),
     ("`num_classes=0`", "without classifier", partial(build["t2t"], num_classes=0)),
     ("`global_pool` other than the class token", "global_pool", partial(build["t2t"], global_pool="avg")),
+    ('`global_pool="map"`', "attention pooling", partial(build["eva"], global_pool="map")),
+    ("`num_classes=0`", "without classifier", partial(build["eva"], num_classes=0)),
+    ("`use_post_norm`", "EvaBlockPostNorm", partial(build["eva"], use_post_norm=True)),
+    (
+        "`num_kv_heads`",
+        "num_kv_heads",
+        partial(build["eva"], attn_type="rope", qkv_fused=False, num_kv_heads=2),
+    ),
+    ("`patch_drop_rate`", "patch_drop_rate", partial(build["eva"], patch_drop_rate=0.5)),
+    ('`rope_type="mixed"`', "rope_type=mixed", partial(build["eva"], rope_type="mixed")),
+    ("`rope_jitter_coords`", "rope_jitter_coords", partial(build["eva"], rope_jitter_coords=1.5)),
+    (
+        "a norm before pooling and one after it",
+        "a norm before pooling",
+        partial(build["eva"], use_fc_norm=True, use_post_transformer_norm=True),
+    ),
     *(
         (f"`{cls}`", cls, partial(timm.create_model, name, **options))
         for cls, name, options in (
             ("SwinTransformerV2", "swinv2_tiny_window8_256", {}),
             ("SwinTransformerV2Cr", "swinv2_cr_tiny_224", {}),
-            ("Eva", "eva02_tiny_patch14_224", {}),
             ("Beit", "beit_base_patch16_224", {"depth": 1}),
             ("VisionTransformerRelPos", "vit_relpos_small_patch16_224", {"depth": 1}),
         )

@@ -158,7 +158,8 @@ def folded(backbone: nn.Module, stages: Iterable[int], got: Mapping[str, Tensor]
         for reader in readers:
             state[f"{reader}.weight"] *= weight
     for stage, name, _ in blocks_of(backbone):
-        for scale, writer in ((f"{name}.ls1.gamma", "attn.proj"), (f"{name}.ls2.gamma", "mlp.fc2")):
+        scales = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2", "gamma_1": "attn.proj", "gamma_2": "mlp.fc2"}
+        for scale, writer in ((f"{name}.{leaf}", writer) for leaf, writer in scales.items()):
             if stage in stages and scale in state:
                 for p in ("weight", "bias"):
                     if f"{name}.{writer}.{p}" in state:
@@ -294,7 +295,8 @@ def test_every_accepted_backbone_is_rotated_or_says_why_not(family: str, options
     plain = Supernet(copy.deepcopy(backbone)).eval()
     last = plain.shapes[-1].stage
     fixed = fixed_streams(plain.adapter)
-    readable = options.get("final_norm", True) and options.get("global_pool") not in ("max", "avgmax")
+    evas = options.get("use_fc_norm", True) or options.get("use_post_transformer_norm", True)
+    readable = options.get("final_norm", evas) and options.get("global_pool") not in ("max", "avgmax")
     assert fixed.keys() == (set() if readable else {last}) and all(fixed.values())
     net = rewritten(backbone, 1)
     assert sorted({*net.adapter.streams, *fixed}) == list(range(last + 1))

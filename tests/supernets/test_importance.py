@@ -100,11 +100,14 @@ def test_inside_a_head_count_readers_and_writers_of_its_channels(family: str, da
         def of(leaf: str, *sizes: int, block: nn.Module = block) -> torch.Tensor:
             p = dict(block.named_parameters()).get(leaf)
             if p is None:
-                return torch.zeros(sizes)
+                return torch.zeros(sizes, dtype=torch.float64)
             assert p.grad is not None
             return (p * p.grad).abs().detach().double().reshape(*sizes)
 
         qkv = of("attn.qkv.weight", 3, H, d, shape.embed_dim).sum(-1) + of("attn.qkv.bias", 3, H, d)
+        for i, part in enumerate("qkv"):  # Eva's
+            qkv[i] += of(f"attn.{part}_proj.weight", H, d, shape.embed_dim).sum(-1)
+            qkv[i] += of(f"attn.{part}_proj.bias", H, d) + of(f"attn.{part}_bias", H, d)
         normed = sum(of(f"attn.{part}_norm.{leaf}", d) for part in "qk" for leaf in ("weight", "bias"))
         after = of("attn.proj.weight", shape.embed_dim, H, d).sum(0)
         after = after + sum(of(f"attn.norm.{leaf}", H, d) for leaf in ("weight", "bias"))
@@ -114,6 +117,7 @@ def test_inside_a_head_count_readers_and_writers_of_its_channels(family: str, da
         for part, units in (("heads", H), ("qk", d), ("hidden", shape.hidden)):
             tails = lost[f"{name}.{part}"]
             own = scores[f"{name}.{part}"]
+            own = own[list(shape.qk_order)] if part == "qk" and shape.qk_order else own
             assert tails.shape == (units + 1,) and tails[-1] == 0 and torch.allclose(-tails.diff(), own)
         of_v = lost[f"{name}.v"]
         assert of_v.shape == (H, d + 1) and torch.allclose(-of_v.sum(0).diff(), scores[f"{name}.v"])

@@ -15,6 +15,7 @@ from supernets.supernet import Supernet
 from tests.oracle import oracle_logits
 from tests.strategies import (
     block_shapes,
+    eva_backbones,
     general_slices,
     images,
     prefix_slices,
@@ -23,7 +24,7 @@ from tests.strategies import (
     vit_backbones,
 )
 
-FAMILIES = {"vit": vit_backbones, "swin": swin_backbones, "t2t": t2t_backbones}
+FAMILIES = {"vit": vit_backbones, "swin": swin_backbones, "t2t": t2t_backbones, "eva": eva_backbones}
 over_families = pytest.mark.parametrize("family", FAMILIES)
 over_widths = pytest.mark.parametrize("kind", ["stream", "inner", "general"])
 few = settings(

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from timm.layers import SimpleNorm
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from tests.oracle import SWIN_MUTANTS, VIT_MUTANTS, Mutant, kept_weights, oracle
 from tests.strategies import (
     SEEDS,
     block_shapes,
+    eva_backbones,
     general_slices,
     images,
     prefix_slices,
@@ -38,7 +40,7 @@ from tests.strategies import (
 )
 
 few = settings(max_examples=20, deadline=None)
-backbones = st.one_of(vit_backbones(), swin_backbones(), t2t_backbones())
+backbones = st.one_of(vit_backbones(), swin_backbones(), t2t_backbones(), eva_backbones())
 
 
 def vit(divisor: int = 1, **options: Any) -> nn.Module:
@@ -66,6 +68,13 @@ def t2t(divisor: int = 1, **options: Any) -> nn.Module:
         "mlp_ratio": 2,
     }
     return T2TViT(img_size=(36, 52), num_classes=5, token_dim=8, qk_scale=32**-0.5, **sizes, **options)
+
+
+def eva(divisor: int = 1, **options: Any) -> nn.Module:
+    """An Eva with rotary embeddings and a SwiGLU."""
+    sizes = {"embed_dim": 32 // divisor, "num_heads": 4 // divisor, "depth": 2, "mlp_ratio": 2}
+    rotary = {"use_rot_pos_emb": True, "swiglu_mlp": True}
+    return Eva(img_size=(32, 48), patch_size=8, num_classes=5, **sizes, **rotary | options)
 
 
 def at_alpha(backbone: nn.Module, alpha: int, width: str = "stream") -> NetworkSlice:
@@ -98,6 +107,10 @@ FAMILIES = [
     (swin, {"qkv_bias": False}),
     (t2t, {"qkv_bias": True}),
     (t2t, {"tokens_type": "transformer"}),
+    (eva, {"init_values": 1.0, "num_reg_tokens": 2}),
+    (eva, {"qkv_fused": False, "scale_mlp": True, "scale_attn_inner": True, "global_pool": "token"}),
+    (eva, {"attn_type": "rope", "use_pre_transformer_norm": True, "qk_norm": True, "rope_rotate_half": True}),
+    (eva, {"use_rot_pos_emb": False, "swiglu_mlp": False}),
 ]
 
 
@@ -169,7 +182,7 @@ def test_every_block_of_a_general_slice_is_the_sum_written_out(
 
 def has_no_effect(backbone: nn.Module, name: str) -> Tensor | bool:
     """Entries that cannot move the logits though kept: softmax ignores what all keys have in common."""
-    if name.endswith("k_norm.bias"):
+    if name.endswith(("k_norm.bias", "k_proj.bias")):
         return True
     if name.endswith("qkv.bias"):
         attn: Any = backbone.get_submodule(name.removesuffix(".qkv.bias"))
@@ -213,7 +226,7 @@ def all_channels(norm: nn.Module, kept: Tensor) -> nn.Module:
     return norm
 
 
-@pytest.mark.parametrize("family", [vit, swin, t2t])
+@pytest.mark.parametrize("family", [vit, swin, t2t, eva])
 def test_norms_over_all_channels_are_another_network(
     family: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:

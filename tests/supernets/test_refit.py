@@ -19,8 +19,8 @@ from supernets.coordinates import compact_parameters
 from supernets.refit import Residual, Ridge, refit, towards_prediction, write, written
 from supernets.supernet import Supernet
 from tests.nas.small import FAMILIES, small_supernet
-from tests.oracle import blocks_of, kept_weights
-from tests.strategies import block_shapes, general_slices, images, random_basis
+from tests.oracle import blocks_of, kept_weights, readers_of
+from tests.strategies import block_shapes, general_slices, images, qk_width, random_basis
 from tests.supernets import test_invariants
 from tests.supernets.test_invariants import few, relative
 
@@ -37,7 +37,7 @@ def seen(supernet: Supernet, number: int = 24, seed: int = 3) -> list[Tensor]:
 def narrow(shape: Any, i: int) -> BlockSlice:
     """Every width of its own, all of them prefixes, the stream's that of the stage."""
     E, H, d, M = shape.embed_dim, shape.num_heads, shape.head_dim, shape.hidden
-    return BlockSlice(3 * E // 4, H - i % 2, M // 2 + 3 * i, qk=d - 1 + i % 2, v_channels=d - 2)
+    return BlockSlice(3 * E // 4, H - i % 2, M // 2 + 3 * i, qk=qk_width(shape, d - 1 + i % 2), v_channels=d - 2)
 
 
 def indices(shape: Any, i: int) -> BlockSlice:
@@ -177,16 +177,24 @@ def reference(supernet: Supernet, subnet: NetworkSlice, x: Tensor, ridge: Ridge)
     large = Watched(backbone, x).run()
     masks = kept_weights(backbone, subnet).tensors
     found: dict[str, Tensor] = {}
+    readers = {norm: layers for _, norm, layers, _ in readers_of(backbone)}
 
     def fit(name: str, read: Tensor, lacking: Tensor, share: float) -> None:
-        layer = small.get_submodule(name)
-        change, more = by_lstsq(read, lacking, share, layer.bias is not None)
-        with torch.no_grad():
-            layer.weight += change
-            found[f"{name}.weight"] = layer.weight.clone()
-            if layer.bias is not None:
-                layer.bias += more
-                found[f"{name}.bias"] = layer.bias.clone()
+        layer, owner = small.get_submodule(name), name.rpartition(".")[0]
+        places: list[tuple[slice, str]] = [(slice(None), f"{name}.bias")]
+        if name.endswith("qkv") and hasattr(small.get_submodule(owner), "q_bias"):
+            # timm: torch.cat((self.q_bias, self.k_bias, self.v_bias)), the second of zeros
+            qk = len(small.get_submodule(owner).q_bias)
+            rows = slice(qk), slice(qk, 2 * qk), slice(2 * qk, None)
+            places = list(zip(rows, (f"{owner}.q_bias", "", f"{owner}.v_bias"), strict=True))
+        params = dict(small.named_parameters())
+        for part, bias in places:
+            change, more = by_lstsq(read, lacking[..., part], share, bias in params)
+            layer.weight[part] += change
+            if bias in params:
+                params[bias] += more
+                found[bias] = params[bias].clone()
+        found[f"{name}.weight"] = layer.weight.clone()
 
     def to_outputs(name: str, read: Tensor, reads_large: Tensor, share: float = ridge.layers) -> None:
         kept = masks[f"{name}.weight"].any(1)
@@ -200,17 +208,21 @@ def reference(supernet: Supernet, subnet: NetworkSlice, x: Tensor, ridge: Ridge)
             layer = f"layers.{stage}.downsample.reduction"
             to_outputs(layer, Watched(small, x).run().inputs[layer], large.inputs[layer])
         read_by_mlp = kept.stream if kept.mlp_stream is None else kept.mlp_stream
-        for there, norm, reader, writer, scale, after, columns in (
-            (kept.attn, "norm1", "attn.qkv", "attn.proj", "ls1", f"{name}.norm2", kept.stream),
-            (kept.mlp, "norm2", "mlp.fc1", "mlp.fc2", "ls2", None, read_by_mlp),
+        for there, norm, writer, scales, after, columns in (
+            (kept.attn, "norm1", "attn.proj", ("ls1", "gamma_1"), f"{name}.norm2", kept.stream),
+            (kept.mlp, "norm2", "mlp.fc2", ("ls2", "gamma_2"), None, read_by_mlp),
         ):
             if not there:
                 continue
             index = torch.arange(columns) if isinstance(columns, int) else torch.tensor(columns)
             read = tokens_of(Watched(small, x).run().outputs[f"{name}.{norm}"])[..., index]
-            to_outputs(f"{name}.{reader}", read, tokens_of(large.outputs[f"{name}.{norm}"]))
+            for reader in readers[f"{name}.{norm}"]:
+                to_outputs(reader, read, tokens_of(large.outputs[f"{name}.{norm}"]))
             target = large.outputs[name] if after is None else large.inputs[after]
-            gamma = getattr(getattr(small.get_submodule(name), scale, None), "gamma", torch.ones(1, dtype=x.dtype))
+            scale: Any = next(
+                (s for key in scales if (s := getattr(small.get_submodule(name), key, None)) is not None), 1
+            )
+            gamma = torch.as_tensor(getattr(scale, "gamma", 1) if isinstance(scale, nn.Module) else scale)
             now = Watched(small, x).run()
             before = tokens_of(now.inputs[f"{name}.{norm}"])[..., index]
             left = tokens_of(target)[..., index] - before - gamma * now.outputs[f"{name}.{writer}"].view_as(before)
@@ -228,6 +240,9 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {  # of a Swin no window is padde
     "vit, mean of the patches": ("vit", dict(global_pool="avg", class_token=False)),
     "swin": ("swin", dict(img_size=16)),
     "t2t": ("t2t", {}),
+    "eva": ("eva", {}),
+    "eva, q, k and v fused": ("eva", dict(qkv_fused=True, scale_mlp=True)),
+    "eva, gates in one layer": ("eva", dict(attn_type="rope", swiglu_align_to=0, init_values=None)),
 }
 
 
@@ -509,11 +524,10 @@ def test_dead_units_stay_dead_and_do_no_harm(family: str) -> None:
     block: Any = supernet.adapter.blocks()[0]
     H, d = supernet.shapes[0].num_heads, supernet.shapes[0].head_dim
     with torch.no_grad():
-        block.mlp.fc1.weight[::2] = 0
-        block.mlp.fc1.bias[::2] = 0
-        block.attn.qkv.weight.view(3, H, d, -1)[2, 0] = 0
-        if block.attn.qkv.bias is not None:
-            block.attn.qkv.bias.view(3, H, d)[2, 0] = 0
+        for p in (block.mlp.fc1_x if family == "eva" else block.mlp.fc1).parameters():
+            p[::2] = 0
+        for p in (block.attn.v_proj if family == "eva" else block.attn.qkv).parameters():
+            p.view(-1, H, d, *p.shape[1:])[-1, 0] = 0
         block.norm1.weight[1] = block.norm1.bias[1] = 0
     subnet = subnet_of(supernet, narrow)
     values = refit(supernet, subnet, seen(supernet))

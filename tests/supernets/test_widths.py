@@ -20,7 +20,7 @@ from supernets.flops import attention_channels, block_flops, block_params
 from supernets.supernet import Supernet
 from tests.nas.small import FAMILIES, small_supernet
 from tests.oracle import oracle_logits, randomise
-from tests.strategies import block_shapes, general_slices, images, vit_backbones
+from tests.strategies import block_shapes, general_slices, images, qk_width, vit_backbones
 from tests.supernets.test_invariants import relative
 
 over_families = pytest.mark.parametrize("family", FAMILIES)
@@ -29,7 +29,9 @@ WIDTHS = [(4, 4), (4, 1), (1, 4), (2, 3), (3, 2), (1, 1)]  # of q and k, and of 
 
 def at(supernet: Supernet, qk: int, v: Any, **others: Any) -> NetworkSlice:
     """Both widths in every block."""
-    blocks = [replace(identity_slice(shape), qk=qk, v_channels=v, **others) for shape in supernet.shapes]
+    blocks = [
+        replace(identity_slice(shape), qk=qk_width(shape, qk), v_channels=v, **others) for shape in supernet.shapes
+    ]
     return network_slice(supernet.shapes, blocks)
 
 
@@ -46,6 +48,7 @@ def counted(model: nn.Module, x: Tensor) -> int:
 def test_what_runs_padded_is_counted_padded(family: str, qk: int, v: int) -> None:
     """Of q·k and of the scores times v, both at the wider of the two."""
     supernet = small_supernet(family)
+    qk = qk_width(supernet.shapes[0], qk)
     subnet, x = at(supernet, qk, v), images(supernet.backbone)
     assert supernet.flops(subnet) == counted(cut(supernet.backbone, subnet), x)
     for shape, costs in zip(supernet.shapes, supernet.adapter.costs.blocks, strict=True):
@@ -79,7 +82,7 @@ def test_a_half_that_is_removed_costs_nothing(family: str) -> None:
         assert sum(p.numel() for p in compact.parameters()) == supernet.params(subnet)
         assert supernet.flops(subnet) == counted(compact, x)
         kinds = {name.split(".")[-2] for name in compact.state_dict() if "blocks" in name}
-        assert ("qkv" in kinds) == attn and ("fc1" in kinds) == mlp
+        assert ("proj" in kinds) == attn and ("fc2" in kinds) == mlp
         for shape, costs, kept in zip(supernet.shapes, supernet.adapter.costs.blocks, subnet.blocks, strict=True):
             if not attn and not mlp:
                 assert block_flops(shape, costs, kept) == block_params(shape, costs, kept) == 0

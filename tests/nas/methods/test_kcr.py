@@ -46,9 +46,17 @@ from tests.nas.kernels import (
     training_of,
 )
 from tests.oracle import randomise
-from tests.strategies import expected_logits, images, random_basis, swin_backbones, t2t_backbones, vit_backbones
+from tests.strategies import (
+    eva_backbones,
+    expected_logits,
+    images,
+    random_basis,
+    swin_backbones,
+    t2t_backbones,
+    vit_backbones,
+)
 
-FAMILIES = {"vit": vit_backbones, "swin": swin_backbones, "t2t": t2t_backbones}
+FAMILIES = {"vit": vit_backbones, "swin": swin_backbones, "t2t": t2t_backbones, "eva": eva_backbones}
 over_families = pytest.mark.parametrize("family", FAMILIES)
 over_methods = pytest.mark.parametrize(
     ("method", "width"), [("kcr", "stream"), ("joint", "stream"), ("joint", "inner")]

@@ -153,7 +153,8 @@ def test_soft_mixture_is_equation_3_5(family: str, width: str, basis: str) -> No
     made = mixtures(supernet, costs, soft_draw(soft_etas(costs, 1)))
     generator = torch.Generator().manual_seed(0)
     for i, (block, shape) in enumerate(zip(adapter.blocks(), supernet.shapes, strict=True)):
-        grid = tuple(getattr(block, "input_resolution", (7,)))  # Swin's stream is (B, H, W, E)
+        tokens = (adapter.costs.blocks[i].mlp_tokens,)
+        grid = tuple(getattr(block, "input_resolution", tokens))  # Swin's stream is (B, H, W, E)
         z = torch.randn(2, *grid, shape.embed_dim, generator=generator, dtype=torch.float64)
 
         def run(mixture: BlockMixture, x: Tensor, block=block, shape=shape) -> Tensor:

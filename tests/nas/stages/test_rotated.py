@@ -50,6 +50,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         dict(img_size=20, patch_size=2, embed_dim=16, depths=(1, 2), num_heads=(2, 4), window_size=4, mlp_ratio=2),
     ),
     "t2t": ("t2t_vit_7", dict(img_size=32, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2.0, token_dim=4)),
+    "eva": (
+        "eva02_tiny_patch14_224",
+        dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=4, mlp_ratio=3, init_values=0.5),
+    ),
 }
 METHODS: dict[str, dict[str, Any]] = {"dan": {"budget": 0.7}, "kcr": {"budget": 0.9}, "joint": {"budget": 0.7}}
 TRAINING: dict[str, Any] = dict(

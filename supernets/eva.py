@@ -1,0 +1,168 @@
+"""timm's Eva (EVA, EVA-02, DINOv3, Perception Encoder, ViTs with rotary embeddings) as a backbone. One stage."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import AttentionRope
+from timm.layers.pos_embed_sincos import RotaryEmbeddingMixed
+from timm.models.eva import EvaAttention, EvaBlock
+from torch import Tensor, nn
+
+from search_spaces.slices import BlockShape
+from supernets.adapter import refuse
+from supernets.axes import BlockAxes, HalfAxes, HeadWidths, Params
+from supernets.compact_eva import (
+    CompactEvaAttention,
+    CompactEvaBlock,
+    Projected,
+    SkippedEvaBlock,
+    joined_bias,
+    turned_attention,
+    turns_of,
+)
+from supernets.layers import linear, norm, stem_norm
+from supernets.timm_block import ATTENTION, MLP
+from supernets.vit import VitAdapter
+
+EVA_ATTENTION = HalfAxes(
+    axes=dict(ATTENTION.axes)
+    | {
+        "attn.q_bias": ("HD",),
+        "attn.v_bias": ("HV",),
+        "attn.q_proj.weight": ("HD", "S"),
+        "attn.q_proj.bias": ("HD",),
+        "attn.k_proj.weight": ("HD", "S"),
+        "attn.k_proj.bias": ("HD",),
+        "attn.v_proj.weight": ("HV", "S"),
+        "attn.v_proj.bias": ("HV",),
+        "gamma_1": ("S",),
+    },
+    outputs=("gamma_1", "attn.proj"),
+    late_norms=ATTENTION.late_norms,
+    norm=ATTENTION.norm,
+    keys=("attn.k_proj.weight", "attn.k_proj.bias"),
+)
+EVA_MLP = replace(MLP, axes=dict(MLP.axes) | {"gamma_2": ("R",)}, outputs=("gamma_2", "mlp.fc2"))
+
+
+def pair_order(head_dim: int, halves: bool) -> tuple[int, ...]:
+    """The channels of a head in the order in which narrower ones keep them: pairs that turn together, spread out.
+
+    timm has the pairs of one axis of the image after those of the other, each from the fastest to the slowest. By the
+    reversed bits of a pair's number any first few are of both axes and of all speeds alike. halves: the two of a pair
+    are half a head apart, and not neighbours.
+    """
+    pairs = head_dim // 2
+    bits = (pairs - 1).bit_length()
+    spread = sorted(range(pairs), key=lambda pair: f"{pair:0{bits}b}"[::-1])
+    return tuple(c for p in spread for c in ((p, p + pairs) if halves else (2 * p, 2 * p + 1)))
+
+
+class EvaAdapter(VitAdapter):
+    """Eva as blocks, stem and classifier. Its blocks are given the sines and cosines of every position."""
+
+    block_axes = BlockAxes(EVA_ATTENTION, EVA_MLP)
+    block_types = (EvaBlock,)
+    attention_types = (EvaAttention, AttentionRope)
+    plain_attention = "use timm's EvaAttention or AttentionRope"
+    layer_scales = ("gamma_1", "gamma_2")
+    compact_block = CompactEvaBlock
+    skipped_block = SkippedEvaBlock
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__(backbone)
+        if any(block.attn.qkv is not None and block.attn.qkv.bias is None for block in backbone.blocks):
+            parted = {"attn.qkv.weight": ("attn.q_bias", None, "attn.v_bias")}
+            self.block_axes = replace(self.block_axes, attn=replace(EVA_ATTENTION, parted_biases=parted))
+        self._turns: tuple[Any, Tensor] | None = None  # of one device and precision
+
+    def block_shape(self, block: Any) -> BlockShape:
+        shape = super().block_shape(block)
+        if self.backbone.rope is None:
+            return shape
+        return replace(shape, qk_order=pair_order(shape.head_dim, block.attn.rotate_half), qk_unit=2)
+
+    def _check(self, backbone: Any) -> None:
+        super()._check(backbone)
+        if not isinstance(backbone.norm, nn.Identity) and not isinstance(backbone.fc_norm, nn.Identity):
+            raise refuse(backbone, "a norm before pooling and one after it", "use one of the two")
+        if backbone.patch_drop is not None:
+            raise refuse(backbone, "patch_drop_rate", "leave it out")
+        if isinstance(backbone.rope, RotaryEmbeddingMixed):
+            raise refuse(backbone, "rope_type=mixed", "use a rotary embedding whose frequencies all blocks share")
+        if getattr(backbone.rope, "aug_active", False):
+            raise refuse(backbone, "rope_shift_coords, rope_jitter_coords or rope_rescale_coords", "leave them out")
+        for block in backbone.blocks:
+            if getattr(block.attn, "num_kv_heads", block.attn.num_heads) != block.attn.num_heads:
+                raise refuse(backbone, "grouped queries (num_kv_heads)", "use as many heads of k and v as of q")
+
+    def join(self, prefix: list[Tensor], x: Tensor) -> Tensor:
+        return super().join(prefix, x) if prefix else x  # a copy has other strides, and what follows sums otherwise
+
+    def stem(self, params: Params, images: Tensor) -> Tensor:
+        eva = self.backbone
+        x = stem_norm(eva.norm_pre, params, "norm_pre", eva.pos_drop(self.embed(params, images)))
+        return x if isinstance(eva.norm_pre, nn.Identity) else x.contiguous()  # as timm's norms leave it
+
+    def attend(self, block: Any, params: Params, heads: HeadWidths, x: Tensor) -> Tensor:
+        attn, rope = block.attn, self._rope()
+        if rope is not None and heads.qk_channels is not None:
+            rope = turns_of(rope, torch.tensor(heads.qk_channels, device=rope.device))
+
+        def norm_qk(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+            return norm(attn.q_norm, params, "attn.q_norm", q), norm(attn.k_norm, params, "attn.k_norm", k)
+
+        x = turned_attention(attn, heads, projected(params, x), rope, norm_qk)
+        x = norm(attn.norm, params, "attn.norm", x)
+        return attn.proj_drop(linear(params, "attn.proj", x))  # type: ignore[no-any-return]
+
+    def _rope(self) -> Tensor | None:
+        """Sines and cosines (P, 2d) of all positions, as timm's forward makes them."""
+        eva, rope = self.backbone, self.backbone.rope
+        if rope is None:
+            return None
+        if hasattr(rope, "feat_shape") and not eva.dynamic_img_size:
+            return rope.get_embed()  # type: ignore[no-any-return]
+        buffer = next(rope.buffers())
+        if self._turns is None or self._turns[0] != (buffer.device, buffer.dtype):
+            with torch.inference_mode(False):
+                self._turns = (buffer.device, buffer.dtype), rope.get_embed(shape=eva.patch_embed.grid_size)
+        return self._turns[1]
+
+    def head_parts(self, block: Any) -> dict[str, str]:
+        taken = super().head_parts(block)
+        if self.backbone.rope is not None:
+            taken["qk"] = "q and k are turned by position inside the head (rotary embedding)"
+        return taken
+
+    def watch_qkv(self, block: Any, see: Callable[[Tensor], None]) -> Callable[[], None]:
+        def hook(_: Any, inputs: tuple[Tensor, ...]) -> None:
+            found = projected(self.block_parameters(block), inputs[0])
+            see(found if isinstance(found, Tensor) else torch.cat(found, dim=-1))
+
+        return block.attn.register_forward_pre_hook(hook).remove  # type: ignore[no-any-return]
+
+    def compact_attention(self, block: Any, heads: HeadWidths) -> nn.Module:
+        attn = block.attn
+        width, stream = heads.number * attn.head_dim, (attn.qkv or attn.q_proj).in_features
+        if heads.qk != attn.head_dim or heads.v != attn.head_dim or (type(attn) is EvaAttention and width != stream):
+            return CompactEvaAttention(attn, heads)
+        attn.num_heads = heads.number
+        if type(attn) is AttentionRope:
+            attn.num_kv_heads, attn.attn_dim, attn.kv_dim = heads.number, width, width
+        elif attn.k_bias is not None:
+            attn.k_bias = attn.k_bias[:width].clone()
+        return attn  # type: ignore[no-any-return]
+
+
+def projected(params: Params, x: Tensor) -> Projected:
+    """q, k and v of normed tokens, fused or each by itself, with the biases that they have."""
+    if "attn.qkv.weight" not in params:
+        q, k, v = (linear(params, f"attn.{name}_proj", x) for name in "qkv")
+        return q, k, v
+    if "attn.q_bias" not in params:
+        return linear(params, "attn.qkv", x)
+    return F.linear(x, params["attn.qkv.weight"], joined_bias(params["attn.q_bias"], params["attn.v_bias"]))
