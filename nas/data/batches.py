@@ -67,7 +67,7 @@ class TrainBatches:
     The order of the n images and their seeds come from (seed, epoch). A global batch is the next
     batch_size · world_size entries of it, of which rank r takes entries r, r + world_size, …. With `repeats`
     > 1 each image stands that many times in a row and the epoch still has about n entries, as in timm's
-    RepeatAugSampler. Every rank takes the same number of steps.
+    RepeatAugSampler. Every rank takes the same number of steps. `start` is the batch that a pass begins with.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class TrainBatches:
         # A last batch too small to give each rank an image would leave some without a step: never kept.
         keep_last = not drop_last and self.drawn % self.global_batch >= world_size
         self.steps = self.drawn // self.global_batch + keep_last
-        self.epoch = 0
+        self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -91,7 +91,7 @@ class TrainBatches:
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
         order = torch.randperm(self.n, generator=generator).repeat_interleave(self.repeats)[: self.drawn]
         seeds = torch.randint(0, 2**63 - 1, (self.drawn,), generator=generator)
-        for first in range(0, self.steps * self.global_batch, self.global_batch):
+        for first in range(self.start * self.global_batch, self.steps * self.global_batch, self.global_batch):
             share = slice(first + self.rank, first + self.global_batch, self.world_size)
             yield list(zip(order[share].tolist(), seeds[share].tolist(), strict=True))
 

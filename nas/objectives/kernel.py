@@ -62,6 +62,14 @@ class KernelTerm(nn.Module):
             "trace": trace,
         }
 
+    def process_state(self) -> dict[str, Tensor]:
+        """The running epoch's sum, of this process's images; empty before the first."""
+        return {name: t.cpu() for name, t in self.get_extra_state().items() if name in ("sum", "n")}
+
+    def load_process_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `process_state` gave."""
+        self.set_extra_state({**self.get_extra_state(), **state} if state else {})
+
     def get_extra_state(self) -> dict[str, Tensor]:
         return dict(self._state) if self._moment is None else self._moment.state_dict()
 
@@ -104,6 +112,12 @@ class KernelAdjoined(Adjoined):
         lam = adjoined_weight(step.t)
         task = Task(self.supernet, self.smoothing, self.detach_teacher, self.adjoined)
         return task.terms(images, target, q, lam) | {"tnn": self.kernel(features, step)}
+
+    def process_state(self) -> dict[str, Tensor]:
+        return self.kernel.process_state()
+
+    def load_process_state(self, state: Mapping[str, Tensor]) -> None:
+        self.kernel.load_process_state(state)
 
     def after_epoch(self) -> None:
         self.kernel.finish_epoch()

@@ -16,7 +16,8 @@ LARGE, SUPERNET = "large.safetensors", "supernet.safetensors"  # weights that a 
 C = TypeVar("C", bound=RunOptions)
 SWEEP_PLACE = ("ray_address", "cpus_per_trial", "gpus_per_trial", "procs_per_trial", "max_concurrent")
 # may differ between a run and its resumption
-PLACE = ("output", "resume", "device", "workers", "threads", "processes", *SWEEP_PLACE)
+OFTEN = ("checkpoint_every", "log_every", "on_nan")
+PLACE = ("output", "resume", "device", "workers", "threads", "processes", *OFTEN, *SWEEP_PLACE)
 
 
 def plain(config: RunOptions) -> dict[str, Any]:

@@ -33,13 +33,15 @@ from nas.stages.planned import Cuts, looked_at, planned
 from nas.stages.prepare import Beginning, check_compact, preparation, prepare
 from nas.training.basis import find_basis
 from nas.training.evaluate import print_table, top_k
-from nas.training.loop import CHECKPOINT, OnEpoch, Training, fit, settle
+from nas.training.loop import OnEpoch, fit
 from nas.training.make import make_training
 from nas.training.objective import Objective
 from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
 from nas.training.rate import find_rate
 from nas.training.refit import refitted
+from nas.training.state import CHECKPOINT, settle
+from nas.training.training import Training
 from search_spaces.architecture import Architecture, load_architecture
 from search_spaces.errors import UserError
 from search_spaces.method import Settings

@@ -15,8 +15,8 @@ from nas.objectives.kernel import KernelTerm
 from nas.prices.costs import priced
 from nas.prices.flops import FLOPS
 from nas.searchers.channels import Bernoulli, KernelSearch, TopK
-from nas.training.loop import Training
 from nas.training.objective import Objective
+from nas.training.training import Training
 from search_spaces.method import FRACTIONS, Picks, Settings
 from search_spaces.registry import METHODS
 from search_spaces.slices import NetworkSlice, network_slice
