@@ -41,17 +41,17 @@ class Training:
     device: torch.device
     evaluate: Callable[[], Mapping[str, float]]
     held_out: str
-    grad_scaler: Any
-    checkpoint_every: Every
-    log_every: Every
     arch_optimizer: torch.optim.Optimizer | None = None
     arch_loader: Any = None
     mixup: Any = None
     clip: Callable[[], None] | None = None
     accum_steps: int = 1
     amp_dtype: torch.dtype | None = None
+    grad_scaler: Any = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
     channels_last: bool = False
     ema: Any = None
+    checkpoint_every: Every = Every(seconds=1800)
+    log_every: Every = Every(seconds=60)
     keep: int = 0
     tensorboard: bool = False
     measure_start: bool = False

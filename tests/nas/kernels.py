@@ -98,8 +98,15 @@ class Linears(TorchFunctionMode):
 class Batches(list[tuple[Tensor, Tensor]]):
     """A loader over fixed batches."""
 
-    def set_epoch(self, epoch: int) -> None:
+    start = position = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
         """The same batches in every epoch."""
+        self.start = start
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for self.position in range(self.start + 1, len(self) + 1):
+            yield self[self.position - 1]
 
 
 def batches(num: int, size: int = 6, classes: int = 5) -> Batches:
