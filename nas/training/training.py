@@ -14,6 +14,7 @@ from nas.training.meter import Meter
 from nas.training.objective import Objective
 
 Batch = tuple[Tensor, Tensor]
+HALF_AN_HOUR, A_MINUTE = Every(seconds=1800), Every(seconds=60)
 
 
 @dataclass
@@ -50,8 +51,8 @@ class Training:
     grad_scaler: Any = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
     channels_last: bool = False
     ema: Any = None
-    checkpoint_every: Every = Every(seconds=1800)
-    log_every: Every = Every(seconds=60)
+    checkpoint_every: Every = HALF_AN_HOUR
+    log_every: Every = A_MINUTE
     keep: int = 0
     tensorboard: bool = False
     measure_start: bool = False

@@ -105,8 +105,10 @@ class Batches(list[tuple[Tensor, Tensor]]):
         self.start = start
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for self.position in range(self.start + 1, len(self) + 1):
-            yield self[self.position - 1]
+        self.position = self.start
+        for batch in self[self.start :]:
+            self.position += 1
+            yield batch
 
 
 def batches(num: int, size: int = 6, classes: int = 5) -> Batches:
