@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from nas.data.images import UNREADABLE, Images
+from nas.data.patience import Patience
 from nas.data.transforms import Transform, TransformError
 from search_spaces.errors import reason
 
@@ -122,6 +123,7 @@ class Fetch(Dataset[Item]):
 
     def __init__(self, images: Images, transform: Transform, substitutes: int) -> None:
         self.images, self.transform, self.substitutes = images, transform, substitutes
+        self.patience = Patience()
 
     def __getitems__(self, wanted: Sequence[Wanted]) -> list[Item]:
         with isolated_rng():
@@ -132,7 +134,7 @@ class Fetch(Dataset[Item]):
         for offset in range(self.substitutes + 1):
             at = (position + offset) % len(self.images)
             try:
-                image = self.images.read(at)
+                image = self.patience.read(self.images, at)
             except UNREADABLE as error:
                 words = " ".join(str(error).split()) or type(error).__name__
                 failures = (*failures, Failure(self.images.name(at), words))

@@ -4,6 +4,7 @@ A training run ends at its next step, with a checkpoint; anything else ends at o
 in files. Either way the exit code says that --resume goes on.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -65,6 +66,16 @@ def _handled(handler: "signal._HANDLER") -> Iterator[None]:
 
 
 def deaf(worker: int) -> None:
-    """Let a data loading process leave signals to the one it works for, which needs it to get to the step's end."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """Let a data loading process leave signals to the one it works for, which needs it to get to the step's end.
+
+    From that one itself SIGTERM ends it, as ever.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
