@@ -38,11 +38,21 @@ def stage(script: str, options: list[str], rank: int, processes: int, port: int,
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(ROOT)
+    quick()
     if processes > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.argv = [script, *options]
     runpy.run_path(script, run_name="__main__")
+
+
+def quick() -> None:
+    """Drawing and timing take longer than a tiny run."""
+    import nas.stages.retrain
+    import nas.stages.search
+
+    nas.stages.search.plot_run = nas.stages.retrain.plot_run = lambda folder: None  # type: ignore[assignment,misc]
+    nas.stages.retrain.images_per_second = lambda networks, *_: dict.fromkeys(networks, 1.0)  # type: ignore[misc]
 
 
 def started(script: str, processes: int, options: list[str], log: Path) -> list[multiprocessing.Process]:
