@@ -156,7 +156,7 @@ def test_the_script_for_a_scheduler_goes_on_until_the_run_is_done(tmp_path: Path
             job.send_signal(sends)
         output = job.communicate(timeout=300)[0].decode()
         codes.append(job.returncode)
-        assert sends is None or "retrain.py: stopped by SIGTERM after step" in output
+        assert sends is None or "retrain.py: stopped by SIGTERM after" in output
     assert codes == [RESUME_ME, RESUME_ME, 0]
     assert (tmp_path / "asked.txt").read_text() == "requeue 17\n" * 2
     assert len(epochs(tmp_path / "run")) == 40 and (tmp_path / "run" / "compact.safetensors").is_file()
