@@ -23,8 +23,8 @@ import torch.multiprocessing as mp
 
 from benchmarks.search_step import objectives
 from nas.machine import distributed
-from nas.training.loop import synchronised
 from nas.training.objective import Step
+from nas.training.updates import synchronised
 
 
 def seconds(module: Any, objective: Any, batch_size: int, rounds: int, exchange: bool) -> list[float]:

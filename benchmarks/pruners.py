@@ -47,10 +47,10 @@ from nas.config import RetrainConfig, with_defaults
 from nas.data.loaders import Loaders
 from nas.machine.devices import autocast
 from nas.machine.files import write_csv, write_json
+from nas.machine.randomness import seed_everything
 from nas.networks.key_values import parse_key_values
 from nas.objectives.distill import distilled_terms
 from nas.training.evaluate import top_k
-from nas.training.loop import seed_everything
 from nas.training.losses import cross_entropy
 from nas.training.optim import make_optimizer
 from search_spaces.errors import UserError

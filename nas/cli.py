@@ -11,7 +11,8 @@ import tyro
 import yaml
 
 from nas.config import C
-from nas.machine.launch import launched
+from nas.machine.launch import is_first, launched
+from nas.machine.stopping import RESUME_ME, Preempted, at_once
 from search_spaces.errors import UserError, reason
 
 OF_THE_MACHINE = (  # what a path or a disk can refuse, and no fault of the program
@@ -28,12 +29,20 @@ def main(kind: type[C], run: Callable[[C], Any]) -> None:
     """
     program = Path(sys.argv[0]).name
     try:
-        with errors(program):
+        with errors(program), at_once():
             run(parse(kind, sys.argv[1:], program))
             if launched():
                 from nas.machine.distributed import leave
 
                 leave()
+    except Preempted as stopped:
+        if is_first():
+            print(f"{program}: stopped by {stopped.words}; go on with --output DIR --resume", file=sys.stderr)
+        if launched():
+            from nas.machine.distributed import leave
+
+            leave(RESUME_ME)
+        raise
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted; go on with --output DIR --resume", file=sys.stderr)
         sys.exit(130)
@@ -81,6 +90,7 @@ def fail(program: str, message: str) -> None:
 
 def parse(kind: type[C], arguments: list[str], program: str) -> C:
     """The config from --config FILE (YAML, option: value) or a run to --resume, then the command line over it."""
+    arguments = with_resume(arguments)
     for name in SPACES_FLAGS:
         for flag, value in ((f"--{name}", "True"), (f"--no-{name}", "False")):
             i = arguments.index(flag) if flag in arguments else -1
@@ -101,6 +111,21 @@ def parse(kind: type[C], arguments: list[str], program: str) -> C:
     options: dict[str, Any] = {} if default is None else {"default": default}
     config: C = tyro.cli(kind, args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,), **options)
     return config
+
+
+def with_resume(arguments: list[str]) -> list[str]:
+    """--resume auto as --resume where --output holds a run, and as nothing where it does not yet."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    at = next((i for i, pair in enumerate(pairs) if pair == ("--resume", "auto")), None)
+    if at is not None:
+        arguments = [*arguments[:at], "--resume=auto", *arguments[at + 2 :]]
+    if "--resume=auto" not in arguments:
+        return arguments
+    arguments = [a for a in arguments if a != "--resume=auto"]
+    _, output = take_option(arguments, "--output")
+    if output is None:
+        raise UserError("--resume auto needs --output DIR, the folder of the run to begin or to go on with")
+    return [*arguments, "--resume"] if (Path(output) / "config.yaml").is_file() else arguments
 
 
 def take_option(arguments: list[str], option: str) -> tuple[list[str], str | None]:

@@ -36,7 +36,7 @@ class Adapter(ABC):
     outer_norms: Mapping[str, tuple[str, int]]  # name of each outer norm -> letters and stage of what it normalises
     classifiers: tuple[str, ...] = ()  # linear layers that read the pooled features, (B, w), or of several (B, n, w)
     # What a rotation of the streams needs to know (section 2.7); a family that does not say it is not rotated:
-    outer_readers: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # outer norm -> linear layers that read through it
+    outer_readers: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # outer norm -> layers that read through it
     stem_norm: str | None = None  # a norm whose output is the first stage's stream
     before_stem: tuple[str, ...] = ()  # first letters of the parameters that lie before stem_norm
     stem_tokens: int = 0  # tokens that stem_norm runs on

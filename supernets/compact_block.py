@@ -63,7 +63,7 @@ class CompactBlock(nn.Module):
         self.register_buffer("mlp_index", index, persistent=False)
 
     def attention_half(self, z: Tensor, **given: Any) -> Tensor:
-        """What attention adds to the slice: (..., S) -> (..., S). given: what the backbone hands to its blocks (masks)."""
+        """What attention adds to the slice: (..., S) -> (..., S). given: what blocks are handed, as masks."""
         y: Tensor = self.attn(self.norm1(z), **given)
         return self.ls1(y) if hasattr(self, "ls1") else y
 

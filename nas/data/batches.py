@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate, get_work
 
 from nas.data.decoding import as_seen
 from nas.data.images import UNREADABLE, Images
+from nas.data.patience import Patience
 from nas.data.transforms import Transform, TransformError
 from search_spaces.errors import reason
 
@@ -68,7 +69,7 @@ class TrainBatches:
     The order of the n images and their seeds come from (seed, epoch). A global batch is the next
     batch_size · world_size entries of it, of which rank r takes entries r, r + world_size, …. With `repeats`
     > 1 each image stands that many times in a row and the epoch still has about n entries, as in timm's
-    RepeatAugSampler. Every rank takes the same number of steps.
+    RepeatAugSampler. Every rank takes the same number of steps. `start` is the batch that a pass begins with.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class TrainBatches:
         # A last batch too small to give each rank an image would leave some without a step: never kept.
         keep_last = not drop_last and self.drawn % self.global_batch >= world_size
         self.steps = self.drawn // self.global_batch + keep_last
-        self.epoch = 0
+        self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -92,7 +93,7 @@ class TrainBatches:
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
         order = torch.randperm(self.n, generator=generator).repeat_interleave(self.repeats)[: self.drawn]
         seeds = torch.randint(0, 2**63 - 1, (self.drawn,), generator=generator)
-        for first in range(0, self.steps * self.global_batch, self.global_batch):
+        for first in range(self.start * self.global_batch, self.steps * self.global_batch, self.global_batch):
             share = slice(first + self.rank, first + self.global_batch, self.world_size)
             yield list(zip(order[share].tolist(), seeds[share].tolist(), strict=True))
 
@@ -123,7 +124,8 @@ class Fetch(Dataset[Item]):
     """
 
     def __init__(self, images: Images, transform: Transform, substitutes: int, exif: bool = True) -> None:
-        self.images, self.transform, self.substitutes, self.exif = images, transform, substitutes, exif
+        self.images, self.transform, self.substitutes = images, transform, substitutes
+        self.patience = Patience(exif)
 
     def __getitems__(self, wanted: Sequence[Wanted]) -> list[Item]:
         with isolated_rng():
@@ -134,7 +136,7 @@ class Fetch(Dataset[Item]):
         for offset in range(self.substitutes + 1):
             at = (position + offset) % len(self.images)
             try:
-                image = self.images.read(at, self.exif)
+                image = self.patience.read(self.images, at)
             except UNREADABLE as error:
                 words = " ".join(str(error).split()) or type(error).__name__
                 failures = (*failures, Failure(self.images.name(at), words))

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from nas.data.batches import CheckedBatch, EvalBatches, Failures, Fetch, Stream, TrainBatches, collate, epoch_seed
 from nas.data.images import Images
 from nas.data.transforms import LoaderSpec, Transform
+from nas.machine.stopping import deaf
 from search_spaces.errors import UserError, reason
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,9 @@ class Loader:
     """Batches on `device`: images (B, C, H, W), float32, normalised, and labels (B,), int64.
 
     Call `set_epoch` before each pass. `len` is the number of batches of this rank, `num_images` that of the images
-    of all. `corrupt` holds the unreadable files met so far, whichever worker met them. Iterating raises UserError
-    when they are too many.
+    of all. `position` says how many batches of the pass have been taken, with those that held no readable image: a
+    pass that is set to start there goes on with the next. `corrupt` holds the unreadable files met so far, whichever
+    worker met them. Iterating raises UserError when they are too many.
     """
 
     def __init__(
@@ -70,16 +72,19 @@ class Loader:
     ) -> None:
         self.corrupt = Corrupt(total)
         self.num_images, self.batch_size = total, spec.batch_size
-        self.epoch = 0
+        self.epoch = self.start = self.position = 0
         self._loader, self._steps, self._seed, self._device = loader, steps, seed, device
         self.stats = mean, std = spec.stats()
         self._mean = torch.tensor(mean, device=device).mul_(255).view(1, -1, 1, 1)
         self._std = torch.tensor(std, device=device).mul_(255).view(1, -1, 1, 1)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """start: the batch to begin with. Of a stream those before it are read and passed over."""
+        self.epoch, self.start = epoch, start
         source = self._loader.dataset if isinstance(self._loader.dataset, Stream) else self._loader.batch_sampler
         source.set_epoch(epoch)  # type: ignore[union-attr]
+        if isinstance(source, TrainBatches):
+            source.start = start
 
     def __len__(self) -> int:
         return self._steps
@@ -87,9 +92,12 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # A DataLoader without a generator draws from the global one; a stream's workers are seeded from it.
         self._loader.generator = torch.Generator().manual_seed(epoch_seed(self._seed, self.epoch))
+        passed_over = isinstance(self._loader.batch_sampler, TrainBatches)
+        self.position = self.start if passed_over else 0
         for images, labels, failures in self._batches():
             self.corrupt.add(failures)
-            if len(labels):
+            self.position += 1
+            if self.position > self.start and len(labels):
                 yield self._normalised(images), labels.to(self._device, non_blocking=True)
 
     def _batches(self) -> Iterator[CheckedBatch]:
@@ -160,7 +168,8 @@ def train_loader(
         raise UserError(f"{len(dataset)} training images make no batch of {batches.global_batch}; lower --batch-size")
     # One substitute more than may be unreadable: if all fail, the loader stops for good reason.
     fetch = Fetch(dataset, transform, substitutes=int(TOLERATED * len(dataset)) + 1, exif=spec.exif)
-    loader = _data_loader(fetch, spec, device, batch_sampler=batches)
+    # Processes that live on, to the next epoch: what they hold (the images' places, the transform) never changes.
+    loader = _data_loader(fetch, spec, device, batch_sampler=batches, persistent_workers=spec.workers > 0)
     return Loader(loader, len(batches), len(dataset), spec, seed, torch.device(device))
 
 
@@ -231,5 +240,6 @@ def _data_loader(dataset: Fetch | Stream, spec: LoaderSpec, device: torch.device
         num_workers=max(1, spec.workers) if isinstance(dataset, Stream) else spec.workers,
         collate_fn=collate,
         pin_memory=torch.device(device).type == "cuda",
+        worker_init_fn=deaf,
         **batching,
     )

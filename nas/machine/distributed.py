@@ -56,11 +56,11 @@ def local_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Inside, the processes that torchrun started are one group: NCCL on CUDA, gloo elsewhere."""
+    """Inside, the processes that torchrun started are one group: NCCL for tensors on CUDA, gloo for others."""
     if not launched() or _joined():
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield
     finally:
@@ -101,6 +101,15 @@ def mean_values(values: Mapping[str, float], device: torch.device) -> dict[str, 
     t = torch.tensor(list(values.values()), dtype=torch.float64 if device.type == "cpu" else torch.float32).to(device)
     dist.all_reduce(t)
     return dict(zip(values, (t / dist.get_world_size()).tolist(), strict=True))
+
+
+def highest(value: int) -> int:
+    """The largest of everybody's values, by way of the CPUs: no accelerator is waited for."""
+    if not _joined():
+        return value
+    t = torch.tensor(value)
+    dist.all_reduce(t, dist.ReduceOp.MAX)
+    return int(t)
 
 
 def gather(value: T) -> list[T]:
@@ -168,8 +177,8 @@ def quiet_unless_main() -> Iterator[None]:
             sys.stdout = kept
 
 
-def leave() -> None:
-    """End a process that torchrun started, its work done and written.
+def leave(code: int = 0) -> None:
+    """End a process that torchrun started, what it has done written.
 
     Without the interpreter's own end: threads of the process group may outlive it there and abort the process, which
     torchrun would take for a failure of the job.
@@ -177,7 +186,7 @@ def leave() -> None:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def report(program: str, message: str) -> None:

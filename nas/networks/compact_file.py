@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nas.data.folders import few
+from nas.data.listing import few
 from nas.machine.files import write_text
 from nas.networks.architecture import slices_of
 from nas.networks.backbone import build, classifier_names

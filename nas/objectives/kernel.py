@@ -27,16 +27,16 @@ class KernelTerm(nn.Module):
         self.eta_kc, self.rho = eta_kc, rho
         self.kernel: EpochKernel | None = None  # of the last epoch that ended
         self._moment: SecondMoment | None = None
-        self._state: Mapping[str, Tensor] = {}  # a checkpoint's, until the features show size and device
+        self._state: Mapping[str, Tensor] = {}  # a checkpoint's, until the features show their number
         self._counted = -1
+        self._place: Tensor
+        self.register_buffer("_place", torch.empty(0), persistent=False)  # by which the device is known
 
     def forward(self, features: Tensor, step: Step) -> Tensor:
         """features (B, D), or (B, 2, D/2) of a network with two classifiers -> the weighted term, a scalar."""
         features = features.flatten(1)
-        if self._moment is None:
-            self._moment = SecondMoment(features.shape[1], features.device)
-            if self._state:
-                self._moment.load_state_dict(self._state)
+        self._begin(features.shape[1])
+        assert self._moment is not None
         if step.number != self._counted:  # a second forward of the same step is the logits' held-out batch
             self._counted = step.number
             self._moment.update(features)
@@ -46,9 +46,18 @@ class KernelTerm(nn.Module):
 
     def finish_epoch(self) -> None:
         """Refresh V and measure the epoch."""
+        if self._state:  # where a run goes on, an epoch may have no step left
+            self._begin(len(self._state["sum"]))
         assert self._moment is not None, "an epoch without a step"
         self.kernel = self._moment.finish(self.rho)
         self._counted = -1
+
+    def _begin(self, num_features: int) -> None:
+        """The second moment, from a checkpoint's state where there is one."""
+        if self._moment is None:
+            self._moment = SecondMoment(num_features, self._place.device)
+            if self._state:
+                self._moment.load_state_dict(self._state)
 
     def log(self) -> dict[str, float]:
         """KC raw and on the trace-normalised spectrum, TNN_r and the trace it is part of."""
@@ -61,6 +70,14 @@ class KernelTerm(nn.Module):
             "tnn": self.kernel.tnn,
             "trace": trace,
         }
+
+    def process_state(self) -> dict[str, Tensor]:
+        """The running epoch's sum, of this process's images; empty before the first."""
+        return {name: t.cpu() for name, t in self.get_extra_state().items() if name in ("sum", "n")}
+
+    def load_process_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `process_state` gave."""
+        self.set_extra_state({**self.get_extra_state(), **state} if state else {})
 
     def get_extra_state(self) -> dict[str, Tensor]:
         return dict(self._state) if self._moment is None else self._moment.state_dict()
@@ -104,6 +121,12 @@ class KernelAdjoined(Adjoined):
         lam = adjoined_weight(step.t)
         task = Task(self.supernet, self.smoothing, self.detach_teacher, self.adjoined)
         return task.terms(images, target, q, lam) | {"tnn": self.kernel(features, step)}
+
+    def process_state(self) -> dict[str, Tensor]:
+        return self.kernel.process_state()
+
+    def load_process_state(self, state: Mapping[str, Tensor]) -> None:
+        self.kernel.load_process_state(state)
 
     def after_epoch(self) -> None:
         self.kernel.finish_epoch()

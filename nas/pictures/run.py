@@ -33,7 +33,10 @@ INSTALLED = NAS / "published" / "published.csv"  # where pyproject.toml puts a c
 PUBLISHED = INSTALLED if INSTALLED.is_file() else NAS.parent / "results" / "published.csv"
 EARLIER = {"val": HELD_OUT, "test": "test split"}  # how older summaries named what they measured on
 # Options that say where a run ran, its seed and what it started from, not which configuration it is.
-INCIDENTAL = ("seed", "output", "resume", "device", "workers", "threads", "data_dir", "arch", "download")
+INCIDENTAL = (
+    "seed", "output", "resume", "device", "workers", "threads", "data_dir", "arch", "download", "checkpoint_every",
+    "log_every",
+)  # fmt: skip
 
 
 def plot_run(folder: Path, points: Sequence[Mapping[str, Any]] | None = None, x: str = "gflops") -> list[Path]:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: temporary name, then rename. Weights never come from a plain pickle."""
+"""A training state on the disk: whole or not there, versioned, never a plain pickle."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,11 @@ from nas.machine.files import write_atomically
 from nas.networks.weights import UNREADABLE
 from search_spaces.errors import UserError, reason
 
-FORMAT = 1
+FORMAT = 2  # 1: only of whole epochs
+
+
+class Unreadable(UserError):
+    """A checkpoint that is torn, or none."""
 
 
 def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
@@ -25,7 +29,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except UNREADABLE as error:
-        raise UserError(f"{path} is not a readable checkpoint: truncated or foreign ({reason(error)})") from None
+        raise Unreadable(f"{path} is not a readable checkpoint: truncated or foreign ({reason(error)})") from None
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path} is not a checkpoint of this toolkit (no format field)")
     if state["format"] > FORMAT:

@@ -24,7 +24,8 @@ WRITTEN = {  # kinds of files that a run or a sweep leaves in its folder
 C = TypeVar("C", bound=RunOptions)
 SWEEP_PLACE = ("ray_address", "cpus_per_trial", "gpus_per_trial", "procs_per_trial", "max_concurrent")
 # may differ between a run and its resumption; of data that moved, images.py sees that it is the same
-PLACE = ("output", "resume", "data_dir", "device", "workers", "threads", "processes", *SWEEP_PLACE)
+OFTEN = ("checkpoint_every", "log_every", "on_nan")
+PLACE = ("output", "resume", "data_dir", "device", "workers", "threads", "processes", *OFTEN, *SWEEP_PLACE)
 
 
 def plain(config: RunOptions) -> dict[str, Any]:

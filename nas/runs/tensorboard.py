@@ -20,13 +20,16 @@ def writer_class() -> Any:
 
 
 class EventFiles:
-    """Event files of a run in DIR/tensorboard, one point per epoch and column of log.csv.
+    """Event files of a run: in DIR/tensorboard a point per epoch and column of log.csv, in its folder steps one now and
+    then by the number of the step.
 
-    first: epochs already done. A resumed run hides what a killed one wrote after its last checkpoint.
+    epochs, steps: done already. A resumed run hides what a killed one wrote after its last checkpoint.
     """
 
-    def __init__(self, folder: Path, first: int) -> None:
-        self.writer = writer_class()(str(folder / "tensorboard"), purge_step=first + 1)
+    def __init__(self, folder: Path, epochs: int, steps: int) -> None:
+        place, writer = folder / "tensorboard", writer_class()
+        self.writer = writer(str(place), purge_step=epochs + 1)
+        self.steps = writer(str(place / "steps"), purge_step=steps + 1)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Write one row of log.csv."""
@@ -34,3 +37,9 @@ class EventFiles:
             if name != "epoch" and isinstance(value, int | float):
                 self.writer.add_scalar(name, value, row["epoch"])
         self.writer.flush()
+
+    def add_step(self, values: Mapping[str, float], step: int) -> None:
+        """Write what a step stands for."""
+        for name, value in values.items():
+            self.steps.add_scalar(name, value, step)
+        self.steps.flush()

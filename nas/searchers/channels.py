@@ -105,6 +105,12 @@ class KernelSearch(Search):
         slices = space.block_slices(picks)
         return [{KEPT: best_channels(scores, kept)} for scores, kept in zip(self.scores, slices, strict=True)]
 
+    def process_state(self) -> dict[str, Tensor]:
+        return self.kernel.process_state()
+
+    def load_process_state(self, state: Mapping[str, Tensor]) -> None:
+        self.kernel.load_process_state(state)
+
     def after_epoch(self) -> None:
         self.kernel.finish_epoch()
 

@@ -27,8 +27,8 @@ from nas.searchers.losses import slice_losses, tails
 from nas.searchers.searcher import Run
 from nas.searchers.supernet_search import Search
 from nas.training.calibration import calibration_images, drawn
-from nas.training.loop import CHECKPOINT
 from nas.training.losses import cross_entropy
+from nas.training.state import CHECKPOINT
 from search_spaces.errors import UserError
 from search_spaces.method import Candidate, Picks
 from supernets.importance import magnitude_scores, taylor_pass

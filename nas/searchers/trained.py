@@ -7,8 +7,9 @@ from nas.searchers.options import SearchOptions
 from nas.searchers.searcher import Answer, Question, Run, Searcher
 from nas.searchers.start import begin, to_begin
 from nas.training.basis import find_basis
-from nas.training.loop import fit, settle
+from nas.training.loop import fit
 from nas.training.make import make_training
+from nas.training.state import settle
 from search_spaces.errors import UserError
 
 

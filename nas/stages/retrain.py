@@ -29,17 +29,21 @@ from nas.objectives.table import Kind, kind_of
 from nas.objectives.teacher import Teacher, make_teacher
 from nas.pictures.run import plot_run
 from nas.runs.folder import LARGE, SUPERNET, results_path
+from nas.stages.afterwards import Afterwards
 from nas.stages.planned import Cuts, looked_at, planned
-from nas.stages.prepare import Beginning, check_compact, preparation, prepare
+from nas.stages.prepare import Beginning, compared, preparation, prepare
 from nas.training.basis import find_basis
 from nas.training.evaluate import print_table, top_k
-from nas.training.loop import CHECKPOINT, OnEpoch, Training, fit, settle
+from nas.training.loop import OnEpoch, fit
 from nas.training.make import make_training
+from nas.training.meter import Diverged
 from nas.training.objective import Objective
 from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
 from nas.training.rate import find_rate
 from nas.training.refit import refitted
+from nas.training.state import BEST, CHECKPOINT, go_back, settle
+from nas.training.training import Training
 from search_spaces.architecture import Architecture, load_architecture
 from search_spaces.errors import UserError
 from search_spaces.method import Settings
@@ -116,10 +120,28 @@ def _retrain(
     print(headline(goal, origin))
     if goal.arch is not None:
         write_architecture(goal.arch, prepared.folder)
-    fit(training, config.resume, "retrain", on_epoch)
-    settle(training, config.result == "best")
-    conclude(goal, prepared, training, teacher)
+    after = Afterwards(prepared.folder)
+    train(goal, training, after, on_epoch)
+    conclude(goal, prepared, training, teacher, after)
+    after.end()
     return prepared.folder
+
+
+def train(goal: Goal, training: Training, after: Afterwards, on_epoch: OnEpoch | None) -> None:
+    """Train, and leave in the supernet the weights to be measured and cut.
+
+    Of a run that comes to nothing the best network there was; Diverged where there was none.
+    """
+    best = goal.config.result == "best"
+    try:
+        fit(training, goal.config.resume, "retrain", on_epoch)
+    except Diverged as error:
+        if not go_back(training):
+            raise
+        best = True
+        taken = BEST if (training.folder / BEST).is_file() else CHECKPOINT
+        after.note(f"{error}; the networks are those of {taken}")
+    settle(training, best)
 
 
 def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture | None]:
@@ -293,17 +315,50 @@ def headline(goal: Goal, origin: Origin) -> str:
     return f"{words}; small {small.params / 1e6:.3f} M, {small.flops / 1e9:.4g} GFLOPs"
 
 
-def conclude(goal: Goal, prepared: Prepared, training: Training, teacher: Teacher | None) -> None:
-    """Cut the compact network out, check it against the subnet, measure every network on the reported split, draw.
+def conclude(goal: Goal, prepared: Prepared, training: Training, teacher: Teacher | None, after: Afterwards) -> None:
+    """Cut the compact network out and write it; then compare, measure every network on the reported split, draw.
 
     A network appears in the table only if this run trained it, or learnt from it.
     """
     config, folder, device, loaders = goal.config, prepared.folder, prepared.device, prepared.loaders
-    supernet, arch = prepared.supernet.eval(), goal.arch
     networks: dict[str, Network] = dict(training.objective.networks())
     facts: dict[str, Any] = {"stage": "retrain", "train": config.train, "space": goal.space.name}
     facts |= {"dataset": config.dataset, "seed": config.seed, "split": loaders.reported, "result": config.result}
     facts |= {"held_out": None if loaders.val is None else loaders.held_out}
+    table = written(goal, prepared, networks, teacher)
+    if goal.arch is not None:
+        facts |= {"budget": goal.arch.search.get("budget")}
+        with after.part("comparing compact.safetensors with the subnet"):
+            facts |= compared(networks["subnet"], networks["compact"], loaders, device)
+    with after.part(f"measuring accuracy on the {loaders.reported}", together=True):
+        scores = top_k(networks, loaders.test, device, training.autocast, f"measuring on the {loaders.reported}")
+        for name, row in table.items():
+            row |= {k: scores[f"{name}_{k}"] for k in ("top1", "top5")}
+    facts |= {"unreadable_images": report_unreadable(loaders), "left_out_files": dict(prepared.splits.left_out)}
+    if not is_main():
+        return
+    with after.part("measuring speed"):
+        for batch in (1, 32):
+            size = prepared.supernet.adapter.input_size
+            speeds = images_per_second(networks, size, batch, device, training.autocast)
+            for name, speed in speeds.items():
+                table[name][f"images_per_s_{batch}"] = speed
+    facts |= {"precision": str(training.amp_dtype or torch.float32), "threads": torch.get_num_threads()}
+    with after.part("writing tables"):
+        write_json(folder / "summary.json", facts | after.facts() | table)
+        write_csv(folder / "table.csv", [{"network": name} | row for name, row in table.items()])
+    print_table(table, f"{goal.space.name} on {config.dataset}, {loaders.reported}")
+    with after.part("drawing pictures"):
+        plot_run(folder)
+    files = [name for name in ("compact.safetensors", LARGE, "arch.json") if (folder / name).is_file()]
+    print(f"results in {results_path(folder)}: {', '.join(files)}, table.csv and pictures")
+
+
+def written(
+    goal: Goal, prepared: Prepared, networks: dict[str, Network], teacher: Teacher | None
+) -> dict[str, dict[str, Any]]:
+    """Write what was trained, before anything can fail on it; adds the compact network. Parameters and FLOPs of all."""
+    supernet, arch, folder = prepared.supernet.eval(), goal.arch, prepared.folder
     table: dict[str, dict[str, Any]] = {}
     if teacher is not None and "teacher" in networks:
         table["teacher"] = {"params": teacher.params, "gflops": teacher.flops / 1e9}
@@ -314,26 +369,8 @@ def conclude(goal: Goal, prepared: Prepared, training: Training, teacher: Teache
     if arch is not None:
         compact = cut(supernet.backbone, goal.subnet).eval()
         networks["compact"] = compact
-        difference = check_compact(networks["subnet"], compact, next(iter(loaders.test))[0].to(device))
         if is_main():
-            save_compact(compact, folder, arch, preparation(config, loaders))
-        facts |= {"budget": arch.search.get("budget"), "compact_minus_subnet": difference}
+            save_compact(compact, folder, arch, preparation(goal.config, prepared.loaders))
         table["subnet"] = {"params": arch.params, "gflops": arch.flops / 1e9}
         table["compact"] = {"params": sum(p.numel() for p in compact.parameters()), "gflops": arch.flops / 1e9}
-    scores = top_k(networks, loaders.test, device, training.autocast, f"measuring on the {loaders.reported}")
-    for name, row in table.items():
-        row |= {k: scores[f"{name}_{k}"] for k in ("top1", "top5")}
-    facts |= {"unreadable_images": report_unreadable(loaders), "left_out_files": dict(prepared.splits.left_out)}
-    if not is_main():
-        return
-    for batch in (1, 32):
-        speeds = images_per_second(networks, supernet.adapter.input_size, batch, device, training.autocast)
-        for name, speed in speeds.items():
-            table[name][f"images_per_s_{batch}"] = speed
-    facts |= {"precision": str(training.amp_dtype or torch.float32), "threads": torch.get_num_threads()}
-    write_json(folder / "summary.json", facts | table)
-    write_csv(folder / "table.csv", [{"network": name} | row for name, row in table.items()])
-    print_table(table, f"{goal.space.name} on {config.dataset}, {loaders.reported}")
-    plot_run(folder)
-    files = [name for name in ("compact.safetensors", LARGE, "arch.json") if (folder / name).is_file()]
-    print(f"results in {results_path(folder)}: {', '.join(files)}, table.csv and pictures")
+    return table

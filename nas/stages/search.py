@@ -30,8 +30,9 @@ from nas.prices.options import one_budget
 from nas.prices.table import price_of
 from nas.runs.folder import SUPERNET, open_run, results_path
 from nas.searchers.searcher import Answer, Question, Run, Searcher
+from nas.stages.afterwards import Afterwards
 from nas.stages.planned import cuts_of, planned
-from nas.stages.prepare import Beginning, check_compact, preparation, prepare
+from nas.stages.prepare import Beginning, compared, preparation, prepare
 from nas.training.evaluate import by_split, print_table, top_k
 from nas.training.loop import OnEpoch
 from nas.training.plan import BasisPlan
@@ -93,7 +94,9 @@ def _search(config: SearchConfig, space: Space, device: torch.device, on_epoch: 
     write_architecture(arch, prepared.folder)
     if is_main():
         save_weights(timm_state(prepared.supernet), prepared.folder / SUPERNET)
-    conclude(asked, answer, prepared, arch)
+    after = Afterwards(prepared.folder)
+    conclude(asked, answer, prepared, arch, after)
+    after.end()
     return prepared.folder
 
 
@@ -178,7 +181,7 @@ def found(asked: Asked, answer: Answer) -> Architecture:
     return replace(arch, permutation=answer.standing.permutation, basis=answer.standing.basis, search=settings)
 
 
-def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architecture) -> None:
+def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architecture, after: Afterwards) -> None:
     """Refit and cut where that is the method's way; measure what was found, write the summary, draw.
 
     The networks are measured on the reported split too, once and last: it decides nothing.
@@ -193,19 +196,24 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
     seconds = dict(answer.seconds)
     if training_of(asked.space).refits:
         began = time.perf_counter()
-        networks["compact"] = refitted_compact(config, prepared, arch, subnet)
+        networks["compact"] = refitted_compact(config, prepared, arch, subnet, after)
         seconds["refit"] = round(time.perf_counter() - began, 2)
     else:
         more["full_width"] = partial(supernet.small, small=full)
-    held_out = {} if loaders.val is None else top_k(networks | more, loaders.val, prepared.device, precision)
-    words = f"measuring on the {loaders.reported}"
-    scores = top_k(networks, loaders.test, prepared.device, precision, words)
+    held_out: dict[str, float] = {}
+    scores: dict[str, float] = {}
+    with after.part(f"measuring accuracy on the {loaders.reported}", together=True):
+        if loaders.val is not None:
+            held_out = top_k(networks | more, loaders.val, prepared.device, precision)
+        words = f"measuring on the {loaders.reported}"
+        scores = top_k(networks, loaders.test, prepared.device, precision, words)
     small = {"params": arch.params, "gflops": arch.flops / 1e9}
     table: dict[str, dict[str, float]] = {name: dict(small) for name in networks}
     table["large"] = {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9}
     for name, row in table.items():
         for k in ("top1", "top5"):
-            row[k] = scores[f"{name}_{k}"]
+            if scores:
+                row[k] = scores[f"{name}_{k}"]
             if held_out:
                 row[f"held_out_{k}"] = held_out[f"{name}_{k}"]
     facts: dict[str, Any] = {"stage": "search", "space": arch.space, "dataset": config.dataset, "seed": config.seed}
@@ -221,29 +229,33 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
     }
     if not is_main():
         return
-    facts |= dict(answer.found) | ({"seconds": seconds} if seconds else {})
-    write_json(prepared.folder / "summary.json", facts | table | {"narrowing": narrowing})
+    with after.part("writing tables"):
+        facts |= dict(answer.found) | ({"seconds": seconds} if seconds else {}) | after.facts()
+        write_json(prepared.folder / "summary.json", facts | table | {"narrowing": narrowing})
     print_table(table, f"{arch.space} on {config.dataset}", by_split(loaders.reported, loaders.held_out))
     if "full_width" in more and subnet != full and held_out:
         print(
             f"top-1 of the subnet before narrowing its stages {held_out['full_width_top1']:.2f} %,"
             f" after {held_out['subnet_top1']:.2f} %, on {loaders.held_out}"
         )
-    plot_run(prepared.folder)
+    with after.part("drawing pictures"):
+        plot_run(prepared.folder)
     if seconds:
         print(f"seconds: {', '.join(f'{name} {value:.1f}' for name, value in seconds.items())}")
     print(f"results in {results_path(prepared.folder)}\nnext: {next_command(asked, prepared.folder)}")
 
 
-def refitted_compact(config: SearchConfig, prepared: Prepared, arch: Architecture, subnet: NetworkSlice) -> nn.Module:
+def refitted_compact(
+    config: SearchConfig, prepared: Prepared, arch: Architecture, subnet: NetworkSlice, after: Afterwards
+) -> nn.Module:
     """The compact network, refitted (section 2.11), written beside arch.json; the supernet stays as it is."""
     supernet, loaders = prepared.supernet, prepared.loaders
     with written(supernet, subnet, refitted(config, prepared, subnet)):
         compact = cut(supernet.backbone, subnet).eval()
-        images = next(iter(loaders.test))[0].to(prepared.device)
-        check_compact(partial(supernet.small, small=subnet), compact, images)
-    if is_main():
-        save_compact(compact, prepared.folder, arch, preparation(config, loaders))
+        if is_main():
+            save_compact(compact, prepared.folder, arch, preparation(config, loaders))
+        with after.part("comparing compact.safetensors with the subnet"):
+            compared(partial(supernet.small, small=subnet), compact, loaders, prepared.device)
     return compact
 
 

@@ -9,10 +9,10 @@ from typing import Any
 from nas.data.loaders import CALIBRATION_BATCH
 from nas.machine.distributed import is_main, mean_gradients, on_main
 from nas.machine.files import write_text
+from nas.machine.randomness import seed_everything
 from nas.networks.basis_file import BASIS, read_basis, recorded, save_basis
 from nas.training.calibration import calibration_images, drawn
 from nas.training.evaluate import progress
-from nas.training.loop import seed_everything
 from nas.training.losses import cross_entropy
 from nas.training.options import LoopOptions
 from nas.training.prepared import Prepared

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from nas.data.loader import Loader
-from nas.training.loop import Batch
 from nas.training.options import LoopOptions
 from nas.training.prepared import Prepared
+from nas.training.training import Batch
 from supernets.supernet import Supernet
 
 

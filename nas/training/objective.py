@@ -59,6 +59,13 @@ class Objective(nn.Module, ABC):
     def after_epoch(self) -> None:
         """Updates at the end of an epoch, before its row is logged."""
 
+    def process_state(self) -> dict[str, Tensor]:
+        """Copies of what each process adds up for itself inside an epoch, and all of them together at its end."""
+        return {}
+
+    def load_process_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there."""
+
     def log(self, step: Step) -> dict[str, float]:
         """Values for the epoch's row in log.csv."""
         return {}

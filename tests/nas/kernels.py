@@ -15,8 +15,8 @@ from nas.objectives.kernel import KernelTerm
 from nas.prices.costs import priced
 from nas.prices.flops import FLOPS
 from nas.searchers.channels import Bernoulli, KernelSearch, TopK
-from nas.training.loop import Training
 from nas.training.objective import Objective
+from nas.training.training import Training
 from search_spaces.method import FRACTIONS, Picks, Settings
 from search_spaces.registry import METHODS
 from search_spaces.slices import NetworkSlice, network_slice
@@ -98,8 +98,17 @@ class Linears(TorchFunctionMode):
 class Batches(list[tuple[Tensor, Tensor]]):
     """A loader over fixed batches."""
 
-    def set_epoch(self, epoch: int) -> None:
+    start = position = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
         """The same batches in every epoch."""
+        self.start = start
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.position = self.start
+        for batch in self[self.start :]:
+            self.position += 1
+            yield batch
 
 
 def batches(num: int, size: int = 6, classes: int = 5) -> Batches:

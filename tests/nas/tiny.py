@@ -13,10 +13,10 @@ from nas.data.images import Images, Source
 from nas.data.loaders import Batching, Loaders, make_loaders
 from nas.networks.backbone import Start, TimmModel
 from nas.objectives.adjoined import Adjoined
-from nas.training.loop import Training
 from nas.training.make import make_training
 from nas.training.objective import Objective
 from nas.training.prepared import Prepared
+from nas.training.training import Training
 from search_spaces.registry import get_space
 from search_spaces.slices import NetworkSlice, network_slice, prefix_slice
 from supernets.supernet import Supernet

@@ -14,7 +14,8 @@ from nas.networks.backbone import Start, starting_backbone
 from nas.networks.key_values import parse_key_values
 from nas.networks.weights import load_weights, save_weights
 from nas.runs.checkpoint import FORMAT, load_checkpoint, save_checkpoint
-from nas.training.loop import CHECKPOINT, fit
+from nas.training.loop import fit
+from nas.training.state import CHECKPOINT
 from search_spaces.errors import UserError
 from tests.nas import tiny
 

@@ -20,6 +20,7 @@ import nas.stages.search
 import nas.training.basis
 import nas.training.loop
 import nas.training.refit
+import nas.training.state
 from nas import validate
 from nas.config import RetrainConfig, SearchConfig
 from nas.data.images import Images
@@ -331,8 +332,8 @@ def test_no_result_is_worse_than_its_start(
 
 RETRAIN_MOMENTS: dict[str, tuple[Any, str, int, bool]] = {
     "in the refit": (nas.training.refit, "refit", 1, True),
-    "once the start is saved": (nas.training.loop, "save_checkpoint", 1, True),
-    "between checkpoint and best": (nas.training.loop, "copy_atomically", 1, False),
+    "once the start is saved": (nas.training.state, "save_checkpoint", 1, True),
+    "between checkpoint and best": (nas.training.state, "copy_atomically", 1, False),
     "in the second epoch": (nas.training.loop, "update_weights", 5, True),
     "after the last": (nas.stages.retrain, "settle", 1, False),
 }

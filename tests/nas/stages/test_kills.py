@@ -27,7 +27,7 @@ KILLS: list[Kill] = [  # one after the other, each in the run that the one befor
     None,
     ("torch", "save", 1, "half"),  # half a checkpoint
     None,
-    ("nas.training.loop", "write_tables", 2, ""),  # the first is the resume's own, if there is a checkpoint by now
+    ("nas.training.state", "write_tables", 2, ""),  # the first is the resume's own, if there is a checkpoint by now
     ("nas.training.make", "top_k", 1, ""),  # in validation
     None,
     ("torch", "save", 2, "half"),

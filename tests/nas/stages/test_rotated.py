@@ -22,6 +22,7 @@ import nas.stages.search
 import nas.timm_entry
 import nas.training.basis
 import nas.training.loop
+import nas.training.state
 from nas import commands, describe, validate
 from nas.config import RetrainConfig, SearchConfig
 from nas.networks.basis_file import BASIS, read_basis, recorded
@@ -373,7 +374,7 @@ def test_without_a_rotation_nothing_is_rotated(options: dict[str, str], world: W
     [
         (nas.training.basis, "rewrite", 1, False),  # found, not yet applied
         (nas.training.loop, "update_weights", 2, True),  # in the first epoch: nothing saved but the basis
-        (nas.training.loop, "save_checkpoint", 1, True),
+        (nas.training.state, "save_checkpoint", 1, True),
     ],
     ids=["found", "first epoch", "saved"],
 )

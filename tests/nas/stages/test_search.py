@@ -17,6 +17,7 @@ import nas.stages.retrain
 import nas.stages.search
 import nas.training.loop
 import nas.training.make
+import nas.training.state
 from nas.config import RetrainConfig, SearchConfig
 from nas.networks.compact_file import load_compact
 from nas.stages.retrain import run_retrain
@@ -144,9 +145,9 @@ class Interrupt:
 MOMENTS = {  # module, function, call, after
     "before anything was saved": (nas.training.loop, "update_weights", 3, True),
     "in the second epoch": (nas.training.loop, "update_weights", 14, True),
-    "between checkpoint and tables": (nas.training.loop, "save_checkpoint", 1, True),
-    "in the second save": (nas.training.loop, "save_checkpoint", 2, False),
-    "after the last epoch": (nas.training.loop, "write_tables", 2, True),
+    "between checkpoint and tables": (nas.training.state, "save_checkpoint", 1, True),
+    "in the second save": (nas.training.state, "save_checkpoint", 2, False),
+    "after the last epoch": (nas.training.state, "write_tables", 2, True),
 }
 
 

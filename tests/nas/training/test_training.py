@@ -8,15 +8,16 @@ import pytest
 import torch
 
 import nas.data.loaders
-import nas.training.loop
+import nas.training.state
 from nas.cli import parse
 from nas.config import RetrainConfig
 from nas.runs.checkpoint import load_checkpoint
 from nas.searchers.gradient import Gradient
-from nas.training.loop import BEST, CHECKPOINT, fit, settle
+from nas.training.loop import fit
 from nas.training.make import make_training
 from nas.training.objective import Step
 from nas.training.optim import make_clip, make_optimizer, make_scheduler
+from nas.training.state import BEST, CHECKPOINT, settle
 from search_spaces.errors import UserError
 from tests.nas import tiny
 from tests.nas.small import small_costs
@@ -230,7 +231,7 @@ def test_a_kill_right_after_the_checkpoint_loses_no_best(tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(nas.training.loop, "keep_copies", killed)
+        patch.setattr(nas.training.state, "keep_copies", killed)
         with pytest.raises(Killed):
             fit(scripted(tiny.training(tiny.config(tmp_path)), [30.0]), resume=False, words="test")
     fit(scripted(tiny.training(tiny.config(tmp_path)), [30.0, 10.0]), resume=True, words="test")
