@@ -15,8 +15,8 @@ LARGE, SUPERNET = "large.safetensors", "supernet.safetensors"  # weights that a 
 
 C = TypeVar("C", bound=RunOptions)
 SWEEP_PLACE = ("ray_address", "cpus_per_trial", "gpus_per_trial", "procs_per_trial", "max_concurrent")
-# may differ between a run and its resumption; of data that moved, images.py sees that it is the same
-PLACE = ("output", "resume", "data_dir", "device", "workers", "threads", "processes", *SWEEP_PLACE)
+# may differ between a run and its resumption
+PLACE = ("output", "resume", "device", "workers", "threads", "processes", *SWEEP_PLACE)
 
 
 def plain(config: RunOptions) -> dict[str, Any]:
@@ -51,7 +51,9 @@ def _open_run(config: C, name: str) -> C:
             raise UserError(f"{folder} already holds a run; go on with it by --resume or choose another --output")
         # an option that came later than the run is as it was: not given
         before, now = plain(type(config)()) | yaml.safe_load(saved.read_text()), plain(config)
-        changed = [k for k in now if k not in PLACE and before.get(k) != now[k]]
+        # a run's data may have moved (images.py sees that it is the same); a sweep's trials are not all to run again
+        free = PLACE if getattr(config, "sweep", ()) else (*PLACE, "data_dir")
+        changed = [k for k in now if k not in free and before.get(k) != now[k]]
         if changed:
             words = ", ".join(f"{k}: was {before.get(k)!r}, now {now[k]!r}" for k in changed)
             raise UserError(f"{folder}: --resume with other options ({words}); leave them as they were")

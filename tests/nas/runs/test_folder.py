@@ -8,6 +8,7 @@ import yaml
 
 from nas.config import SearchConfig
 from nas.runs.folder import open_run, saved_config
+from nas.sweeps.options import SweepConfig
 from search_spaces.errors import UserError
 
 
@@ -31,3 +32,14 @@ def test_a_run_goes_on_that_began_before_an_option_was_there(tmp_path: Path) -> 
     assert open_run(config, "search").price == "flops"
     with pytest.raises(UserError, match="price: was 'flops', now 'params'"):
         open_run(replace(config, price="params"), "search")
+
+
+def test_data_may_move_under_a_run_but_not_under_a_sweep(tmp_path: Path) -> None:
+    for folder, more in (("run", ()), ("sweep", ("budget=0.3,0.5",))):
+        config = SweepConfig(output=tmp_path / folder, data_dir=Path("here"), sweep=more)
+        moved = replace(open_run(config, "search"), data_dir=Path("there"), resume=True)
+        if not more:
+            assert open_run(moved, "search").data_dir == Path("there")  # nas/runs/images.py looks at it
+        else:
+            with pytest.raises(UserError, match="data_dir: was 'here', now 'there'"):
+                open_run(moved, "search")
