@@ -23,9 +23,9 @@ WRITTEN = {  # kinds of files that a run or a sweep leaves in its folder
 
 C = TypeVar("C", bound=RunOptions)
 SWEEP_PLACE = ("ray_address", "cpus_per_trial", "gpus_per_trial", "procs_per_trial", "max_concurrent")
-# may differ between a run and its resumption; of data that moved, images.py sees that it is the same
+# may differ between a run and its resumption
 OFTEN = ("checkpoint_every", "log_every", "on_nan")
-PLACE = ("output", "resume", "data_dir", "device", "workers", "threads", "processes", *OFTEN, *SWEEP_PLACE)
+PLACE = ("output", "resume", "device", "workers", "threads", "processes", *OFTEN, *SWEEP_PLACE)
 
 
 def plain(config: RunOptions) -> dict[str, Any]:
@@ -61,7 +61,9 @@ def _open_run(config: C, name: str) -> C:
         # an option that came later than the run is as it was: not given
         before, now = plain(type(config)()) | read_options(saved), plain(config)
         longer = _longer(before.get("epochs"), now.get("epochs"))
-        changed = [k for k in now if k not in PLACE and before.get(k) != now[k] and not (longer and k == "epochs")]
+        # a run's data may have moved (images.py sees that it is the same); a sweep's trials are not all to run again
+        free = PLACE if getattr(config, "sweep", ()) else (*PLACE, "data_dir")
+        changed = [k for k in now if k not in free and before.get(k) != now[k] and not (longer and k == "epochs")]
         if changed:
             words = ", ".join(f"{k}: was {before.get(k)!r}, now {now[k]!r}" for k in changed)
             raise UserError(f"{folder}: --resume with other options ({words}); leave them as they were")

@@ -64,10 +64,10 @@ def images_of(splits: Splits) -> dict[str, Any]:
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     """The first thing that two records do not agree on."""
-    if before.get("classes") != now["classes"]:
+    if before["classes"] != now["classes"]:
         return "its classes are others"
     for part in PARTS:
-        then, here = before.get("images", {}).get(part), now["images"][part]
+        then, here = before["images"][part], now["images"][part]
         if then != here:
             return f"{sum(then or ())} images in {part} then, {sum(here or ())} now, or in other classes"
     return None
@@ -75,8 +75,8 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 def _read(record: Path) -> dict[str, Any]:
     try:
-        value = json.loads(record.read_text())
-        assert isinstance(value, dict) and isinstance(value.get("images"), dict)
-    except (OSError, ValueError, AssertionError) as error:
+        value: dict[str, Any] = json.loads(record.read_text())
+        _ = value["classes"], [sum(value["images"][part] or ()) for part in PARTS]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{record} is not what a run writes ({reason(error)}); the run cannot go on") from None
     return value

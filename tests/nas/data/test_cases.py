@@ -149,7 +149,7 @@ def test_a_resume_on_other_images_is_refused(run: tuple[Path, Path], tmp_path: P
     elif change == "no record":
         (folder / RECORD).unlink()
     elif change == "garbage":
-        (folder / RECORD).write_text("[]")
+        (folder / RECORD).write_text('{"classes": 3, "images": {"train": "many"}}')
     else:
         ants[0].unlink()
     if change == "in place":

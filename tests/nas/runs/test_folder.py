@@ -10,6 +10,7 @@ import yaml
 
 from nas.config import SearchConfig
 from nas.runs.folder import WRITTEN, open_run, saved_config
+from nas.sweeps.options import SweepConfig
 from search_spaces.errors import UserError
 
 
@@ -117,3 +118,14 @@ def test_more_epochs_are_taken_and_said_and_fewer_refused(tmp_path: Path, capsys
     open_run(replace(config, resume=True, epochs=9), "search")
     assert "--epochs 4, now 9: from here on the schedules" in capsys.readouterr().out
     assert saved_config(SearchConfig, folder).epochs == 9
+
+
+def test_data_may_move_under_a_run_but_not_under_a_sweep(tmp_path: Path) -> None:
+    for folder, more in (("run", ()), ("sweep", ("budget=0.3,0.5",))):
+        config = SweepConfig(output=tmp_path / folder, data_dir=Path("here"), sweep=more)
+        moved = replace(open_run(config, "search"), data_dir=Path("there"), resume=True)
+        if not more:
+            assert open_run(moved, "search").data_dir == Path("there")  # nas/runs/images.py looks at it
+        else:
+            with pytest.raises(UserError, match="data_dir: was 'here', now 'there'"):
+                open_run(moved, "search")
