@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import parent_process
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -72,10 +73,12 @@ def deaf(worker: int) -> None:
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    master = parent_process()  # who asked for it, which a server of forks may have started in its place
+    assert master is not None
+    threading.Thread(target=_end_with, args=(master.pid,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+def _end_with(master: int | None) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != master:
         pass
     os._exit(0)

@@ -35,8 +35,12 @@ def test_a_signal_is_noted_inside_and_ends_the_program_outside() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def black(i: int) -> Image.Image:
+    return Image.new("RGB", (8, 8))
+
+
 def images() -> Images:
-    return Images(Source(lambda i: Image.new("RGB", (8, 8)), "{}".format, np.zeros(64, dtype=np.int64), None))
+    return Images(Source(black, "{}".format, np.zeros(64, dtype=np.int64), None))
 
 
 def test_loading_processes_outlive_a_schedulers_signals_and_epochs() -> None:
@@ -54,12 +58,16 @@ def test_loading_processes_outlive_a_schedulers_signals_and_epochs() -> None:
     assert [w.pid for w in loader._loader._iterator._workers] == workers  # type: ignore[union-attr]
 
 
-def test_a_program_ends_though_its_loading_processes_live_on() -> None:
-    script = """
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
+def test_a_program_ends_though_its_loading_processes_live_on(start: str) -> None:
+    script = f"""
+        import multiprocessing
         from tests.nas.machine.test_stopping import SPEC, images
         from nas.data.loader import train_loader
+        multiprocessing.set_start_method("{start}")
         loader = train_loader(images(), SPEC, 0, "cpu")
-        print(len(list(loader)), flush=True)
+        if __name__ == "__main__":
+            print(len(list(loader)), flush=True)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == "16\n"
