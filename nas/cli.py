@@ -79,6 +79,7 @@ def errors(program: str) -> Iterator[None]:
 
 def fail(program: str, message: str) -> None:
     """One line on stderr, exit code 2."""
+    message = " ".join(message.splitlines())  # a value that was given may have several
     if launched():
         from nas.machine.distributed import report
 
