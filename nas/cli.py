@@ -4,6 +4,7 @@ import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,7 @@ def parse(kind: type[C], arguments: list[str], program: str) -> C:
 
 def with_resume(arguments: list[str]) -> list[str]:
     """--resume auto as --resume where --output holds a run, and as nothing where it does not yet."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    at = next((i for i, pair in enumerate(pairs) if pair == ("--resume", "auto")), None)
+    at = next((i for i, pair in enumerate(pairwise(arguments)) if pair == ("--resume", "auto")), None)
     if at is not None:
         arguments = [*arguments[:at], "--resume=auto", *arguments[at + 2 :]]
     if "--resume=auto" not in arguments:

@@ -148,7 +148,9 @@ class EvaAdapter(VitAdapter):
     def compact_attention(self, block: Any, heads: HeadWidths) -> nn.Module:
         attn = block.attn
         width, stream = heads.number * attn.head_dim, (attn.qkv or attn.q_proj).in_features
-        if heads.qk != attn.head_dim or heads.v != attn.head_dim or (type(attn) is EvaAttention and width != stream):
+        # timm's own wants heads as wide together as the stream, and takes the weight of a biased qkv without calling it
+        own = type(attn) is EvaAttention and (width != stream or (attn.qkv is not None and attn.q_bias is not None))
+        if heads.qk != attn.head_dim or heads.v != attn.head_dim or own:
             return CompactEvaAttention(attn, heads)
         attn.num_heads = heads.number
         if type(attn) is AttentionRope:

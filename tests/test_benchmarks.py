@@ -99,10 +99,9 @@ def test_networks_drawn_at_random_stand_in_the_basis_of_the_search(
     arch = nas.pick(supernet, "swin-dan-nano", [{"alpha": 2}] * 4, model_kwargs=options)
     budget = arch.flops / arch.backbone_flops + 0.01
     arch = replace(arch, search={"budget": budget})
+    open_run(SearchConfig(space="swin-dan-nano", dataset="digits", batch_size=256, output=tmp_path / "s"), "search")
     nas.save(nas.cut(supernet, arch), tmp_path / "s", arch, basis)
     save_weights(timm_state(supernet), tmp_path / "s" / SUPERNET)
-    config = SearchConfig(space="swin-dan-nano", dataset="digits", batch_size=256, output=tmp_path / "s")
-    open_run(config, "search")
     x, read = torch.randn(2, 3, 16, 16), []
 
     def retrained(config: RetrainConfig) -> None:

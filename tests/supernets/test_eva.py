@@ -84,9 +84,10 @@ def test_positions_follow_the_network_to_another_precision(options: dict[str, An
     assert torch.equal(*supernet(x.float()))
 
 
-def test_only_what_is_narrower_has_an_attention_of_its_own() -> None:
-    """timm's EvaAttention serves fewer heads where the stream is as wide as they are together."""
-    supernet, x = eva(depth=4), images(eva().backbone)
+@pytest.mark.parametrize("fused", [True, False])
+def test_only_what_timms_cannot_serve_has_an_attention_of_its_own(fused: bool) -> None:
+    """It serves fewer heads where the stream is as wide as they are together; a fused qkv with biases it never calls."""
+    supernet, x = eva(depth=4, qkv_fused=fused), images(eva().backbone)
     own = identity_slice(supernet.shapes[0])
     blocks = [
         replace(own, stream=16, heads=1),
@@ -97,7 +98,7 @@ def test_only_what_is_narrower_has_an_attention_of_its_own() -> None:
     subnet = network_slice(supernet.shapes, blocks)
     compact: Any = cut(supernet.backbone, subnet)
     found = [type(block.attn) is CompactEvaAttention for block in compact.blocks[:3]]
-    assert found == [False, True, True] and type(compact.blocks[3]) is SkippedEvaBlock
+    assert found == [fused, True, True] and type(compact.blocks[3]) is SkippedEvaBlock
     assert relative(supernet.small(x, subnet), compact.eval()(x)) < 1e-12
     features = compact.forward_intermediates(x, indices=[1, 3], intermediates_only=True)
     assert [f.shape for f in features] == [(2, 16, 4, 6)] * 2

@@ -84,7 +84,7 @@ def test_a_search_leaves_what_it_promises(searched: tuple[SearchConfig, Path]) -
     assert_whole(folder)
     assert set(visible(folder)) == {
         "arch.json", "basis.safetensors", "candidates.csv", "compact.safetensors", "config.json", "config.yaml",
-        "summary.json", "supernet.safetensors",
+        "data.json", "summary.json", "supernet.safetensors",
     }  # fmt: skip
     arch = load_architecture(folder)
     assert arch.flops <= 0.5 * arch.backbone_flops and arch.method == "free" and arch.num_classes == CLASSES
@@ -244,14 +244,6 @@ def test_7_what_was_measured_is_not_measured_again(
     assert_same(run_search(replace(config, output=folder, resume=True)), undisturbed)
     assert len(measured) == 3 - known
     assert (folder / CANDIDATES).read_text().splitlines()[: 1 + known] == [line.strip() for line in lines[: 1 + known]]
-
-
-def test_a_search_that_begins_anew_measures_all(searched: tuple[SearchConfig, Path], tmp_path: Path) -> None:
-    """What lies in the folder is another's."""
-    _, undisturbed = searched
-    config = replace(searched[0], output=tmp_path)
-    (tmp_path / CANDIDATES).write_text((undisturbed / CANDIDATES).read_text().replace("1,", "1,0", 1))
-    assert_same(run_search(config), undisturbed)
 
 
 # Stage 2

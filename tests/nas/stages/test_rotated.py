@@ -130,10 +130,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
     searched, retrained, fit = nas.stages.search.conclude, nas.stages.retrain.conclude, nas.stages.retrain.fit
 
-    def conclude_search(asked: Any, answer: Any, prepared: Any, arch: Architecture) -> None:
+    def conclude_search(asked: Any, answer: Any, prepared: Any, arch: Architecture, *rest: Any) -> None:
         networks = open_networks(prepared.supernet.eval(), arch)
         found.logits[prepared.folder] = said(prepared, networks)
-        searched(asked, answer, prepared, arch)
+        searched(asked, answer, prepared, arch, *rest)
 
     def conclude_retrain(goal: Any, prepared: Any, *rest: Any) -> None:
         networks = open_networks(prepared.supernet.eval(), goal.arch)

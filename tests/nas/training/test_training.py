@@ -3,6 +3,7 @@
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,7 +54,9 @@ def test_every_augmentation_flag_arrives(monkeypatch):
 
 def test_splits_and_classes_arrive(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(nas.data.loaders, "open_splits", seen.append)
+    monkeypatch.setattr(
+        nas.data.loaders, "open_splits", lambda spec: (seen.append(spec), SimpleNamespace(remarks=()))[1]
+    )
     options = tiny.config(tmp_path, train_split="a", val_split="b", num_classes=7)
     nas.data.loaders.open_data(options)
     assert (seen[0].train_split, seen[0].test_split, seen[0].num_classes) == ("a", "b", 7)
