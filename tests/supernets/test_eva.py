@@ -86,7 +86,7 @@ def test_positions_follow_the_network_to_another_precision(options: dict[str, An
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_only_what_timms_cannot_serve_has_an_attention_of_its_own(fused: bool) -> None:
-    """It serves fewer heads where the stream is as wide as they are together; a fused qkv with biases it never calls."""
+    """It serves fewer heads where the stream is as wide as all are; a fused qkv with biases it never calls."""
     supernet, x = eva(depth=4, qkv_fused=fused), images(eva().backbone)
     own = identity_slice(supernet.shapes[0])
     blocks = [
