@@ -14,6 +14,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 RESUME_ME = 75  # EX_TEMPFAIL of sysexits.h: try again later
+LOOK = 2.0  # seconds after which a loading process looks whether its master still lives
 
 
 class Preempted(SystemExit):
@@ -69,16 +70,18 @@ def _handled(handler: "signal._HANDLER") -> Iterator[None]:
 def deaf(worker: int) -> None:
     """Let a data loading process leave signals to the one it works for, which needs it to get to the step's end.
 
-    From that one itself SIGTERM ends it, as ever.
+    From that one itself SIGTERM ends it, as ever; and so does that one's own end, be it killed.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_master, daemon=True).start()
+
+
+def _end_with_master() -> None:
     master = parent_process()  # who asked for it, which a server of forks may have started in its place
     assert master is not None
-    threading.Thread(target=_end_with, args=(master.pid,), daemon=True).start()
-
-
-def _end_with(master: int | None) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != master:
-        pass
+    while master.is_alive():
+        heard = signal.sigtimedwait({signal.SIGTERM}, LOOK)
+        if heard is not None and heard.si_pid == master.pid:
+            break
     os._exit(0)

@@ -8,6 +8,7 @@ import textwrap
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -71,6 +72,30 @@ def test_a_program_ends_though_its_loading_processes_live_on(start: str) -> None
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == "16\n"
+
+
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
+def test_no_loading_process_outlives_a_program_that_is_killed(start: str) -> None:
+    script = f"""
+        import multiprocessing, os, signal
+        from tests.nas.machine.test_stopping import SPEC, images
+        from nas.data.loader import train_loader
+        multiprocessing.set_start_method("{start}")
+        loader = train_loader(images(), SPEC, 0, "cpu")
+        if __name__ == "__main__":
+            len(list(loader))
+            print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, timeout=120
+    )
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert done.returncode == -signal.SIGKILL and pids
+    deadline = time.monotonic() + 60
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [pid for pid in pids if psutil.pid_exists(pid)] == []
 
 
 def test_how_often() -> None:
