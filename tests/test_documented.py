@@ -39,6 +39,7 @@ FEWER = {  # run with less than they measure by default, and why
     "benchmarks/digits.py": "--seeds 0",  # as above
     "benchmarks/methods.py": "--seeds 0",
     "benchmarks/sweep.py": "--trials 2",
+    "benchmarks/accepted.py": "--modules vision_transformer_relpos",  # all take minutes
     "benchmarks/basis.py": "--model vit_tiny_patch16_224 --images 2",  # a ViT-B takes minutes
     "benchmarks/training_flags.py": "--options float32 bf16 channels-last",  # torch.compile takes ten minutes
 }
