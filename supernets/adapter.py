@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from search_spaces.errors import UserError
 from search_spaces.slices import BlockShape, BlockSlice
-from supernets.axes import BlockAxes, HeadWidths, Params, take_axis
-from supernets.compact_block import CompactBlock, SkippedBlock
+from supernets.axes import BlockAxes, HeadWidths, Params, layer_of, take_axis
+from supernets.compact_block import CompactBlock
 from supernets.flops import BlockCosts, NetworkCosts, StreamCosts, block_costs
 from supernets.rotated import STREAMS
 
@@ -27,7 +27,6 @@ class Adapter(ABC):
 
     block_axes: BlockAxes  # of every parameter that its blocks may have
     compact_block: type[CompactBlock] = CompactBlock  # in a compact network, where the backbone's own will not do
-    skipped_block: type[nn.Module] = SkippedBlock  # there, in place of a block without halves
     block_names: tuple[str, ...]  # module path of each block, in order
     shapes: tuple[BlockShape, ...]
     costs: NetworkCosts
@@ -155,8 +154,7 @@ class Adapter(ABC):
 
     def watch_qkv(self, block: Any, see: Callable[[Tensor], None]) -> Callable[[], None]:
         """Let `see` have a block's q, k and v (B, N, 3HD), not yet normed, whenever it runs; returns what ends that."""
-        (reader,) = (name for name in self.block_axes.attn.readers if name in dict(block.named_parameters()))
-        layer = block.get_submodule(reader.removesuffix(".weight"))
+        layer = layer_of(block, self.block_axes.attn.readers)
         return layer.register_forward_hook(lambda _, __, qkv: see(qkv)).remove  # type: ignore[no-any-return]
 
     def writers(self, block: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:

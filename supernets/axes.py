@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape, BlockSlice, Kept, count
 
@@ -105,6 +105,12 @@ class BlockAxes:
 def within(name: str, modules: Iterable[str]) -> bool:
     """Whether a parameter is one of these, or of one of these modules."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def layer_of(block: nn.Module, matrices: Iterable[str]) -> Any:
+    """The linear layer of the one matrix of these that the block has."""
+    (name,) = (n for n in matrices if n in dict(block.named_parameters()))
+    return block.get_submodule(name.removesuffix(".weight"))
 
 
 def unit_sizes(shape: BlockShape) -> dict[str, int]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from search_spaces.slices import identity_slice
-from supernets.axes import slice_block, within
+from supernets.axes import layer_of, slice_block, within
 from supernets.basis import Basis, change_heads
 from supernets.coordinates import isometry
 from supernets.least_squares import head_order, neuron_order
@@ -269,7 +269,7 @@ class HeadMoments:
         for name, block in zip(adapter.block_names, adapter.blocks(), strict=True):
             against = adapter.head_parts(block)
             attn, mlp = adapter.block_axes.attn, adapter.block_axes.mlp
-            writer = _layer(block, attn.writers)
+            writer = layer_of(block, attn.writers)
             if wanted.inside and "qk" not in against:
                 self.q[name], self.k[name] = Moment(), Moment()
                 hooks.callback(adapter.watch_qkv(block, self._qk(name)))
@@ -279,7 +279,7 @@ class HeadMoments:
                 self.out[name] = Moment()
             if wanted.error_order:
                 self.heads[name], self.hidden[name] = Moment(centred=True), Moment(centred=True)
-                hooks.callback(_layer(block, mlp.writers).register_forward_pre_hook(self._hidden(name)).remove)
+                hooks.callback(layer_of(block, mlp.writers).register_forward_pre_hook(self._hidden(name)).remove)
             if name in self.out or name in self.heads:
                 hooks.callback(writer.register_forward_pre_hook(self._out(name)).remove)
 
@@ -356,12 +356,6 @@ class HeadMoments:
             found.append(weight if self.metric is None else self.metric.root(name, half) @ weight)
         proj, fc2 = found
         return proj, fc2
-
-
-def _layer(block: nn.Module, matrices: Iterable[str]) -> Any:
-    """The linear layer of the one matrix of these that the block has."""
-    (name,) = (n for n in matrices if n in dict(block.named_parameters()))
-    return block.get_submodule(name.removesuffix(".weight"))
 
 
 def _root(moment: Tensor, floor: float = FLOOR) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice
 from supernets.adapter import Adapter
 from supernets.axes import head_widths
+from supernets.compact_block import SkippedBlock
 from supernets.coordinates import compact_parameters, settle_norms
 from supernets.families import adapter_for
 
@@ -58,7 +59,7 @@ def _shrink_block(adapter: Adapter, name: str, shape: BlockShape, kept: BlockSli
     parent, _, leaf = name.rpartition(".")
     owner: nn.Module = adapter.backbone.get_submodule(parent)
     if not kept.attn and not kept.mlp:
-        setattr(owner, leaf, adapter.skipped_block())  # the others keep their names
+        setattr(owner, leaf, SkippedBlock())  # the others keep their names
         return
     block: Any = adapter.backbone.get_submodule(name)
     as_it_is = kept.attn and kept.mlp and kept.mlp_stream is None and kept.stream == stage_width

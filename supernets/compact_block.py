@@ -19,9 +19,11 @@ def not_scriptable(module: nn.Module) -> nn.Module:
 
 
 class SkippedBlock(nn.Identity):
-    """In place of a block that is skipped whole: its input, whatever mask comes with it."""
+    """In place of a block that is skipped whole: its input, whatever else blocks are handed."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+    ) -> Tensor:
         return x
 
     def set_input_size(self, *size: Any, **sizes: Any) -> None:

@@ -130,10 +130,3 @@ class CompactEvaBlock(CompactBlock):
     def mlp_half(self, z: Tensor) -> Tensor:
         y = super().mlp_half(z)
         return self.gamma_2 * y if hasattr(self, "gamma_2") else y
-
-
-class SkippedEvaBlock(nn.Identity):
-    """In place of a block without halves: what an Eva hands to its blocks besides the stream is of no account."""
-
-    def forward(self, input: Tensor, **_: Any) -> Tensor:
-        return input

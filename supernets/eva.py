@@ -18,7 +18,6 @@ from supernets.compact_eva import (
     CompactEvaAttention,
     CompactEvaBlock,
     Projected,
-    SkippedEvaBlock,
     joined_bias,
     turned_attention,
     turns_of,
@@ -70,7 +69,6 @@ class EvaAdapter(VitAdapter):
     plain_attention = "use timm's EvaAttention or AttentionRope"
     layer_scales = ("gamma_1", "gamma_2")
     compact_block = CompactEvaBlock
-    skipped_block = SkippedEvaBlock
 
     def __init__(self, backbone: Any) -> None:
         super().__init__(backbone)

@@ -10,7 +10,7 @@ from torch import Tensor
 from nas.prices.price import Price
 from nas.prices.selection import KnapsackItem, SelectionProblem
 from search_spaces.method import Candidate, Choices, Picks
-from search_spaces.slices import BlockShape, BlockSlice, identity_slice, network_slice
+from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice, identity_slice, network_slice
 from search_spaces.space import SearchSpace
 from supernets.flops import NetworkCosts
 
@@ -43,6 +43,10 @@ class PricedSpace:
     def blocks_of(self, stage: int) -> list[int]:
         """Indices of the blocks of a stage."""
         return [i for i, shape in enumerate(self.space.shapes) if shape.stage == stage]
+
+    def network_cost(self, subnet: NetworkSlice) -> int:
+        """The exact price of a subnet, in the units of `full`."""
+        return self.price.network(self.space.shapes, self.network, subnet)
 
     def blocks_cost(self, weights: Probabilities) -> Tensor:
         """n_f of equation (3.8): the sum over blocks of g_j * price(block, j), float64."""

@@ -10,7 +10,7 @@ from nas.data.datasets import Splits
 from nas.data.images import Images
 from nas.machine.distributed import on_main
 from nas.machine.files import write_text
-from nas.runs.folder import plain
+from nas.runs.folder import plain, read_options
 from nas.runs.options import RunOptions
 from search_spaces.errors import UserError, reason
 
@@ -30,7 +30,7 @@ def recognised(config: RunOptions, splits: Splits) -> tuple[str, ...]:
 def _recognised(config: RunOptions, splits: Splits) -> tuple[str, ...]:
     assert config.output is not None
     record, options = config.output / RECORD, config.output / "config.yaml"
-    saved, now = yaml.safe_load(options.read_text()), plain(config)
+    saved, now = read_options(options), plain(config)
     moved = saved.get("data_dir") != now["data_dir"]
     where = f"--data-dir was {saved.get('data_dir')}, is now {now['data_dir']}"
     found = images_of(splits)

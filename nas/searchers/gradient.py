@@ -66,8 +66,7 @@ class Gradient(Search):
 
     def share(self, picks: Sequence[Picks]) -> float:
         """The exact price of an architecture, as a share of the backbone's."""
-        costs, subnet = self.costs, self.subnet_of([dict(pick) for pick in picks])
-        return costs.price.network(costs.space.shapes, costs.network, subnet) / costs.full
+        return self.costs.network_cost(self.subnet_of([dict(pick) for pick in picks])) / self.costs.full
 
     def draw(self, step: Step) -> Draw:
         return self.choices.sample(temperature(step.t), step_generator(self.seed, step.number))
@@ -116,7 +115,7 @@ class Gradient(Search):
 
     def _selected(self, picks: list[Picks]) -> Selection:
         assert self.budget is not None
-        price = round(self.share(picks) * self.costs.full)
+        price = self.costs.network_cost(self.subnet_of(picks))
         return Selection((), price, in_band=price >= cost_band(self.costs.full, self.budget)[0])
 
     def found(self) -> dict[str, Any]:

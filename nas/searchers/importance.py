@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nas.machine.distributed import on_main
 from nas.machine.files import write_csv
+from nas.machine.timing import timed
 from nas.prices.halves import Halves
 from nas.searchers.exchange import Program, Proposal, exchange, first_point
 from nas.searchers.losses import losses_of
@@ -54,17 +54,16 @@ class Importance(Searcher):
         question = run.question
         assert question.budget is not None
         check_images(run.options, run.prepared)
-        times = [time.perf_counter()]
-        standing = find_basis(run.options, run.prepared)
-        times.append(time.perf_counter())
-        _, best = self.solution(run)
-        times.append(time.perf_counter())
+        seconds: dict[str, float] = {}
+        with timed(seconds, "basis"):
+            standing = find_basis(run.options, run.prepared)
+        with timed(seconds, "candidates"):
+            _, best = self.solution(run)
         space, picks = question.priced.space, [dict(pick) for pick in best.picks]
         subnet = network_slice(space.shapes, space.block_slices(picks))
-        price = question.priced.price.network(space.shapes, question.priced.network, subnet)
+        price = question.priced.network_cost(subnet)
         in_band = price >= (question.budget - 0.02) * question.priced.full
         kept: list[dict[str, list[int]]] = [{} for _ in picks]
-        seconds = dict(zip(("basis", "candidates"), np.diff(times).round(2).tolist(), strict=True))
         return Answer(picks, kept, in_band, standing, found={"loss": best.loss}, seconds=seconds)
 
     def solution(self, run: Run) -> tuple[Program, Proposal]:

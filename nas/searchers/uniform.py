@@ -39,7 +39,7 @@ def smallest_alpha(priced: PricedSpace, budget: float) -> int:
     for alpha in uniform_alphas(space):
         blocks = space.block_slices([{"alpha": alpha}] * len(space.shapes))
         subnet = network_slice(space.shapes, blocks, priced.full_stage_width)
-        fractions[alpha] = priced.price.network(space.shapes, priced.network, subnet) / priced.full
+        fractions[alpha] = priced.network_cost(subnet) / priced.full
         if fractions[alpha] <= budget:
             return alpha
     reach = ", ".join(f"{alpha}: {fraction:.4f}" for alpha, fraction in fractions.items())

@@ -1,7 +1,6 @@
 """Stage 1: search a supernet for an architecture, and write arch.json."""
 
 import shlex
-import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from nas.data.loaders import open_data, report_unreadable
 from nas.machine.devices import amp_dtype, autocast, pick_device
 from nas.machine.distributed import is_main, joined, quiet_unless_main
 from nas.machine.files import write_json
-from nas.machine.timing import Network
+from nas.machine.timing import Network, timed
 from nas.methods.method import GAMMA
 from nas.methods.table import check_owned, searcher_of, training_of
 from nas.networks.architecture import architecture_of, slices_of, write_architecture
@@ -195,9 +194,8 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
     more: dict[str, Network] = {}
     seconds = dict(answer.seconds)
     if training_of(asked.space).refits:
-        began = time.perf_counter()
-        networks["compact"] = refitted_compact(config, prepared, arch, subnet, after)
-        seconds["refit"] = round(time.perf_counter() - began, 2)
+        with timed(seconds, "refit"):
+            networks["compact"] = refitted_compact(config, prepared, arch, subnet, after)
     else:
         more["full_width"] = partial(supernet.small, small=full)
     held_out: dict[str, float] = {}
@@ -266,7 +264,7 @@ def remarks(asked: Asked, answer: Answer, arch: Architecture) -> None:
         print(f"{share:.2%} of the FLOPs kept; {words}")
     budget, costs = asked.question.budget, asked.question.priced
     if budget is not None and not answer.in_band:
-        cost = costs.price.network(costs.space.shapes, costs.network, slices_of(arch, costs.space.shapes))
+        cost = costs.network_cost(slices_of(arch, costs.space.shapes))
         print(
             f"no architecture between {budget - 0.02:.4f} and {budget:.4f} of the {costs.price.words}:"
             f" {budget - cost / costs.full:.4f} of the budget is unused"

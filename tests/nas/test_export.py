@@ -87,6 +87,15 @@ def test_a_network_in_a_rotated_basis_is_exported(alphas: tuple[int, ...] | None
     assert max(max(seen.values()) for seen in found.values()) <= 1e-5, found
 
 
+def assert_exported(network: Any, folder: Path) -> None:
+    """The program and the ONNX file give the network's logits."""
+    program = export_program(network, noise(2))
+    nas.export.export_onnx(program, folder / "network.onnx")
+    others = {"program": program.module(), "onnx": onnx_network(folder / "network.onnx", 1)}
+    found = differences(network, others, {str(size): noise(size) for size in (1, 2, 5)})
+    assert max(max(seen.values()) for seen in found.values()) <= 1e-5, found
+
+
 def test_heads_whose_widths_differ_are_exported(tmp_path: Path) -> None:
     """Wider q and k than v in one block, wider v in the other; the second has no MLP."""
     for name in nas.export.PACKAGES:
@@ -100,11 +109,7 @@ def test_heads_whose_widths_differ_are_exported(tmp_path: Path) -> None:
     arch = nas.pick(supernet, "vit-free", picks, model_kwargs=options)
     nas.save(nas.cut(supernet, arch), tmp_path, arch)
     network = load_compact(tmp_path)
-    program = export_program(network, noise(2))
-    nas.export.export_onnx(program, tmp_path / "network.onnx")
-    others = {"program": program.module(), "onnx": onnx_network(tmp_path / "network.onnx", 1)}
-    found = differences(network, others, {str(size): noise(size) for size in (1, 2, 5)})
-    assert max(max(seen.values()) for seen in found.values()) <= 1e-5, found
+    assert_exported(network, tmp_path)
 
 
 EVAS = {"EVA-02": "eva02_base_patch14_224", "DINOv3": "vit_small_plus_patch16_dinov3"}
@@ -126,11 +131,7 @@ def test_heads_that_turn_are_exported(kind: str, tmp_path: Path) -> None:
     arch = nas.pick(supernet, "eva-free", picks, model_kwargs=options)
     nas.save(nas.cut(supernet, arch), tmp_path, arch)
     network = load_compact(tmp_path)
-    program = export_program(network, noise(2))
-    nas.export.export_onnx(program, tmp_path / "network.onnx")
-    others = {"program": program.module(), "onnx": onnx_network(tmp_path / "network.onnx", 1)}
-    found = differences(network, others, {str(size): noise(size) for size in (1, 2, 5)})
-    assert max(max(seen.values()) for seen in found.values()) <= 1e-5, found
+    assert_exported(network, tmp_path)
     wider = load_compact(tmp_path, img_size=(24, 16))
     assert wider(torch.randn(1, 3, 24, 16)).shape == (1, 10)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from search_spaces.slices import identity_slice, network_slice
 from supernets.axes import head_widths, slice_block
 from supernets.compact import cut
-from supernets.compact_eva import CompactEvaAttention, SkippedEvaBlock
+from supernets.compact_block import SkippedBlock
+from supernets.compact_eva import CompactEvaAttention
 from supernets.eva import pair_order
 from supernets.supernet import Supernet
 from tests.oracle import randomise
@@ -98,7 +99,7 @@ def test_only_what_timms_cannot_serve_has_an_attention_of_its_own(fused: bool) -
     subnet = network_slice(supernet.shapes, blocks)
     compact: Any = cut(supernet.backbone, subnet)
     found = [type(block.attn) is CompactEvaAttention for block in compact.blocks[:3]]
-    assert found == [fused, True, True] and type(compact.blocks[3]) is SkippedEvaBlock
+    assert found == [fused, True, True] and type(compact.blocks[3]) is SkippedBlock
     assert relative(supernet.small(x, subnet), compact.eval()(x)) < 1e-12
     features = compact.forward_intermediates(x, indices=[1, 3], intermediates_only=True)
     assert [f.shape for f in features] == [(2, 16, 4, 6)] * 2

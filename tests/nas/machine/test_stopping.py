@@ -59,23 +59,8 @@ def test_loading_processes_outlive_a_schedulers_signals_and_epochs() -> None:
     assert [w.pid for w in loader._loader._iterator._workers] == workers  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("start", ["fork", "forkserver"])
-def test_a_program_ends_though_its_loading_processes_live_on(start: str) -> None:
-    script = f"""
-        import multiprocessing
-        from tests.nas.machine.test_stopping import SPEC, images
-        from nas.data.loader import train_loader
-        multiprocessing.set_start_method("{start}")
-        loader = train_loader(images(), SPEC, 0, "cpu")
-        if __name__ == "__main__":
-            print(len(list(loader)), flush=True)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout == "16\n"
-
-
-@pytest.mark.parametrize("start", ["fork", "forkserver"])
-def test_no_loading_process_outlives_a_program_that_is_killed(start: str) -> None:
+def program(start: str, main: str) -> list[str]:
+    """A command whose loading processes start so, and which then runs this."""
     script = f"""
         import multiprocessing, os, signal
         from tests.nas.machine.test_stopping import SPEC, images
@@ -83,13 +68,23 @@ def test_no_loading_process_outlives_a_program_that_is_killed(start: str) -> Non
         multiprocessing.set_start_method("{start}")
         loader = train_loader(images(), SPEC, 0, "cpu")
         if __name__ == "__main__":
-            len(list(loader))
-            print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
+            {main}
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, timeout=120
-    )
+    return [sys.executable, "-c", textwrap.dedent(script)]
+
+
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
+def test_a_program_ends_though_its_loading_processes_live_on(start: str) -> None:
+    line = program(start, "print(len(list(loader)), flush=True)")
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "16\n"
+
+
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
+def test_no_loading_process_outlives_a_program_that_is_killed(start: str) -> None:
+    said = "print(*(child.pid for child in multiprocessing.active_children()), flush=True)"
+    line = program(start, f"len(list(loader)); {said}; os.kill(os.getpid(), signal.SIGKILL)")
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, timeout=120)
     pids = [int(pid) for pid in done.stdout.split()]
     assert done.returncode == -signal.SIGKILL and pids
     deadline = time.monotonic() + 60
