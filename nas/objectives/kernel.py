@@ -1,6 +1,6 @@
 """The kernel term, in both stages: eta_kc * TNN_r of the small network's features (section 2.3)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -121,6 +121,9 @@ class KernelAdjoined(Adjoined):
         lam = adjoined_weight(step.t)
         task = Task(self.supernet, self.smoothing, self.detach_teacher, self.adjoined)
         return task.terms(images, target, q, lam) | {"tnn": self.kernel(features, step)}
+
+    def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        return {name: network for name, network in super().networks().items() if self.adjoined or name != "large"}
 
     def process_state(self) -> dict[str, Tensor]:
         return self.kernel.process_state()

@@ -76,6 +76,10 @@ class KernelSearch(Search):
         return super().pace(step) if self.factors and self.flops_weight is None else 1.0
 
     @property
+    def trains_large(self) -> bool:
+        return self.flops_weight is None
+
+    @property
     def factors(self) -> bool:
         """Whether factors are chosen too."""
         return any("alpha" in choices for choices in self.costs.space.candidates)

@@ -95,6 +95,10 @@ class Minimax(Search):
             return None
         return AveragedSGD([self.gates], self.rates.gates(lr), 0.9, self.rates.gate_window)
 
+    @property
+    def trains_large(self) -> bool:
+        return False
+
     def halves(self, values: Tensor) -> Tensor:
         """Values of the gates (L, gates) -> of attention and MLP, (L, 2); 1 where no gate is."""
         ones = torch.ones(len(values), 1, dtype=values.dtype, device=values.device)

@@ -30,7 +30,9 @@ class Answer:
 
     kept: per block the indices of choices that are no prefix, by their name in arch.json. in_band: whether it uses the
     budget up. standing: the basis or order that it stands in. found: what else the search says about it, for
-    arch.json; finalists: those that were measured, likeliest first. seconds: that parts of the search took.
+    arch.json; finalists: those that were measured, likeliest first. seconds: that parts of the search took. trained:
+    the networks that the search trained, large or subnet or both; where it did, the supernet holds other weights than
+    it began with.
     """
 
     picks: Sequence[Picks]
@@ -40,6 +42,7 @@ class Answer:
     found: Mapping[str, Any] = field(default_factory=dict)
     finalists: Sequence[Mapping[str, Any]] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
 
 
 class Searcher(ABC):

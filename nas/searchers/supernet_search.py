@@ -105,9 +105,15 @@ class Search(Objective, ABC):
             violation = self.expected_fraction() - self.budget
             self.multiplier.copy_(ascend(self.multiplier, violation, self.multiplier_rate * self.pace(step)))
 
+    @property
+    def trains_large(self) -> bool:
+        """Whether the large network learns too; otherwise what it computes is nobody's result."""
+        return True
+
     def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:
         subnet = self.current_subnet()
-        return {"large": self.supernet.large, "subnet": lambda x: self.supernet.small(x, subnet)}
+        large = {"large": self.supernet.large} if self.trains_large else {}
+        return large | {"subnet": lambda x: self.supernet.small(x, subnet)}
 
     def subnet_of(self, picks: list[Picks]) -> NetworkSlice:
         """The subnet at one candidate per choice and block."""

@@ -47,4 +47,5 @@ class Trained(Searcher):
             standing=standing,
             found=objective.found(),
             finalists=measured,
+            trained=tuple(objective.networks()),
         )

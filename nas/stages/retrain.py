@@ -30,6 +30,7 @@ from nas.objectives.teacher import Teacher, make_teacher
 from nas.pictures.run import plot_run
 from nas.runs.folder import LARGE, SUPERNET, results_path
 from nas.stages.afterwards import Afterwards
+from nas.stages.original import LARGE_NETWORK, ORIGINAL_NETWORK, untouched
 from nas.stages.planned import Cuts, looked_at, planned
 from nas.stages.prepare import Beginning, compared, preparation, prepare
 from nas.training.basis import find_basis
@@ -318,10 +319,14 @@ def headline(goal: Goal, origin: Origin) -> str:
 def conclude(goal: Goal, prepared: Prepared, training: Training, teacher: Teacher | None, after: Afterwards) -> None:
     """Cut the compact network out and write it; then compare, measure every network on the reported split, draw.
 
-    A network appears in the table only if this run trained it, or learnt from it.
+    A network appears in the table only if this run trained it, or learnt from it; and the original one, as it was,
+    where no large network was trained.
     """
     config, folder, device, loaders = goal.config, prepared.folder, prepared.device, prepared.loaders
     networks: dict[str, Network] = dict(training.objective.networks())
+    if LARGE_NETWORK not in networks:
+        with after.part("loading the original network"):
+            networks = beside_original(goal, prepared, networks, teacher)
     facts: dict[str, Any] = {"stage": "retrain", "train": config.train, "space": goal.space.name}
     facts |= {"dataset": config.dataset, "seed": config.seed, "split": loaders.reported, "result": config.result}
     facts |= {"held_out": None if loaders.val is None else loaders.held_out}
@@ -332,8 +337,8 @@ def conclude(goal: Goal, prepared: Prepared, training: Training, teacher: Teache
             facts |= compared(networks["subnet"], networks["compact"], loaders, device)
     with after.part(f"measuring accuracy on the {loaders.reported}", together=True):
         scores = top_k(networks, loaders.test, device, training.autocast, f"measuring on the {loaders.reported}")
-        for name, row in table.items():
-            row |= {k: scores[f"{name}_{k}"] for k in ("top1", "top5")}
+        for name in networks:
+            table[name] |= {k: scores[f"{name}_{k}"] for k in ("top1", "top5")}
     facts |= {"unreadable_images": report_unreadable(loaders), "left_out_files": dict(prepared.splits.left_out)}
     if not is_main():
         return
@@ -354,6 +359,21 @@ def conclude(goal: Goal, prepared: Prepared, training: Training, teacher: Teache
     print(f"results in {results_path(folder)}: {', '.join(files)}, table.csv and pictures")
 
 
+def beside_original(
+    goal: Goal, prepared: Prepared, networks: dict[str, Network], teacher: Teacher | None
+) -> dict[str, Network]:
+    """The networks with the original one first, where that was trained for the classes: the teacher where it is it."""
+    base = original(goal.config, goal.given)
+    if teacher is not None and teacher.named:
+        network: Network | None = untouched(prepared, base)
+    elif base.given() and "teacher" in networks:
+        network = networks["teacher"]
+        networks = {name: other for name, other in networks.items() if name != "teacher"}
+    else:
+        network = untouched(prepared, base)
+    return networks if network is None else {ORIGINAL_NETWORK: network} | networks
+
+
 def written(
     goal: Goal, prepared: Prepared, networks: dict[str, Network], teacher: Teacher | None
 ) -> dict[str, dict[str, Any]]:
@@ -362,10 +382,13 @@ def written(
     table: dict[str, dict[str, Any]] = {}
     if teacher is not None and "teacher" in networks:
         table["teacher"] = {"params": teacher.params, "gflops": teacher.flops / 1e9}
-    if "large" in networks:
-        table["large"] = {"params": goal.backbone.params(), "gflops": goal.backbone.flops() / 1e9}
+    whole = {"params": goal.backbone.params(), "gflops": goal.backbone.flops() / 1e9}
+    if LARGE_NETWORK in networks:
+        table[LARGE_NETWORK] = whole
         if is_main():
             save_weights(timm_state(supernet), folder / LARGE)
+    elif teacher is None or ORIGINAL_NETWORK in networks:
+        table[ORIGINAL_NETWORK] = whole
     if arch is not None:
         compact = cut(supernet.backbone, goal.subnet).eval()
         networks["compact"] = compact

@@ -31,6 +31,7 @@ from nas.prices.table import price_of
 from nas.runs.folder import SUPERNET, open_run, results_path
 from nas.searchers.searcher import Answer, Question, Run, Searcher
 from nas.stages.afterwards import Afterwards
+from nas.stages.original import LARGE_NETWORK, ORIGINAL_NETWORK, untouched
 from nas.stages.planned import cuts_of, planned
 from nas.stages.prepare import Beginning, compared, preparation, prepare
 from nas.training.evaluate import by_split, print_table, top_k
@@ -191,7 +192,10 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
     subnet = slices_of(arch, supernet.shapes)
     precision = partial(autocast, config, prepared.device)
     full = network_slice(supernet.shapes, subnet.blocks, full_stage_width=True)
-    networks: dict[str, Network] = {"large": supernet.large, "subnet": partial(supernet.small, small=subnet)}
+    reference = LARGE_NETWORK if LARGE_NETWORK in answer.trained else ORIGINAL_NETWORK
+    networks: dict[str, Network] = {"subnet": partial(supernet.small, small=subnet)}
+    with after.part("loading the original network"):
+        networks = reference_network(prepared, answer, reference) | networks
     more: dict[str, Network] = {}
     seconds = dict(answer.seconds)
     if training_of(asked.space).refits:
@@ -208,20 +212,20 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
         words = f"measuring on the {loaders.reported}"
         scores = top_k(networks, loaders.test, prepared.device, precision, words)
     small = {"params": arch.params, "gflops": arch.flops / 1e9}
-    table: dict[str, dict[str, float]] = {name: dict(small) for name in networks}
-    table["large"] = {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9}
-    for name, row in table.items():
+    table = {reference: {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9}}
+    table |= {name: dict(small) for name in networks if name != reference}
+    for name in networks:
         for k in ("top1", "top5"):
             if scores:
-                row[k] = scores[f"{name}_{k}"]
+                table[name][k] = scores[f"{name}_{k}"]
             if held_out:
-                row[f"held_out_{k}"] = held_out[f"{name}_{k}"]
+                table[name][f"held_out_{k}"] = held_out[f"{name}_{k}"]
     facts: dict[str, Any] = {"stage": "search", "space": arch.space, "dataset": config.dataset, "seed": config.seed}
     facts |= {"budget": asked.question.budget, "split": loaders.reported}
     facts |= {"held_out": loaders.held_out if held_out else None}
     facts |= {"precision": str(amp_dtype(config, prepared.device) or torch.float32)}
     facts |= {"unreadable_images": report_unreadable(loaders), "left_out_files": dict(prepared.splits.left_out)}
-    facts |= {"finalists": list(answer.finalists)}
+    facts |= {"finalists": list(answer.finalists), "trained": list(answer.trained)}
     narrowing = {
         "stage_widths": list(subnet.stage_widths),
         "held_out_top1_full_stage_width": held_out.get("full_width_top1"),
@@ -243,6 +247,19 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
     if seconds:
         print(f"seconds: {', '.join(f'{name} {value:.1f}' for name, value in seconds.items())}")
     print(f"results in {results_path(prepared.folder)}\nnext: {next_command(asked, prepared.folder)}")
+
+
+def reference_network(prepared: Prepared, answer: Answer, name: str) -> dict[str, Network]:
+    """What the result is to be seen beside, by its name in the table; empty where nothing was trained for the classes.
+
+    The large network as the search trained it; as it was, where the search trained nothing or the subnet alone.
+    """
+    if name == LARGE_NETWORK:
+        return {name: prepared.supernet.large}
+    if prepared.fresh_classifier or not prepared.start.given():
+        return {}
+    network = untouched(prepared, prepared.start) if answer.trained else prepared.supernet.large
+    return {} if network is None else {name: network}
 
 
 def refitted_compact(
