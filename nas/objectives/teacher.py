@@ -19,7 +19,8 @@ from search_spaces.errors import UserError, reason
 class Teacher:
     """A frozen network with the dataset's classes. No module, so that no checkpoint holds its weights.
 
-    named: whether the options name it; otherwise it is the network that the small one was cut from. scale, shift: (C, 1, 1), from the student's normalisation of images to the teacher's own. flops in MACs.
+    named: whether the options name it; otherwise it is the network that the small one was cut from. scale, shift:
+    (C, 1, 1), from the student's normalisation of images to the teacher's own. flops in MACs.
     """
 
     name: str

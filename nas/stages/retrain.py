@@ -163,7 +163,7 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture |
     else:
         assert config.space is not None
         space = get_space(config.space)
-    alpha, lr, config = config.alpha, config.lr, with_defaults(config, space, "retrain")
+    alpha, lr, config = config.alpha, config.lr, with_defaults(config, space, "retrain", started(given))
     kind = kind_of(config.trained())
     if training_of(space).refits and kind.teacher:
         config = replace(config, lr=lr)  # none given: it follows the start
@@ -179,6 +179,11 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture |
         raise UserError(f"--train {config.train} learns from a teacher; --distill none takes it away")
     check_owned(config, space, shared=(TeacherOptions,))
     return config, space, given
+
+
+def started(given: Architecture | None) -> bool:
+    """Whether an architecture's search began at a network of the user's."""
+    return given is not None and bool(given.search.get("checkpoint"))
 
 
 def based(config: RetrainConfig, given: Architecture) -> RetrainConfig:

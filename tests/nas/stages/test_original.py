@@ -10,8 +10,8 @@ import timm
 import torch
 
 from nas.config import RetrainConfig, SearchConfig
-from nas.data.loaders import loader_spec, open_data
 from nas.data.loader import eval_loader
+from nas.data.loaders import loader_spec, open_data
 from nas.runs.opened import open_folder
 from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
