@@ -12,7 +12,7 @@ from nas.data.augmentation import check_augmentation, held, squared
 from nas.data.options import DataOptions
 from nas.machine.ranges import at_least_one
 from nas.networks.options import NetworkOptions
-from nas.objectives.options import LossOptions
+from nas.objectives.options import LossOptions, StageTwoOptions
 from nas.searchers.options import SearchOptions
 from nas.training.options import LoopOptions
 from search_spaces.errors import UserError
@@ -52,7 +52,7 @@ class SearchConfig(SearchOptions, Common):
 
 
 @dataclass(frozen=True)
-class RetrainConfig(Common):
+class RetrainConfig(StageTwoOptions, Common):
     """Train an architecture adjoined with its backbone, and cut the compact network out."""
 
     arch: Path | None = None
@@ -81,6 +81,7 @@ class RetrainConfig(Common):
     def check(self) -> None:
         super().check()
         at_least_one(self, "epochs")
+        self.check_adjoined()
         if self.result == "best" and self.val_fraction == 0:
             raise UserError("--result best needs a held-out part to choose by; set --val-fraction above 0")
 

@@ -93,3 +93,19 @@ def test_distillation_learns_from_the_original_or_is_beside_it(world: World, tmp
     named = dict(teacher_checkpoint=world.trained)
     found = summary_of(run_retrain(world.retrain(tmp_path / "named", arch=folder, epochs=1, **named)))
     assert found["teacher"]["top1"] == found["original"]["top1"] and "large" not in found
+
+
+@pytest.mark.parametrize("who", ["current", "ema", "frozen"])
+def test_beside_a_large_network_the_original_is_there_if_the_small_one_learnt_from_it(
+    world: World,  # noqa: F811
+    tmp_path: Path,
+    who: Any,
+) -> None:
+    own = dict(space="vit-an-nano", alpha=2, checkpoint=world.trained, adjoined_teacher=who, epochs=1, lr=None)
+    config = world.retrain(tmp_path / "run", **own | model_options("vit") | dict(kl_schedule="constant", small_ce=0.5))
+    found = summary_of(run_retrain(config))
+    assert ("original" in found) == (who == "frozen") and "large" in found and "teacher" not in found
+    if who == "frozen":
+        assert found["original"]["top1"] == pytest.approx(timms_top1(world), abs=1e-9)
+    assert {"loss_ce", "loss_kl", "loss_ce_small"} <= columns_of(tmp_path / "run")
+    assert (tmp_path / "run" / "rates.csv").is_file()  # --lr was left out
