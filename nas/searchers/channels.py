@@ -198,7 +198,7 @@ class Bernoulli(KernelSearch):
         chosen = None
         if self.budget is not None:
             check_budget(problem, self.costs.full, self.budget)
-            low, high = cost_band(self.costs.full, self.budget)
+            low, high = cost_band(self.costs.full, self.budget, self.band)
             while problem.cost(taken) > high:
                 open_blocks = [i for i, k in enumerate(taken) if k + 1 < len(options[i])]
                 taken[min(open_blocks, key=next_to_leave)] += 1

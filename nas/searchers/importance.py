@@ -62,7 +62,7 @@ class Importance(Searcher):
         space, picks = question.priced.space, [dict(pick) for pick in best.picks]
         subnet = network_slice(space.shapes, space.block_slices(picks))
         price = question.priced.price.network(space.shapes, question.priced.network, subnet)
-        in_band = price >= (question.budget - 0.02) * question.priced.full
+        in_band = price >= (question.budget - question.band) * question.priced.full
         kept: list[dict[str, list[int]]] = [{} for _ in picks]
         seconds = dict(zip(("basis", "candidates"), np.diff(times).round(2).tolist(), strict=True))
         return Answer(picks, kept, in_band, standing, found={"loss": best.loss}, seconds=seconds)

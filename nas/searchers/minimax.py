@@ -290,7 +290,7 @@ class Minimax(Search):
             for b, row in enumerate(margins)
             for k, margin in enumerate(row)
         ]
-        low, high = cost_band(self.costs.full, self.budget)
+        low, high = cost_band(self.costs.full, self.budget, self.band)
         fit_budget(plan, gates, low, high, units=self.prune or not gates)
         return plan
 
@@ -298,7 +298,7 @@ class Minimax(Search):
         assert self.budget is not None
         plan = self.plan()
         total = plan.flops()
-        low, _ = cost_band(self.costs.full, self.budget)
+        low, _ = cost_band(self.costs.full, self.budget, self.band)
         picks: list[Picks] = [
             {
                 "heads": block.heads() if block.attn else 0,
