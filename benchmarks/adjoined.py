@@ -1,4 +1,4 @@
-"""What becomes of two losses over shared weights from a trained start, step by step (docs/design.md, section 2.14).
+"""What becomes of two losses over shared weights from a trained start, step by step (section 2.14).
 
     python benchmarks/adjoined.py --output results/adjoined --checkpoint FILE --data-dir DIR --epochs 6 --alpha 2 \
         --variants thesis constant warm constant:small_ce=1 constant:adjoined_teacher=frozen distill
