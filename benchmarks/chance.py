@@ -28,6 +28,7 @@ from nas.networks.architecture import architecture_of
 from nas.networks.backbone import TimmModel
 from nas.networks.basis_file import BASIS, streams_of
 from nas.networks.opening import meta_supernet
+from nas.prices.options import BAND
 from nas.prices.selection import cost_band
 from nas.runs.folder import SUPERNET, typed
 from nas.stages.retrain import run_retrain
@@ -41,7 +42,9 @@ SHARED = ("dataset", "data_dir", "hflip", "scale", "batch_size", "amp", "workers
 DRAWS = 200_000
 
 
-def at_random(arch: Architecture, budget: float, alphas: list[int] | None, count: int, seed: int) -> list[Architecture]:
+def at_random(
+    arch: Architecture, budget: float, alphas: list[int] | None, count: int, seed: int, band: float
+) -> list[Architecture]:
     """Different architectures in the budget's band, uniformly: drawn block by block, those outside it rejected."""
     space = get_space(arch.space)
     if space.method.name != "dan":
@@ -50,7 +53,7 @@ def at_random(arch: Architecture, budget: float, alphas: list[int] | None, count
     install_stages(meta, streams_of(arch.basis))
     settings = Settings(arch.width, space.alphas if alphas is None else tuple(alphas))
     offered = [c["alpha"] for c in make_space(space.name, space.method, settings, meta.shapes).candidates]
-    low, high = cost_band(arch.backbone_flops, budget)
+    low, high = cost_band(arch.backbone_flops, budget, band)
     draw, found = random.Random(seed), dict[tuple[Any, ...], Architecture]()
     for _ in range(DRAWS):
         factors = tuple(draw.choice(candidates) for candidates in offered)
@@ -94,7 +97,7 @@ def main() -> None:
     config = yaml.safe_load((args.search / "config.yaml").read_text())
     options = typed(RetrainConfig, {k: config[k] for k in SHARED}, args.search) | {"seed": args.seed}
     budget = arch.search["budget"]
-    drawn = at_random(arch, float(budget), config["alphas"], args.count, args.seed)
+    drawn = at_random(arch, float(budget), config["alphas"], args.count, args.seed, config.get("band", BAND))
     networks = {"searched": arch} | {f"chance-{i}": other for i, other in enumerate(drawn)}
     rows = {name: retrained(args, network, name, options) for name, network in networks.items()}
     print(f"{'network':12} {'FLOPs':>7} {'params':>7} {'top-1':>7}  factors")

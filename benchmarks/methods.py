@@ -64,7 +64,8 @@ def report(args: argparse.Namespace) -> None:
         for seed in args.seeds:
             folder = args.output / f"{run.replace(':', '-')}-{seed}" / "retrain"
             if (folder / "summary.json").is_file():
-                rows.append(json.loads((folder / "summary.json").read_text()))
+                summary = json.loads((folder / "summary.json").read_text())
+                rows.append({"large": summary.get("original")} | summary)  # as it was, where it was not trained
                 lines = (folder / "log.csv").read_text().splitlines()
                 last = dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))
                 kc += [float(last[KC])] if KC in last else []
@@ -75,7 +76,7 @@ def report(args: argparse.Namespace) -> None:
         params = statistics.mean(r["compact"]["params"] / r["large"]["params"] for r in rows)
         print(
             f"{run:24} {len(rows):5} {min(share):6.3f}-{max(share):6.3f} {params:7.3f}"
-            f" {spread([r['compact']['top1'] for r in rows])} {spread([r['large']['top1'] for r in rows])}"
+            f" {spread([r['compact']['top1'] for r in rows])} {spread([r['large'].get('top1', 0.0) for r in rows])}"
             f" {spread(kc, 4) if kc else '':>15}"
         )
 

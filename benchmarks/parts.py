@@ -41,8 +41,8 @@ def row_of(config: SearchConfig, part: str, folder: Path) -> dict[str, Any]:
     run = run_search(replace(config, output=folder, **PARTS[part]))
     found = json.loads((run / "summary.json").read_text())
     facts: dict[str, Any] = {"part": part, "budget": config.budget, "seed": config.seed}
-    networks = {name: found[name]["top1"] for name in ("large", "subnet", "compact")}
-    share = found["compact"]["gflops"] / found["large"]["gflops"]
+    networks = {name: found[name]["top1"] for name in ("original", "subnet", "compact")}
+    share = found["compact"]["gflops"] / found["original"]["gflops"]
     return facts | networks | {"share": share} | dict(found["seconds"])
 
 
@@ -84,7 +84,7 @@ def main() -> None:
                     rows.append(row_of(config, part, Path(folder) / str(len(rows))))
                     if options.output:
                         write_csv(options.output, rows)
-    print(f"large {rows[0]['large']:.2f}; seconds on the right")
+    print(f"original {rows[0]['original']:.2f}; seconds on the right")
     print(f"{'':32} {'budget':>6} {'as cut':>14} {'refitted':>14}" + "".join(f"{name:>11}" for name in SECONDS))
     for budget in options.budget:
         for part in names:

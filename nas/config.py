@@ -8,10 +8,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from nas.data.augmentation import check_augmentation, held, squared
 from nas.data.options import DataOptions
 from nas.machine.ranges import at_least_one
 from nas.networks.options import NetworkOptions
-from nas.objectives.options import LossOptions
+from nas.objectives.options import LossOptions, StageTwoOptions
 from nas.searchers.options import SearchOptions
 from nas.training.options import LoopOptions
 from search_spaces.errors import UserError
@@ -29,6 +30,7 @@ class Common(LossOptions, LoopOptions, NetworkOptions, DataOptions):
         """Refuse option values that no run can use."""
         self.check_training()
         self.check_data()
+        check_augmentation(self)
         self.check_network()
         self.check_objective()
         self.check_teacher()
@@ -50,7 +52,7 @@ class SearchConfig(SearchOptions, Common):
 
 
 @dataclass(frozen=True)
-class RetrainConfig(Common):
+class RetrainConfig(StageTwoOptions, Common):
     """Train an architecture adjoined with its backbone, and cut the compact network out."""
 
     arch: Path | None = None
@@ -79,13 +81,19 @@ class RetrainConfig(Common):
     def check(self) -> None:
         super().check()
         at_least_one(self, "epochs")
+        self.check_adjoined()
         if self.result == "best" and self.val_fraction == 0:
             raise UserError("--result best needs a held-out part to choose by; set --val-fraction above 0")
 
 
-def with_defaults(config: C, space: Space, stage: Literal["search", "retrain"]) -> C:
-    """Fill every option that was left None from the space's defaults for the stage."""
+def with_defaults(config: C, space: Space, stage: Literal["search", "retrain"], trained: bool = False) -> C:
+    """Fill every option that was left None from the space's defaults for the stage, or from --augment.
+
+    trained: whether the weights are of a network of the user's even though the options name none.
+    """
     own = dict(space.training) | dict(space.search if stage == "search" else space.retrain)
+    own |= held(config, own, trained or config.brings_weights())
+    config = replace(config, **squared(config))
     names = {f.name for f in fields(config)}
     chosen = {k: v for k, v in own.items() if k in names and getattr(config, k) is None}
     return replace(config, **chosen)

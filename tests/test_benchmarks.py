@@ -1,5 +1,6 @@
 """Every benchmark that takes a small network runs to its end on one: what it prints there says nothing about speed."""
 
+import csv
 import importlib
 import json
 import sys
@@ -13,9 +14,10 @@ import torch
 import nas
 from nas.config import RetrainConfig, SearchConfig
 from nas.machine.files import write_json
-from nas.networks.weights import save_weights
-from nas.runs.folder import SUPERNET, open_run
+from nas.networks.weights import load_weights, save_weights
+from nas.runs.folder import SUPERNET, open_run, read_options, typed
 from nas.runs.opened import open_folder
+from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
 from search_spaces.errors import UserError
 from supernets.basis import timm_state
@@ -65,6 +67,31 @@ def test_methods_are_compared_and_what_is_finished_is_not_run_again(
     assert len(weights) == 2
     assert run("methods", arguments, monkeypatch, capsys).splitlines()[-2:] == table
     assert {p: p.stat().st_mtime_ns for p in weights} == weights
+
+
+def test_two_losses_are_watched_and_watching_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = tmp_path / "trained.safetensors"
+    torch.manual_seed(0)
+    options = dict(img_size=32, patch_size=16, embed_dim=16, depth=2, num_heads=2, class_token=False, global_pool="avg")
+    save_weights(timm.create_model("vit_tiny_patch16_224", num_classes=10, **options).state_dict(), trained)
+    model = "--model vit_tiny_patch16_224 --model-kwargs " + " ".join(f"{k}={v!r}" for k, v in options.items())
+    model += f" --checkpoint {trained} --epochs 2 --batch-size 256 --every 2 --lr 1e-3"
+    variants = ["thesis", "constant:small_ce=1:adjoined_teacher=frozen", "distill"]
+    printed = run("adjoined", f"--output {tmp_path} {model} --variants {' '.join(variants)}", monkeypatch, capsys)
+    table = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.split(" ")[0] in variants}
+    assert [row.count("nan") for row in table.values()] == [1, 0, 3]  # no original; no large, no angles
+    with (tmp_path / "thesis" / "gradients.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(0, 2 * len(rows), 2)) and len(rows) > 3
+    assert all(0 < float(row[f"angle_{name}"]) < 180 for row in rows for name in ("kl", "q", "small"))
+    assert all(0.1 < float(row["shared"]) < 0.7 for row in rows)  # alpha 2 keeps a quarter of most matrices
+    assert (tmp_path / "adjoined.png").stat().st_size > 10_000
+    unwatched = RetrainConfig(**typed(RetrainConfig, read_options(tmp_path / "thesis" / "config.yaml"), tmp_path))
+    run_retrain(replace(unwatched, output=tmp_path / "unwatched"))
+    first, second = (load_weights(tmp_path / name / "large.safetensors") for name in ("thesis", "unwatched"))
+    assert all(torch.equal(t, second[name]) for name, t in first.items())
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from nas.data.augmentation import in_effect
 from nas.data.datasets import DataSpec, Splits, open_splits
 from nas.data.images import Images
 from nas.data.listing import few
@@ -58,6 +59,8 @@ class Loaders:
 
     calibration: of a seed, training images prepared as in evaluation, in the order that it draws; all in every process.
 
+    deciding: of a seed, the held-out images likewise; None where nothing is held out.
+
     reported, held_out: what the images of test and of val are, in words.
     """
 
@@ -69,6 +72,7 @@ class Loaders:
     mixup: Any
     reported: str
     held_out: str
+    deciding: Callable[[int], Any] | None = None
 
     def stats(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation that images are normalised with, (C, 1, 1) each, in [0, 1]."""
@@ -92,7 +96,7 @@ def loader_spec(
         if own[name] is not None and len(own[name]) not in (1, size[0]):
             raise UserError(f"--{name} has {len(own[name])} numbers; the network reads {size[0]} channels")
     data = resolve_data_config({"input_size": size} | own, model=backbone)
-    embedded = options.dataset_name() == "digits"
+    embedded, augmented = options.dataset_name() == "digits", in_effect(options)
     return LoaderSpec(
         batch_size=batch_size,
         input_size=size,
@@ -101,15 +105,16 @@ def loader_spec(
         interpolation=data["interpolation"],
         crop_pct=options.crop_pct or (1.0 if max(size[1:]) <= 64 else data["crop_pct"]),
         workers=options.workers if options.workers is not None else (0 if embedded else min(4, os.cpu_count() or 1)),
-        aa=None if options.aa in (None, "none") else options.aa,
+        aa=augmented["aa"],
         no_aug=options.no_aug,
-        hflip=0.5 if options.hflip is None else options.hflip,
+        hflip=augmented["hflip"],
         vflip=options.vflip,
-        scale=options.scale or (0.08, 1.0),
+        scale=augmented["scale"],
         ratio=options.ratio,
+        train_crop_mode=options.train_crop_mode,
         train_interpolation=options.train_interpolation,
-        color_jitter=0.4 if options.color_jitter is None else options.color_jitter,
-        reprob=options.reprob or 0.0,
+        color_jitter=augmented["color_jitter"],
+        reprob=augmented["reprob"],
         remode=options.remode or "pixel",
         recount=options.recount,
         aug_repeats=options.aug_repeats,
@@ -151,6 +156,9 @@ def make_loaders(
         mixup=mixup,
         reported=splits.reported,
         held_out=held_out_words(seen_by),
+        deciding=None
+        if splits.val is None
+        else lambda seed: eval_loader(shuffled(splits.val, seed), as_evaluated, device),
     )
 
 

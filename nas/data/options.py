@@ -31,8 +31,11 @@ class DataOptions:
     """turn images as their EXIF data says, in training and evaluation alike (docs/data.md)"""
     workers: int | None = None
     """data loading processes; none for the embedded dataset, 4 otherwise"""
+    augment: Literal["none", "light", "strong"] | None = None
+    """a set of augmentations (docs/training.md); --aa, --scale and so on override what it holds. By default the
+    space's own; from a checkpoint light where that is made for hundreds of epochs"""
     aa: str | None = None
-    """RandAugment or AutoAugment policy, e.g. rand-m9-mstd0.5-inc1; none to switch off"""
+    """RandAugment or AutoAugment policy, e.g. rand-m9-mstd0.5-inc1; none: neither a policy nor colour jitter"""
     no_aug: bool = False
     """resize and centre crop only"""
     hflip: float | None = None
@@ -45,6 +48,9 @@ class DataOptions:
     """share of the image that random resized crop takes"""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """aspect of the random resized crop"""
+    train_crop_mode: Literal["rrc", "rkrc", "rkrr"] | None = None
+    """how a training crop is taken, as timm has it: rrc, a random part resized; rkrc and rkrr, the image resized, its
+    aspect kept but for a draw, and cropped in the middle or at random (rrc)"""
     train_interpolation: str = "random"
     """of training; random draws between bilinear and bicubic"""
     interpolation: str | None = None

@@ -28,6 +28,7 @@ class LoaderSpec:
     scale: tuple[float, float] = (0.08, 1.0)  # area of the random resized crop
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # and its aspect
     color_jitter: float | None = 0.4
+    train_crop_mode: str | None = None  # rrc, rkrc or rkrr
     train_interpolation: str = "random"
     reprob: float = 0.0
     remode: str = "pixel"
@@ -92,6 +93,7 @@ def _timms(spec: LoaderSpec, is_training: bool, as_bytes: bool) -> Any:
             no_aug=spec.no_aug,
             scale=spec.scale,
             ratio=spec.ratio,
+            train_crop_mode=spec.train_crop_mode,
             hflip=spec.hflip,
             vflip=spec.vflip,
             color_jitter=spec.color_jitter or None,  # a jitter of 0 does nothing, slowly

@@ -58,6 +58,7 @@ def search_arguments(options: SearchOptions, question: Question, prepared: Prepa
     """The arguments of Search that the options decide."""
     return {
         "budget": question.budget,
+        "band": question.band,
         "gamma": GAMMA if options.gamma is None else options.gamma,
         "seed": options.seed,
         "total_steps": options.total_epochs() * updates_per_epoch(options, prepared.loaders.train),

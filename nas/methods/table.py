@@ -12,6 +12,7 @@ from nas.methods.joint import JointTraining
 from nas.methods.kcr import KCRTraining
 from nas.methods.method import MethodTraining
 from nas.methods.uvc import UVCTraining
+from nas.prices.options import BAND
 from nas.searchers.options import SearchOptions
 from nas.searchers.searcher import Searcher
 from nas.searchers.table import SEARCHERS
@@ -42,6 +43,8 @@ def searcher_of(options: SearchOptions, space: Space) -> Searcher:
     searcher = SEARCHERS[name]
     if options.start is not None and not searcher.starts:
         raise UserError(f"--start {options.start} is of a search by gradient; {space.name} is searched by {name}")
+    if options.band != BAND and not searcher.banded:
+        raise UserError(f"--band {options.band}: {space.name} is searched by {name}, which has no band; leave it out")
     return searcher
 
 

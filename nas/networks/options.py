@@ -22,6 +22,10 @@ class NetworkOptions:
     drop_path: float | None = None
     """stochastic depth of the backbone"""
 
+    def brings_weights(self) -> bool:
+        """Whether the weights are a network of the user's, not timm's own or drawn ones."""
+        return self.checkpoint is not None or (self.pretrained is not False and ":" in (self.model or ""))
+
     def check_network(self) -> None:
         """Refuse values that no run can use."""
         share(self, "drop_path")

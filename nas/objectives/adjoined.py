@@ -1,40 +1,127 @@
-"""Large and small together over one set of weights, equation (3.4)."""
+"""Large and small together over one set of weights, equation (3.4), and what a trained start can do with it (2.14)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from nas.objectives.options import LossOptions
+from nas.objectives.options import StageTwoOptions
 from nas.objectives.teacher import Teacher
 from nas.training.losses import adjoined_weight, cross_entropy, kl_divergence
 from nas.training.objective import Objective, Step
 from search_spaces.slices import NetworkSlice
 from supernets.supernet import Supernet
 
+WARM = 0.1  # of the run, in which --kl-schedule warm rises
+AVERAGE_DECAY = 0.999  # of the average that --adjoined-teacher ema follows, at most
 
-class Adjoined(Objective):
-    """L = CE(p) + lambda(t) KL(p || q) on a fixed subnet."""
 
-    def __init__(
-        self, supernet: Supernet, subnet: NetworkSlice, smoothing: float = 0.0, detach_teacher: bool = False
-    ) -> None:
-        super().__init__(supernet)
-        self.subnet, self.smoothing, self.detach_teacher = subnet, smoothing, detach_teacher
+def schedule_thesis(t: float) -> float:
+    """Equation (3.4)."""
+    return adjoined_weight(t)
+
+
+def schedule_constant(t: float) -> float:
+    """Both terms from the first step on."""
+    return 1.0
+
+
+def schedule_warm(t: float) -> float:
+    """Up along a line over the first tenth."""
+    return min(t / WARM, 1.0)
+
+
+SCHEDULES = {"thesis": schedule_thesis, "constant": schedule_constant, "warm": schedule_warm}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """schedule: of lambda(t). small_ce: weight of the small network's own cross-entropy. smoothing: of labels."""
+
+    smoothing: float = 0.0
+    detach_teacher: bool = False
+    schedule: str = "thesis"
+    small_ce: float = 0.0
 
     @classmethod
-    def of(cls, options: LossOptions, supernet: Supernet, subnet: NetworkSlice, teacher: Teacher | None) -> "Adjoined":
+    def of(cls, options: StageTwoOptions) -> "Loss":
         """As the options ask for it."""
-        return cls(supernet, subnet, options.smoothing or 0.0, options.detach_teacher)
+        return cls(options.smoothing or 0.0, options.detach_teacher, options.kl_schedule, options.small_ce)
+
+    def lam(self, t: float) -> float:
+        """lambda(t)."""
+        return SCHEDULES[self.schedule](t)
+
+    def terms(self, p: Tensor, q: Tensor, expert: Tensor, target: Tensor, t: float) -> dict[str, Tensor]:
+        """CE(p) + lambda(t) KL(expert || q) + small_ce CE(q), of logits (B, classes); expert: p unless another."""
+        kl = kl_divergence(expert, q, self.detach_teacher)
+        found = {"ce": cross_entropy(p, target, self.smoothing), "kl": self.lam(t) * kl}
+        if self.small_ce:
+            found["ce_small"] = self.small_ce * cross_entropy(q, target, self.smoothing)
+        return found
+
+
+class Adjoined(Objective):
+    """L = CE(p) + lambda(t) KL(p || q) on a fixed subnet.
+
+    teacher: a frozen one in p's place in the KL term; averaged: the average of the large network's weights there.
+    """
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        subnet: NetworkSlice,
+        loss: Loss | None = None,
+        teacher: Teacher | None = None,
+        averaged: bool = False,
+    ) -> None:
+        super().__init__(supernet)
+        self.subnet, self.loss, self.teacher = subnet, loss or Loss(), teacher
+        self.average: Any = average_of(supernet) if averaged else None
+
+    @classmethod
+    def of(
+        cls, options: StageTwoOptions, supernet: Supernet, subnet: NetworkSlice, teacher: Teacher | None
+    ) -> "Adjoined":
+        """As the options ask for it."""
+        return cls(supernet, subnet, Loss.of(options), teacher, options.adjoined_teacher == "ema")
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
         p, q = self.supernet(images, self.subnet)
-        return {
-            "ce": cross_entropy(p, target, self.smoothing),
-            "kl": adjoined_weight(step.t) * kl_divergence(p, q, self.detach_teacher),
-        }
+        return self.loss.terms(p, q, self.expert(images, p), target, step.t)
+
+    def expert(self, images: Tensor, p: Tensor) -> Tensor:
+        """The logits that the small network is to match; p: those of the large one as it is."""
+        if self.teacher is not None:
+            return self.teacher(images)
+        if self.average is not None:
+            with torch.no_grad():
+                return self.average.module(images)  # type: ignore[no-any-return]
+        return p
+
+    def train(self, mode: bool = True) -> "Adjoined":
+        """The average stays in evaluation mode: it is a target."""
+        super().train(mode)
+        if self.average is not None:
+            self.average.eval()
+        return self
+
+    def after_step(self, step: Step) -> None:
+        if self.average is not None:
+            self.average.update(self.supernet.backbone, step=step.number)
 
     def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {"large": self.supernet.large, "subnet": lambda x: self.supernet.small(x, self.subnet)}
+        teacher = {} if self.teacher is None else {"teacher": self.teacher}
+        return teacher | {"large": self.supernet.large, "subnet": lambda x: self.supernet.small(x, self.subnet)}
 
     def log(self, step: Step) -> dict[str, float]:
-        return {"lam": adjoined_weight(step.t), "selected_gflops": self.supernet.flops(self.subnet) / 1e9}
+        return {"lam": self.loss.lam(step.t), "selected_gflops": self.supernet.flops(self.subnet) / 1e9}
+
+
+def average_of(supernet: Supernet) -> Any:
+    """timm's average of the large network's weights; the younger the run, the shorter its memory."""
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(supernet.backbone, decay=AVERAGE_DECAY, use_warmup=True).requires_grad_(False)

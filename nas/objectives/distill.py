@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from nas.objectives.options import LossOptions
+from nas.objectives.options import StageTwoOptions
 from nas.objectives.teacher import Teacher
 from nas.training.losses import cross_entropy
 from nas.training.objective import Objective, Step
@@ -32,7 +32,9 @@ class Distilled(Objective):
         self.teacher, self.hard, self.weight, self.temperature = teacher, hard, weight, temperature
 
     @classmethod
-    def of(cls, options: LossOptions, supernet: Supernet, subnet: NetworkSlice, teacher: Teacher | None) -> "Distilled":
+    def of(
+        cls, options: StageTwoOptions, supernet: Supernet, subnet: NetworkSlice, teacher: Teacher | None
+    ) -> "Distilled":
         """As the options ask for it."""
         assert teacher is not None
         return cls(

@@ -1,16 +1,16 @@
 """The kernel term, in both stages: eta_kc * TNN_r of the small network's features (section 2.3)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from nas.objectives.adjoined import Adjoined
-from nas.objectives.options import KernelOptions, LossOptions
+from nas.objectives.adjoined import Adjoined, Loss
+from nas.objectives.options import KernelOptions, StageTwoOptions
 from nas.objectives.spectrum import EpochKernel, SecondMoment, separable_tnn
 from nas.objectives.teacher import Teacher
-from nas.training.losses import adjoined_weight, cross_entropy, kl_divergence
+from nas.training.losses import cross_entropy, kl_divergence
 from nas.training.objective import Step
 from search_spaces.slices import NetworkSlice
 from supernets.supernet import Supernet
@@ -96,15 +96,16 @@ class KernelAdjoined(Adjoined):
         *,
         kernel: KernelTerm,
         adjoined: bool,
-        smoothing: float = 0.0,
-        detach_teacher: bool = False,
+        loss: Loss | None = None,
+        teacher: Teacher | None = None,
+        averaged: bool = False,
     ) -> None:
-        super().__init__(supernet, subnet, smoothing, detach_teacher)
+        super().__init__(supernet, subnet, loss, teacher, averaged)
         self.kernel, self.adjoined = kernel, adjoined
 
     @classmethod
     def of(
-        cls, options: LossOptions, supernet: Supernet, subnet: NetworkSlice, teacher: Teacher | None
+        cls, options: StageTwoOptions, supernet: Supernet, subnet: NetworkSlice, teacher: Teacher | None
     ) -> "KernelAdjoined":
         """As the options ask for it."""
         return cls(
@@ -112,15 +113,22 @@ class KernelAdjoined(Adjoined):
             subnet,
             kernel=kernel_term(options),
             adjoined=options.adjoined,
-            smoothing=options.smoothing or 0.0,
-            detach_teacher=options.detach_teacher,
+            loss=Loss.of(options),
+            teacher=teacher,
+            averaged=options.adjoined_teacher == "ema",
         )
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
         q, features = self.supernet.small_with_features(images, self.subnet)
-        lam = adjoined_weight(step.t)
-        task = Task(self.supernet, self.smoothing, self.detach_teacher, self.adjoined)
-        return task.terms(images, target, q, lam) | {"tnn": self.kernel(features, step)}
+        if self.adjoined:
+            p = self.supernet.large(images)
+            terms = self.loss.terms(p, q, self.expert(images, p), target, step.t)
+        else:
+            terms = {"ce": cross_entropy(q, target, self.loss.smoothing)}
+        return terms | {"tnn": self.kernel(features, step)}
+
+    def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        return {name: network for name, network in super().networks().items() if self.adjoined or name != "large"}
 
     def process_state(self) -> dict[str, Tensor]:
         return self.kernel.process_state()

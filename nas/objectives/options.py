@@ -1,10 +1,10 @@
 """The options of what is minimised."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from nas.machine.ranges import share
+from nas.machine.ranges import flag, not_negative, share
 from nas.networks.key_values import KeyValues
 from search_spaces.errors import UserError
 
@@ -87,5 +87,41 @@ class KernelOptions:
 
 
 @dataclass(frozen=True)
+class AdjoinedOptions:
+    """Adjoined training in stage 2, where a trained start asks for other than equation (3.4) (section 2.14)."""
+
+    kl_schedule: Literal["thesis", "constant", "warm"] = "thesis"
+    """of --train adjoined: lambda(t), the weight of the KL term: min(4 t^2, 1), 1 from the start, or up along a line
+    over the first tenth of the run"""
+    small_ce: float = 0.0
+    """of --train adjoined: weight of a third term, the small network's own cross-entropy"""
+    adjoined_teacher: Literal["current", "ema", "frozen"] = "current"
+    """of --train adjoined: whom the small network follows: the large network as it is, the average of its weights, or
+    the original network, frozen (or --teacher)"""
+
+    def check_adjoined(self) -> None:
+        """Refuse values that no run can use, and a gradient stopped where there is none."""
+        not_negative(self, "small_ce")
+        if self.adjoined_teacher != "current" and getattr(self, "detach_teacher", False):
+            raise UserError(
+                f"--detach-teacher stops a gradient into the teacher; --adjoined-teacher {self.adjoined_teacher} has"
+                " none: drop one of them"
+            )
+
+    def adjoined_flag(self) -> str | None:
+        """The first of these options that was given, as it is typed."""
+        for field in fields(AdjoinedOptions):
+            value = getattr(self, field.name)
+            if value != field.default:
+                return f"{flag(field.name)} {value}"
+        return None
+
+
+@dataclass(frozen=True)
 class LossOptions(KernelOptions, TeacherOptions, ObjectiveOptions):
-    """All that an objective reads."""
+    """All that an objective of either stage reads."""
+
+
+@dataclass(frozen=True)
+class StageTwoOptions(AdjoinedOptions, LossOptions):
+    """All that an objective of stage 2 reads."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from nas.objectives.options import LossOptions
+from nas.objectives.options import StageTwoOptions
 from nas.objectives.teacher import Teacher
 from nas.training.losses import cross_entropy
 from nas.training.objective import Objective, Step
@@ -20,7 +20,7 @@ class Plain(Objective):
         self.smoothing = smoothing
 
     @classmethod
-    def of(cls, options: LossOptions, supernet: Supernet, subnet: NetworkSlice, teacher: Teacher | None) -> "Plain":
+    def of(cls, options: StageTwoOptions, supernet: Supernet, subnet: NetworkSlice, teacher: Teacher | None) -> "Plain":
         """As the options ask for it."""
         return cls(supernet, options.smoothing or 0.0)
 

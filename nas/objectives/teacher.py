@@ -19,7 +19,8 @@ from search_spaces.errors import UserError, reason
 class Teacher:
     """A frozen network with the dataset's classes. No module, so that no checkpoint holds its weights.
 
-    scale, shift: (C, 1, 1), from the student's normalisation of images to the teacher's own. flops in MACs.
+    named: whether the options name it; otherwise it is the network that the small one was cut from. scale, shift:
+    (C, 1, 1), from the student's normalisation of images to the teacher's own. flops in MACs.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Teacher:
     flops: int
     scale: Tensor
     shift: Tensor
+    named: bool = False
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -76,4 +78,4 @@ def make_teacher(options: TeacherOptions, prepared: Prepared, base: Start, asked
         ) from None
     params = sum(p.numel() for p in network.parameters())
     print(f"teacher: {name}, {params / 1e6:.3f} M, {macs / 1e9:.4g} GFLOPs (MACs)")
-    return Teacher(name, network, params, macs, scale, shift)
+    return Teacher(name, network, params, macs, scale, shift, named)

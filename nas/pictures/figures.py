@@ -39,6 +39,7 @@ TERMS = {
     "ce": "cross-entropy",
     "kl": "λ · KL",
     "penalty": "FLOPs penalty",
+    "ce_small": "cross-entropy, small",
     "tnn": "truncated nuclear norm",
     "distill": "distillation",
 }

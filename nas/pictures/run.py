@@ -13,7 +13,7 @@ from nas.pictures.architecture import PICTURE, architecture_figure, title_of
 from nas.pictures.candidates import candidates_figure
 from nas.pictures.figures import DPI, choices_figure, curves_figure
 from nas.pictures.rows import rows_of
-from nas.pictures.scatter import pareto_figure
+from nas.pictures.scatter import WHOLE, pareto_figure
 from nas.pictures.spectrum_figure import spectra, spectrum_figure
 from nas.pictures.steps_figure import steps_figure
 from search_spaces.architecture import load_architecture
@@ -117,7 +117,8 @@ def save(figure: Figure, path: Path) -> list[Path]:
 
 
 def run_points(folder: Path) -> list[dict[str, Any]]:
-    """The networks of a run's summary.json as rows for pareto_figure: large, and subnet, refitted or compact.
+    """The networks of a run's summary.json as rows for pareto_figure: large or original, and subnet, refitted or
+    compact.
 
     Params are a count, gflops in GFLOPs (MACs), images_per_s at batch 32, top-k in percent; absent ones are
     NaN. Runs that differ in nothing but their seed share `config`. Empty when there is no summary.
@@ -133,25 +134,29 @@ def run_points(folder: Path) -> list[dict[str, Any]]:
         "split": EARLIER.get(str(summary.get("split")), summary.get("split")) or "",
     }
     rows = []
-    for name, role in ((_original(summary, arch), "large"), (small, as_cut)):
+    for name, role in (*_references(summary, arch).items(), (small, as_cut)):
         found = summary.get(name)
         if not isinstance(found, dict):
             continue
         values = {k: _value(found, k) for k in ("params", "gflops", "top1", "top5", "held_out_top1")}
         values["images_per_s"] = _value(found, "images_per_s_32")
         # The large network is the same whatever the small one's budget; runs are its seeds.
-        alone = f"large {values['gflops']} {summary.get('train', 'adjoined')}"
-        config = alone if role == "large" else _configuration(folder, summary, arch)
-        label = "" if role == "large" else _label(summary, arch)
+        alone = f"{role} {values['gflops']} {summary.get('train', 'adjoined')}"
+        config = alone if role in WHOLE else _configuration(folder, summary, arch)
+        label = "" if role in WHOLE else _label(summary, arch)
         rows.append(facts | values | {"role": role, "config": config, "label": label, "alpha": _alpha(arch)})
     return rows
 
 
-def _original(summary: Mapping[str, Any], arch: Mapping[str, Any]) -> str:
-    """The network of a summary that the architecture was cut from: the teacher where it is the one, or the large."""
+def _references(summary: Mapping[str, Any], arch: Mapping[str, Any]) -> dict[str, str]:
+    """The networks of a summary that are whole, with their roles: trained in the run (large), or as they were before.
+
+    In older summaries a teacher of the original's FLOPs is it.
+    """
+    found = {name: name for name in WHOLE if name in summary}
     teacher, full = summary.get("teacher"), arch.get("backbone_flops")
     same = isinstance(teacher, dict) and isinstance(full, int) and round(_value(teacher, "gflops") * 1e9) == full
-    return "teacher" if same and "large" not in summary else "large"
+    return found or ({"teacher": "original"} if same else {})
 
 
 def find_runs(root: Path) -> list[Path]:
@@ -178,7 +183,7 @@ def _draw_points(rows: Sequence[Mapping[str, Any]], path: Path, title: str, x: s
 
     frame = pd.DataFrame([{"this": False, **row} for row in rows])
     methods = frame["space"].str.split("-").str[1]
-    on_line = methods.map(_uniform) & frame["role"].ne("large") & frame["this"].ne(True)
+    on_line = methods.map(_uniform) & ~frame["role"].isin(WHOLE) & frame["this"].ne(True)
     line = frame[on_line] if frame[on_line]["alpha"].nunique() > 1 else None
     others = frame.drop(line.index) if line is not None else frame
     published = _csv(PUBLISHED) if frame["dataset"].eq("imagenet").any() else None
@@ -243,7 +248,7 @@ def _budget(summary: Mapping[str, Any], arch: Mapping[str, Any]) -> float | None
 
 
 def _backbone_gflops(summary: Mapping[str, Any], arch: Mapping[str, Any]) -> float | None:
-    large = summary.get("large")
+    large = summary.get("large", summary.get("original"))
     gflops = _value(large, "gflops") if isinstance(large, dict) else float("nan")
     gflops = gflops if _number(gflops) else _value(arch, "backbone_flops") / 1e9
     return gflops if _number(gflops) else None

@@ -6,6 +6,7 @@ from typing import Literal, TypeVar
 from search_spaces.errors import UserError
 
 P = TypeVar("P", bound="PriceOptions")
+BAND = 0.02  # of the backbone's price
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class PriceOptions:
     """price of the result as a fraction of the backbone's; 0 for none"""
     gflops: float | None = None
     """the budget in GFLOPs (MACs)"""
+    band: float = BAND
+    """of a budget, as a share of the backbone's price: as much of it an architecture may leave unused and still be
+    chosen before one that fills it"""
     gamma: float | None = None
     """weight of the price's penalty, per MAC or parameter, when there is no budget (1e-12, equation 3.7)"""
 
@@ -29,6 +33,12 @@ class PriceOptions:
             raise UserError(f"--gamma {self.gamma}; expected 0 or more")
         if self.budget is not None and not 0 <= self.budget <= 1:
             raise UserError(f"--budget {self.budget}; expected a fraction of the backbone's price, 0 < B <= 1")
+        if not 0 <= self.band <= 1:
+            raise UserError(f"--band {self.band}; expected a share of the backbone's price, from 0 to 1")
+        if self.band != BAND and not self.budget and self.gflops is None:
+            raise UserError(
+                f"--band {self.band} is the part of a budget that may stay unused; give --budget or --gflops"
+            )
         if self.gflops is not None and self.price != "flops":
             raise UserError(
                 f"--gflops is a budget in FLOPs, --price {self.price} sets it in another unit; give --budget"

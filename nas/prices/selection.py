@@ -22,6 +22,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from nas.prices.flops import FLOPS
+from nas.prices.options import BAND
 from nas.prices.price import Price
 from search_spaces.errors import UserError
 
@@ -140,7 +141,7 @@ def check_budget(problem: SelectionProblem, full: int, budget: float, price: Pri
         )
 
 
-def select(problem: SelectionProblem, full: int, budget: float, band: float = 0.02) -> Selection:
+def select(problem: SelectionProblem, full: int, budget: float, band: float = BAND) -> Selection:
     """The architecture of highest total score with (budget - band) * full <= F <= budget * full.
 
     If none lies in the band, the best with F <= budget * full, and in_band is False. Never above.
@@ -152,7 +153,7 @@ def select(problem: SelectionProblem, full: int, budget: float, band: float = 0.
 
 
 def finalists(
-    problem: SelectionProblem, full: int, budget: float, band: float = 0.02, most: int = 16
+    problem: SelectionProblem, full: int, budget: float, band: float = BAND, most: int = 16
 ) -> list[Selection]:
     """The best architecture of each combination of stage widths, highest score first, at most `most` of them.
 
@@ -176,7 +177,7 @@ def finalists(
     raise RuntimeError("the solver found no architecture although the budget can be reached")
 
 
-def cost_band(full: int, budget: float, band: float = 0.02) -> tuple[int, int]:
+def cost_band(full: int, budget: float, band: float = BAND) -> tuple[int, int]:
     """The least and the most from (budget - band) to budget, as fractions of the backbone's price."""
     return math.ceil((_exact(budget) - _exact(band)) * full), math.floor(_exact(budget) * full)
 

@@ -39,8 +39,8 @@ def model_card(folder: Path, arch: Architecture) -> str:
         "",
         *_networks_table(arch, summary),
         "",
-        "FLOPs are multiply-accumulates of one image. The last column is compact over large, for accuracies their"
-        " difference in points.",
+        "FLOPs are multiply-accumulates of one image. The last column is compact over"
+        f" {_whole(arch, summary)[0]}, for accuracies their difference in points.",
         "",
         "## Architecture",
         "",
@@ -105,10 +105,9 @@ def _training(summary: dict[str, Any], options: dict[str, Any]) -> list[str]:
 
 
 def _networks_table(arch: Architecture, summary: dict[str, Any]) -> list[str]:
-    large = {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9}
-    large |= _row(summary, "large") or _teacher(summary, large)
+    name, large = _whole(arch, summary)
     compact = {"params": arch.params, "gflops": arch.flops / 1e9} | _row(summary, "compact")
-    lines = ["| | large | compact | |", "|---|---:|---:|---:|"]
+    lines = [f"| | {name} | compact | |", "|---|---:|---:|---:|"]
     for key, words, unit in (
         ("params", "parameters (M)", 1e6),
         ("gflops", "GFLOPs (MACs)", 1),
@@ -147,11 +146,17 @@ def _row(summary: dict[str, Any], name: str) -> dict[str, Any]:
     return {k: v for k, v in row.items() if k.startswith("top")} if isinstance(row, dict) else {}
 
 
-def _teacher(summary: dict[str, Any], large: dict[str, Any]) -> dict[str, Any]:
-    """The accuracies of a teacher that is the large network as it was."""
+def _whole(arch: Architecture, summary: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What the compact network is set beside: the large one, trained with it, or the original, as it was.
+
+    In older summaries a teacher of the original's size is it.
+    """
+    costs = {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9}
+    if "large" in summary:
+        return "large", costs | _row(summary, "large")
     teacher = summary.get("teacher")
-    same = isinstance(teacher, dict) and all(teacher.get(k) == v for k, v in large.items())
-    return _row(summary, "teacher") if same else {}
+    same = isinstance(teacher, dict) and all(teacher.get(k) == v for k, v in costs.items())
+    return "original", costs | (_row(summary, "original") or (_row(summary, "teacher") if same else {}))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A finished run opened again: its architecture, its networks, the images it was measured on."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,25 +25,31 @@ LARGE_FILES = (LARGE, SUPERNET)
 
 @dataclass(frozen=True)
 class Opened:
-    """A folder with an arch.json. supernet: None where no weights of the large network are there."""
+    """A folder with an arch.json. supernet: None where no weights of the large network are there.
+
+    whole: what the large network is in the run's summary, large or original; None where it is nobody's result: a search
+    trained the weights for the subnet alone.
+    """
 
     folder: Path
     arch: Architecture
     subnet: NetworkSlice
     supernet: Supernet | None
     compact: nn.Module | None
+    whole: str | None = "large"
 
     def networks(self) -> dict[str, Network]:
-        """Those there are weights of: large, subnet, compact."""
+        """Those there are weights of: large (or original), subnet, compact."""
         found: dict[str, Network] = {}
         supernet = self.supernet
         if supernet is not None:
-            found = {"large": supernet.large, "subnet": lambda x: supernet.small(x, self.subnet)}
+            found = {} if self.whole is None else {self.whole: supernet.large}
+            found |= {"subnet": lambda x: supernet.small(x, self.subnet)}
         return found if self.compact is None else found | {"compact": self.compact}
 
     def costs(self, name: str) -> dict[str, float]:
         """Parameters, and GFLOPs (MACs), of one of the networks."""
-        large = name == "large"
+        large = name == self.whole
         params = self.arch.backbone_params if large else self.arch.params
         return {"params": params, "gflops": (self.arch.backbone_flops if large else self.arch.flops) / 1e9}
 
@@ -74,7 +81,18 @@ def open_folder(path: Path, device: torch.device) -> Opened:
         supernet = supernet.to(device).eval()
     compact = load_compact(folder, device) if WEIGHTS in names else None
     shapes = (supernet or large_network(arch)).shapes
-    return Opened(folder, arch, slices_of(arch, shapes), supernet, compact)
+    return Opened(folder, arch, slices_of(arch, shapes), supernet, compact, whole_of(folder))
+
+
+def whole_of(folder: Path) -> str | None:
+    """`Opened.whole`, by summary.json; large where that does not say what the run trained."""
+    try:
+        trained = json.loads((folder / "summary.json").read_text())["trained"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "large"
+    if not trained:
+        return "original"
+    return "large" if "large" in trained else None
 
 
 def large_network(arch: Architecture, device: torch.device | str = "meta") -> Supernet:

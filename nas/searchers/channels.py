@@ -76,6 +76,10 @@ class KernelSearch(Search):
         return super().pace(step) if self.factors and self.flops_weight is None else 1.0
 
     @property
+    def trains_large(self) -> bool:
+        return self.flops_weight is None
+
+    @property
     def factors(self) -> bool:
         """Whether factors are chosen too."""
         return any("alpha" in choices for choices in self.costs.space.candidates)
@@ -194,7 +198,7 @@ class Bernoulli(KernelSearch):
         chosen = None
         if self.budget is not None:
             check_budget(problem, self.costs.full, self.budget)
-            low, high = cost_band(self.costs.full, self.budget)
+            low, high = cost_band(self.costs.full, self.budget, self.band)
             while problem.cost(taken) > high:
                 open_blocks = [i for i, k in enumerate(taken) if k + 1 < len(options[i])]
                 taken[min(open_blocks, key=next_to_leave)] += 1

@@ -116,7 +116,7 @@ class Gradient(Search):
     def _selected(self, picks: list[Picks]) -> Selection:
         assert self.budget is not None
         price = self.costs.network_cost(self.subnet_of(picks))
-        return Selection((), price, in_band=price >= cost_band(self.costs.full, self.budget)[0])
+        return Selection((), price, in_band=price >= cost_band(self.costs.full, self.budget, self.band)[0])
 
     def found(self) -> dict[str, Any]:
         return super().found() | ({} if self.began is None else {"start": "importance"})
@@ -126,7 +126,7 @@ class Gradient(Search):
         if self.budget is None:
             return [(self.choices.argmax(), None)]
         problem = self.costs.problem(self.choices.probabilities())
-        found = finalists(problem, self.costs.full, self.budget, most=most)
+        found = finalists(problem, self.costs.full, self.budget, self.band, most)
         return [([self.costs.options[i][k].picks for i, k in enumerate(f.picks)], f) for f in found]
 
     @torch.no_grad()

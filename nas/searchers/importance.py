@@ -62,7 +62,7 @@ class Importance(Searcher):
         space, picks = question.priced.space, [dict(pick) for pick in best.picks]
         subnet = network_slice(space.shapes, space.block_slices(picks))
         price = question.priced.network_cost(subnet)
-        in_band = price >= (question.budget - 0.02) * question.priced.full
+        in_band = price >= (question.budget - question.band) * question.priced.full
         kept: list[dict[str, list[int]]] = [{} for _ in picks]
         return Answer(picks, kept, in_band, standing, found={"loss": best.loss}, seconds=seconds)
 

@@ -95,6 +95,10 @@ class Minimax(Search):
             return None
         return AveragedSGD([self.gates], self.rates.gates(lr), 0.9, self.rates.gate_window)
 
+    @property
+    def trains_large(self) -> bool:
+        return False
+
     def halves(self, values: Tensor) -> Tensor:
         """Values of the gates (L, gates) -> of attention and MLP, (L, 2); 1 where no gate is."""
         ones = torch.ones(len(values), 1, dtype=values.dtype, device=values.device)
@@ -286,7 +290,7 @@ class Minimax(Search):
             for b, row in enumerate(margins)
             for k, margin in enumerate(row)
         ]
-        low, high = cost_band(self.costs.full, self.budget)
+        low, high = cost_band(self.costs.full, self.budget, self.band)
         fit_budget(plan, gates, low, high, units=self.prune or not gates)
         return plan
 
@@ -294,7 +298,7 @@ class Minimax(Search):
         assert self.budget is not None
         plan = self.plan()
         total = plan.flops()
-        low, _ = cost_band(self.costs.full, self.budget)
+        low, _ = cost_band(self.costs.full, self.budget, self.band)
         picks: list[Picks] = [
             {
                 "heads": block.heads() if block.attn else 0,

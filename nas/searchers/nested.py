@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nas.prices.costs import PricedSpace, Probabilities
 from nas.prices.halves import Costs, Halves, PricedHalves
+from nas.prices.options import BAND
 from nas.prices.relaxation import Floats, Relaxed, relaxed
 from nas.prices.selection import Selection, cost_band, reachable_range, select
 from nas.searchers.choices import nested_mixture
@@ -47,7 +48,7 @@ class NestedGradient(Gradient):
         if self.budget is None:
             return [(self.choices.argmax(), None)]
         likelihood = Likelihood(self.costs.halves, self.choices.probabilities())
-        return [*likelihood.best(self.budget, most)]
+        return [*likelihood.best(self.budget, most, self.band)]
 
 
 def widest(costs: PricedSpace, block: int) -> BlockSlice:
@@ -83,19 +84,19 @@ class Likelihood:
         np.maximum.at(scores, self.halves.option_of(half), joint)
         return scores
 
-    def best(self, budget: float, most: int) -> list[tuple[list[Picks], Selection]]:
+    def best(self, budget: float, most: int, band: float = BAND) -> list[tuple[list[Picks], Selection]]:
         """The likeliest within the budget at each of several combinations of stage widths, likeliest first.
 
         Solved exactly in the order of their relaxations, until no other of them can be among so many. All lie in the
         band of `select`, or none does.
         """
-        low, high = cost_band(self.halves.priced.full, budget)
+        low, high = cost_band(self.halves.priced.full, budget, band)
         for floor in (low, 0):
             found: list[tuple[float, list[Picks], Selection]] = []
             for bound, widths in self._promising(floor, high):
                 if len(found) >= most and found[most - 1][0] >= bound:
                     break
-                solved = self._solved(budget, widths, floor)
+                solved = self._solved(budget, widths, floor, band)
                 found += [solved] if solved[2].cost >= floor else []
                 found.sort(key=lambda each: -each[0])
             if found:
@@ -125,7 +126,9 @@ class Likelihood:
         outer = self.halves.outer(widths)
         return relaxed(self._costs(widths), [-scores for scores in self.scores], high - outer, low - outer)
 
-    def _solved(self, budget: float, widths: tuple[int, ...], floor: int) -> tuple[float, list[Picks], Selection]:
+    def _solved(
+        self, budget: float, widths: tuple[int, ...], floor: int, band: float
+    ) -> tuple[float, list[Picks], Selection]:
         """The likeliest at these stage widths, among few options: those that no better one can have are left out."""
         halves, full = self.halves, self.halves.priced.full
         high, costs = cost_band(full, budget)[1], self._costs(widths)
@@ -137,7 +140,7 @@ class Likelihood:
             offered = [np.flatnonzero(each <= within).tolist() for each in excess]
             problem, gap = halves.problem(widths, offered, self.scores), 2 * within
             if reachable_range(problem)[0] <= high:
-                chosen = select(problem, full, budget)
+                chosen = select(problem, full, budget, band)
                 options = tuple(offered[half][pick] for half, pick in enumerate(chosen.picks))
                 score = float(sum(self.scores[half][option] for half, option in enumerate(options)))
                 if chosen.cost >= floor:

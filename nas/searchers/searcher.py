@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from nas.prices.costs import PricedSpace
+from nas.prices.options import BAND
 from nas.prices.selection import check_budget
 from nas.searchers.options import SearchOptions
 from nas.searchers.supernet_search import Search
@@ -18,10 +19,14 @@ from search_spaces.space import require_search
 
 @dataclass(frozen=True)
 class Question:
-    """Which architecture of a priced space? budget: a fraction of the backbone's price; None: there is none."""
+    """Which architecture of a priced space? budget: a fraction of the backbone's price; None: there is none.
+
+    band: as much of it, as a fraction of the same, may be left unused for a better architecture.
+    """
 
     priced: PricedSpace
     budget: float | None
+    band: float = BAND
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,9 @@ class Answer:
 
     kept: per block the indices of choices that are no prefix, by their name in arch.json. in_band: whether it uses the
     budget up. standing: the basis or order that it stands in. found: what else the search says about it, for
-    arch.json; finalists: those that were measured, likeliest first. seconds: that parts of the search took.
+    arch.json; finalists: those that were measured, likeliest first. seconds: that parts of the search took. trained:
+    the networks that the search trained, large or subnet or both; where it did, the supernet holds other weights than
+    it began with.
     """
 
     picks: Sequence[Picks]
@@ -40,16 +47,18 @@ class Answer:
     found: Mapping[str, Any] = field(default_factory=dict)
     finalists: Sequence[Mapping[str, Any]] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
 
 
 class Searcher(ABC):
     """One way to answer. Either prices alone give the answer (`pick`), or a prepared run does (`search`).
 
-    starts: whether --start says where it begins.
+    starts: whether --start says where it begins. banded: whether --band says what it may choose among.
     """
 
     name: ClassVar[str]
     starts: ClassVar[bool] = False
+    banded: ClassVar[bool] = False
 
     def check(self, options: SearchOptions, question: Question) -> None:
         """Refuse what cannot be answered, before weights are loaded."""

@@ -209,7 +209,7 @@ def by_blocks(run: Run) -> Found:
     losses = slice_losses(supernet.adapter.block_names, supernet.shapes, slices, scores, lost)
     costs = [np.array([option.cost for option in options]) for options in priced.options]
     problem = priced.scored([(-each).tolist() for each in losses])
-    chosen = select(problem, priced.full, budget)
+    chosen = select(problem, priced.full, budget, run.question.band)
     picks = [options[k].picks for options, k in zip(priced.options, chosen.picks, strict=True)]
     together = []
     for block, options in enumerate(priced.options):

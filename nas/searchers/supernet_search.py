@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nas.prices.costs import PricedSpace
+from nas.prices.options import BAND
 from nas.prices.selection import Selection
 from nas.searchers.gumbel import temperature
 from nas.searchers.primal_dual import ascend, damped_price
@@ -40,10 +41,11 @@ class Search(Objective, ABC):
         total_steps: int,
         smoothing: float = 0.0,
         detach_teacher: bool = False,
+        band: float = BAND,
     ) -> None:
         super().__init__(supernet)
         self.costs, self.smoothing, self.detach_teacher = costs, smoothing, detach_teacher
-        self.budget, self.gamma, self.seed = budget, gamma, seed
+        self.budget, self.band, self.gamma, self.seed = budget, band, gamma, seed
         self.multiplier_rate = 60.0 / max(total_steps, 1)
         self.multiplier: Tensor
         self.register_buffer("multiplier", torch.zeros((), dtype=torch.float64))
@@ -105,9 +107,15 @@ class Search(Objective, ABC):
             violation = self.expected_fraction() - self.budget
             self.multiplier.copy_(ascend(self.multiplier, violation, self.multiplier_rate * self.pace(step)))
 
+    @property
+    def trains_large(self) -> bool:
+        """Whether the large network learns too; otherwise what it computes is nobody's result."""
+        return True
+
     def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:
         subnet = self.current_subnet()
-        return {"large": self.supernet.large, "subnet": lambda x: self.supernet.small(x, subnet)}
+        large = {"large": self.supernet.large} if self.trains_large else {}
+        return large | {"subnet": lambda x: self.supernet.small(x, subnet)}
 
     def subnet_of(self, picks: list[Picks]) -> NetworkSlice:
         """The subnet at one candidate per choice and block."""

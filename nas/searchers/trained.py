@@ -16,7 +16,7 @@ from search_spaces.errors import UserError
 class Trained(Searcher):
     """By the one training loop; what is minimised is the method's objective."""
 
-    name, starts = "gradient", True
+    name, starts, banded = "gradient", True, True
 
     def check(self, options: SearchOptions, question: Question) -> None:
         at_least_one(options, "epochs")
@@ -47,4 +47,5 @@ class Trained(Searcher):
             standing=standing,
             found=objective.found(),
             finalists=measured,
+            trained=tuple(objective.networks()),
         )

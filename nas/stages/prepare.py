@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nas.config import C, Common
+from nas.data.augmentation import augmentation_line
 from nas.data.datasets import Splits
 from nas.data.loaders import Batching, Loaders, data_line, make_loaders
 from nas.machine.precision import tolerance
@@ -60,6 +61,8 @@ def prepare(
     batching = Batching(config.batch_size or 64, config.seed, config.smoothing or 0.0, held_out)
     loaders = make_loaders(config, batching, splits, supernet, b.device, seen_by)
     print(data_line(config, splits, loaders))
+    if config.epochs:
+        print(augmentation_line(config))
     prepared = Prepared(
         b.space,
         b.model,

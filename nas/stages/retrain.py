@@ -30,6 +30,7 @@ from nas.objectives.teacher import Teacher, make_teacher
 from nas.pictures.run import plot_run
 from nas.runs.folder import LARGE, SUPERNET, results_path
 from nas.stages.afterwards import Afterwards
+from nas.stages.original import LARGE_NETWORK, ORIGINAL_NETWORK, untouched
 from nas.stages.planned import Cuts, looked_at, planned
 from nas.stages.prepare import Beginning, compared, preparation, prepare
 from nas.training.basis import find_basis
@@ -40,7 +41,7 @@ from nas.training.meter import Diverged
 from nas.training.objective import Objective
 from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
-from nas.training.rate import find_rate
+from nas.training.rate import find_rate, may_be_tried
 from nas.training.refit import refitted
 from nas.training.state import BEST, CHECKPOINT, go_back, settle
 from nas.training.training import Training
@@ -113,7 +114,7 @@ def _retrain(
     begin(goal, prepared)
     objective = objective_of(goal, prepared, teacher).to(device)
     if config.lr is None:
-        config = replace(config, lr=find_rate(config, objective, prepared))
+        config = replace(config, lr=rate_of(goal, objective, prepared))
         goal = replace(goal, config=config)
     training = make_training(config, objective, prepared)
     training.measure_start = config.result == "best"
@@ -162,9 +163,9 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture |
     else:
         assert config.space is not None
         space = get_space(config.space)
-    alpha, lr, config = config.alpha, config.lr, with_defaults(config, space, "retrain")
+    alpha, lr, config = config.alpha, config.lr, with_defaults(config, space, "retrain", started(given))
     kind = kind_of(config.trained())
-    if training_of(space).refits and kind.teacher:
+    if kind.small and ((training_of(space).refits and kind.teacher) or config.brings_weights() or started(given)):
         config = replace(config, lr=lr)  # none given: it follows the start
     if not kind.small and alpha is not None:
         raise UserError(f"--alpha: --train {config.train} trains the large network alone; leave it out")
@@ -172,12 +173,31 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture |
         check_unsearched(config, space)
     config = replace(config, dataset=config.dataset_name())
     config.check()
-    if config.named() and not kind.teacher:
-        raise UserError(f"{config.named()[0]} goes with --train distill, not with --train {config.train}")
+    check_objective(config, kind)
     if kind.teacher and config.distill == "none":
         raise UserError(f"--train {config.train} learns from a teacher; --distill none takes it away")
     check_owned(config, space, shared=(TeacherOptions,))
     return config, space, given
+
+
+def check_objective(config: RetrainConfig, kind: Kind) -> None:
+    """Refuse options of another way to train than --train's."""
+    frozen = config.adjoined_teacher == "frozen"
+    given = config.adjoined_flag()
+    if given is not None and kind.name != "adjoined":
+        raise UserError(f"{given} goes with --train adjoined, not with --train {config.train}")
+    if given is not None and not config.adjoined:
+        raise UserError(f"{given}: --no-adjoined trains the small network alone; drop one of them")
+    if config.named() and not kind.teacher and not frozen:
+        raise UserError(
+            f"{config.named()[0]} goes with --train distill or --adjoined-teacher frozen, not with --train"
+            f" {config.train}"
+        )
+
+
+def started(given: Architecture | None) -> bool:
+    """Whether an architecture's search began at a network of the user's."""
+    return given is not None and bool(given.search.get("checkpoint"))
 
 
 def based(config: RetrainConfig, given: Architecture) -> RetrainConfig:
@@ -267,9 +287,11 @@ def original(config: RetrainConfig, given: Architecture | None) -> Start:
 
 def teacher_of(goal: Goal, prepared: Prepared) -> Teacher | None:
     """Whom the small network learns from, where it does."""
-    if not kind_of(goal.config.trained()).teacher:
+    config = goal.config
+    asked = "--train distill" if kind_of(config.trained()).teacher else "--adjoined-teacher frozen"
+    if asked == "--adjoined-teacher frozen" and config.adjoined_teacher != "frozen":
         return None
-    return make_teacher(goal.config, prepared, original(goal.config, goal.given))
+    return make_teacher(config, prepared, original(config, goal.given), asked)
 
 
 def rewritten(goal: Goal, origin: Origin, prepared: Prepared) -> Goal:
@@ -305,6 +327,18 @@ def objective_of(goal: Goal, prepared: Prepared, teacher: Teacher | None) -> Obj
     return make(goal.config, prepared.supernet, goal.subnet, teacher)
 
 
+def rate_of(goal: Goal, objective: Objective, prepared: Prepared) -> float:
+    """A learning rate that follows the start; the space's own where nothing is to be lost, or nothing shows it."""
+    if may_be_tried(prepared):
+        return find_rate(goal.config, objective, prepared)
+    own = with_defaults(goal.config, goal.space, "retrain").lr
+    assert own is not None
+    print(
+        f"learning rate {own:g}, the space's own: the start was not trained for these classes, or nothing is held out"
+    )
+    return own
+
+
 def headline(goal: Goal, origin: Origin) -> str:
     """What is trained, in one line."""
     large, small = goal.backbone, goal.arch
@@ -318,10 +352,13 @@ def headline(goal: Goal, origin: Origin) -> str:
 def conclude(goal: Goal, prepared: Prepared, training: Training, teacher: Teacher | None, after: Afterwards) -> None:
     """Cut the compact network out and write it; then compare, measure every network on the reported split, draw.
 
-    A network appears in the table only if this run trained it, or learnt from it.
+    A network appears in the table only if this run trained it, or learnt from it; and the original one, as it was,
+    where no large network was trained.
     """
     config, folder, device, loaders = goal.config, prepared.folder, prepared.device, prepared.loaders
     networks: dict[str, Network] = dict(training.objective.networks())
+    with after.part("loading the original network"):
+        networks = beside_original(goal, prepared, networks, teacher)
     facts: dict[str, Any] = {"stage": "retrain", "train": config.train, "space": goal.space.name}
     facts |= {"dataset": config.dataset, "seed": config.seed, "split": loaders.reported, "result": config.result}
     facts |= {"held_out": None if loaders.val is None else loaders.held_out}
@@ -332,8 +369,8 @@ def conclude(goal: Goal, prepared: Prepared, training: Training, teacher: Teache
             facts |= compared(networks["subnet"], networks["compact"], loaders, device)
     with after.part(f"measuring accuracy on the {loaders.reported}", together=True):
         scores = top_k(networks, loaders.test, device, training.autocast, f"measuring on the {loaders.reported}")
-        for name, row in table.items():
-            row |= {k: scores[f"{name}_{k}"] for k in ("top1", "top5")}
+        for name in networks:
+            table[name] |= {k: scores[f"{name}_{k}"] for k in ("top1", "top5")}
     facts |= {"unreadable_images": report_unreadable(loaders), "left_out_files": dict(prepared.splits.left_out)}
     if not is_main():
         return
@@ -354,6 +391,21 @@ def conclude(goal: Goal, prepared: Prepared, training: Training, teacher: Teache
     print(f"results in {results_path(folder)}: {', '.join(files)}, table.csv and pictures")
 
 
+def beside_original(
+    goal: Goal, prepared: Prepared, networks: dict[str, Network], teacher: Teacher | None
+) -> dict[str, Network]:
+    """The networks with the original one first, where that was trained for the classes: the teacher where it is it.
+
+    Beside a large network that was trained the original is named only where the small one learnt from it.
+    """
+    base = original(goal.config, goal.given)
+    if "teacher" in networks and teacher is not None and not teacher.named and base.given():
+        others = {name: network for name, network in networks.items() if name != "teacher"}
+        return {ORIGINAL_NETWORK: networks["teacher"]} | others
+    network = None if LARGE_NETWORK in networks else untouched(prepared, base)
+    return networks if network is None else {ORIGINAL_NETWORK: network} | networks
+
+
 def written(
     goal: Goal, prepared: Prepared, networks: dict[str, Network], teacher: Teacher | None
 ) -> dict[str, dict[str, Any]]:
@@ -362,8 +414,11 @@ def written(
     table: dict[str, dict[str, Any]] = {}
     if teacher is not None and "teacher" in networks:
         table["teacher"] = {"params": teacher.params, "gflops": teacher.flops / 1e9}
-    if "large" in networks:
-        table["large"] = {"params": goal.backbone.params(), "gflops": goal.backbone.flops() / 1e9}
+    whole = {"params": goal.backbone.params(), "gflops": goal.backbone.flops() / 1e9}
+    if ORIGINAL_NETWORK in networks or (LARGE_NETWORK not in networks and teacher is None):
+        table[ORIGINAL_NETWORK] = dict(whole)
+    if LARGE_NETWORK in networks:
+        table[LARGE_NETWORK] = dict(whole)
         if is_main():
             save_weights(timm_state(supernet), folder / LARGE)
     if arch is not None:

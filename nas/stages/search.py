@@ -25,11 +25,12 @@ from nas.networks.opening import meta_supernet, model_of, start_of
 from nas.networks.weights import save_weights
 from nas.pictures.run import plot_run
 from nas.prices.costs import priced
-from nas.prices.options import one_budget
+from nas.prices.options import BAND, one_budget
 from nas.prices.table import price_of
 from nas.runs.folder import SUPERNET, open_run, results_path
 from nas.searchers.searcher import Answer, Question, Run, Searcher
 from nas.stages.afterwards import Afterwards
+from nas.stages.original import LARGE_NETWORK, ORIGINAL_NETWORK, untouched
 from nas.stages.planned import cuts_of, planned
 from nas.stages.prepare import Beginning, compared, preparation, prepare
 from nas.training.evaluate import by_split, print_table, top_k
@@ -38,7 +39,7 @@ from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
 from nas.training.refit import refitted
 from search_spaces.architecture import Architecture
-from search_spaces.registry import Space, get_space
+from search_spaces.registry import SPACES, Space, get_space
 from search_spaces.slices import NetworkSlice, network_slice
 from search_spaces.space import make_space
 from supernets.basis import install_stages, timm_state
@@ -47,7 +48,7 @@ from supernets.refit import written
 from supernets.supernet import Supernet
 
 RECORDED = (  # options of everybody's search that arch.json keeps
-    "dataset", "val_fraction", "epochs", "batch_size", "lr", "start", "arch_lr", "arch_data", "gamma", "seed",
+    "dataset", "val_fraction", "epochs", "band", "batch_size", "lr", "start", "arch_lr", "arch_data", "gamma", "seed",
     "stage_width", "alphas", "pretrained", "amp", "detach_teacher", "basis", "importance",
 )  # fmt: skip
 
@@ -120,7 +121,7 @@ def ask(config: SearchConfig, space: Space, splits: Splits) -> Asked:
     plan = planned(config, space, backbone, cuts_of(choices), splits, start_of(config, config.seed))
     install_stages(backbone, plan.streams)
     costs = priced(choices, backbone.adapter.costs, price_of(config.price), config.stage_width == "full")
-    question = Question(costs, config.fraction(costs.full))
+    question = Question(costs, config.fraction(costs.full), config.band)
     searcher = searcher_of(config, space)
     searcher.check(config, question)
     return Asked(config, space, model, backbone, question, searcher, plan)
@@ -156,7 +157,9 @@ def picked(asked: Asked, answer: Answer) -> Path:
     assert config.output is not None
     for line in dropped(asked):
         print(line)
-    write_architecture(found(asked, answer), config.output)
+    arch = found(asked, answer)
+    write_architecture(arch, config.output)
+    print_unused(asked, answer, arch)
     picks = ", ".join(f"{name} {value}" for name, value in answer.picks[0].items())
     print(
         f"{picks} in every block; {asked.searcher.name} needs no training\nnext: {next_command(asked, config.output)}"
@@ -190,7 +193,10 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
     subnet = slices_of(arch, supernet.shapes)
     precision = partial(autocast, config, prepared.device)
     full = network_slice(supernet.shapes, subnet.blocks, full_stage_width=True)
-    networks: dict[str, Network] = {"large": supernet.large, "subnet": partial(supernet.small, small=subnet)}
+    reference = LARGE_NETWORK if LARGE_NETWORK in answer.trained else ORIGINAL_NETWORK
+    networks: dict[str, Network] = {"subnet": partial(supernet.small, small=subnet)}
+    with after.part("loading the original network"):
+        networks = reference_network(prepared, answer, reference) | networks
     more: dict[str, Network] = {}
     seconds = dict(answer.seconds)
     if training_of(asked.space).refits:
@@ -206,20 +212,20 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
         words = f"measuring on the {loaders.reported}"
         scores = top_k(networks, loaders.test, prepared.device, precision, words)
     small = {"params": arch.params, "gflops": arch.flops / 1e9}
-    table: dict[str, dict[str, float]] = {name: dict(small) for name in networks}
-    table["large"] = {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9}
-    for name, row in table.items():
+    table = {reference: {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9}}
+    table |= {name: dict(small) for name in networks if name != reference}
+    for name in networks:
         for k in ("top1", "top5"):
             if scores:
-                row[k] = scores[f"{name}_{k}"]
+                table[name][k] = scores[f"{name}_{k}"]
             if held_out:
-                row[f"held_out_{k}"] = held_out[f"{name}_{k}"]
+                table[name][f"held_out_{k}"] = held_out[f"{name}_{k}"]
     facts: dict[str, Any] = {"stage": "search", "space": arch.space, "dataset": config.dataset, "seed": config.seed}
     facts |= {"budget": asked.question.budget, "split": loaders.reported}
     facts |= {"held_out": loaders.held_out if held_out else None}
     facts |= {"precision": str(amp_dtype(config, prepared.device) or torch.float32)}
     facts |= {"unreadable_images": report_unreadable(loaders), "left_out_files": dict(prepared.splits.left_out)}
-    facts |= {"finalists": list(answer.finalists)}
+    facts |= {"finalists": list(answer.finalists), "trained": list(answer.trained)}
     narrowing = {
         "stage_widths": list(subnet.stage_widths),
         "held_out_top1_full_stage_width": held_out.get("full_width_top1"),
@@ -243,6 +249,19 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
     print(f"results in {results_path(prepared.folder)}\nnext: {next_command(asked, prepared.folder)}")
 
 
+def reference_network(prepared: Prepared, answer: Answer, name: str) -> dict[str, Network]:
+    """What the result is to be seen beside, by its name in the table; empty where nothing was trained for the classes.
+
+    The large network as the search trained it; as it was, where the search trained nothing or the subnet alone.
+    """
+    if name == LARGE_NETWORK:
+        return {name: prepared.supernet.large}
+    if prepared.fresh_classifier or not prepared.start.given():
+        return {}
+    network = untouched(prepared, prepared.start) if answer.trained else prepared.supernet.large
+    return {} if network is None else {name: network}
+
+
 def refitted_compact(
     config: SearchConfig, prepared: Prepared, arch: Architecture, subnet: NetworkSlice, after: Afterwards
 ) -> nn.Module:
@@ -258,23 +277,55 @@ def refitted_compact(
 
 
 def remarks(asked: Asked, answer: Answer, arch: Architecture) -> None:
-    """Say what the method has to say of its result, and how much of the budget it leaves unused."""
+    """Say what the method has to say of its result, and what is left of the budget."""
     words, share = training_of(asked.space).remarks(answer.found), arch.flops / arch.backbone_flops
     if words:
         print(f"{share:.2%} of the FLOPs kept; {words}")
-    budget, costs = asked.question.budget, asked.question.priced
-    if budget is not None and not answer.in_band:
-        cost = costs.network_cost(slices_of(arch, costs.space.shapes))
-        print(
-            f"no architecture between {budget - 0.02:.4f} and {budget:.4f} of the {costs.price.words}:"
-            f" {budget - cost / costs.full:.4f} of the budget is unused"
-        )
+    print_unused(asked, answer, arch)
+
+
+def print_unused(asked: Asked, answer: Answer, arch: Architecture) -> None:
+    """How much of the budget is left over, where that is more than it need be, and what would use it."""
+    question = asked.question
+    budget, band, costs = question.budget, question.band, question.priced
+    if budget is None:
+        return
+    cost = costs.network_cost(slices_of(arch, costs.space.shapes))
+    unused = budget - cost / costs.full
+    if not answer.in_band:
+        print(f"no architecture between {budget - band:.4f} and {budget:.4f} of the {costs.price.words}")
+    if not answer.in_band or unused > BAND:
+        print(f"{unused:.4f} of the budget is unused; {finer_space(asked)}")
+
+
+def finer_space(asked: Asked) -> str:
+    """What would use a budget up: smaller steps between widths, or a space where every width is chosen by itself."""
+    config, space, settings = asked.config, asked.space, asked.question.priced.space.settings
+    if not space.method.halves:
+        finer = next(s for s in SPACES.values() if (s.family, s.nano) == (space.family, space.nano) and s.method.halves)
+        words = ["--space", finer.name]
+    elif settings.granularity > 1:
+        words = ["--space", space.name, "--granularity", str(settings.granularity // 2)]
+    else:
+        return "this space has none finer"
+    start = start_of(config, config.seed)
+    words += ["--budget", f"{asked.question.budget:g}"] + (["--price", config.price] if config.price != "flops" else [])
+    words += ["--model", config.model] if config.model else []
+    words += ["--model-kwargs", *config.model_kwargs] if config.model_kwargs else []
+    words += ["--checkpoint", str(config.checkpoint)] if config.checkpoint else []
+    words += data_words(config)
+    trained = "" if start.given() else ", once the network is trained (--checkpoint)"
+    return f"a finer space would use it{trained}: {shlex.join(['python', 'search.py', *words])}"
 
 
 def next_command(asked: Asked, folder: Path) -> str:
     """What to type for stage 2, quoted for the shell."""
     config = asked.config
     words = ["python", "retrain.py", "--arch", f"{results_path(folder)}/arch.json"]
-    words += ["--dataset", str(config.dataset)] if config.dataset != "digits" else []
-    words += ["--data-dir", str(config.data_dir)] if config.data_dir else []
-    return shlex.join(words)
+    return shlex.join(words + data_words(config))
+
+
+def data_words(config: SearchConfig) -> list[str]:
+    """The data set, as it is typed."""
+    words = ["--dataset", str(config.dataset)] if config.dataset != "digits" else []
+    return words + (["--data-dir", str(config.data_dir)] if config.data_dir else [])

@@ -122,6 +122,7 @@ class TrialTable:
 def trial_row(sweep: Path, trial: Trial) -> dict[str, Any]:
     """A trial as its folder has it: the compact network where it was retrained, the search's subnet otherwise."""
     from nas.pictures.run import run_points
+    from nas.pictures.scatter import WHOLE
 
     folder = sweep / trial.name
     outcome = outcome_of(folder)
@@ -142,7 +143,7 @@ def trial_row(sweep: Path, trial: Trial) -> dict[str, Any]:
             continue
         row[stage] = f"{trial.name}/{stage}"
         for point in run_points(run):
-            if point["role"] != "large":
+            if point["role"] not in WHOLE:
                 row |= {k: point[k] for k in MEASURES if point[k] == point[k]}
                 row |= {"stage": stage, "split": point["split"]}
     return row

@@ -35,8 +35,8 @@ class TrainingOptions:
     opt_betas: tuple[float, ...] | None = None
     """of the optimiser; its own unless given"""
     lr: float | None = None
-    """peak learning rate of the weights; by default the space's own, and of free widths that are distilled the
-    highest at which a few steps from the refitted start do no harm"""
+    """peak learning rate of the weights; by default the space's own, and in stage 2 from a checkpoint, or of free
+    widths that are distilled, the highest at which a few steps from the start do no harm"""
     weight_decay: float | None = None
     """weight decay; none on norms, biases and what timm's model exempts"""
     momentum: float = 0.9

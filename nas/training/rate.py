@@ -1,5 +1,6 @@
 """A learning rate that follows the start (section 2.14): a few steps at each of some rates, from low to high."""
 
+import copy
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from nas.machine.devices import autocast
 from nas.machine.distributed import on_main
 from nas.machine.files import write_csv
 from nas.machine.randomness import seed_everything
-from nas.training.calibration import deciding_images
+from nas.training.calibration import deciding_images, images_from
 from nas.training.objective import Objective, Step
 from nas.training.optim import make_optimizer
 from nas.training.options import LoopOptions
@@ -27,13 +28,19 @@ HARM = 0.02  # of the loss
 TABLE = "rates.csv"
 
 
+def may_be_tried(prepared: Prepared) -> bool:
+    """Whether there is something to lose, and images of which no step reads to see it by."""
+    judged = prepared.plan.deciding > 0 or prepared.loaders.deciding is not None
+    return judged and prepared.start.given() and not prepared.fresh_classifier
+
+
 def find_rate(options: LoopOptions, objective: Objective, prepared: Prepared) -> float:
-    """The highest rate at which a few steps from this start do no harm; the weights are as they were afterwards.
+    """The highest rate at which a few steps from this start do no harm; the objective is as it was afterwards.
 
     What a trained network has learnt is lost at a rate at which a fresh one learns: that shows within a few steps. What
     a higher rate gains over a run does not: so not the least loss is taken, but the highest rate whose loss is within
-    HARM of the least. From low to high, until two in a row are above. Written to rates.csv, from which a resumed run
-    has it.
+    HARM of the least. All terms count as at the end of a run; --layer-decay scales the rates as in it. From low to
+    high, until two in a row are above. Written to rates.csv, from which a resumed run has it.
     """
     path = prepared.folder / TABLE
     rate = on_main(lambda: _known(path) if options.resume and path.is_file() else _tried(options, objective, prepared))
@@ -55,29 +62,39 @@ def _best(rows: Sequence[Mapping[str, float]]) -> float:
 
 
 def _tried(options: LoopOptions, objective: Objective, prepared: Prepared) -> float:
-    backbone = objective.supernet.backbone
-    start = {name: t.clone() for name, t in backbone.state_dict().items()}
+    start = {name: copy.deepcopy(value) for name, value in objective.state_dict().items()}
     loader = prepared.loaders.train
     seed_everything(options.seed, -1)
     loader.set_epoch(0)
     batches = [(x.to(prepared.device), y.to(prepared.device)) for x, y in islice(loader, STEPS)]
-    judging, seen = [], 0
-    for batch in deciding_images(options, prepared):
-        judging.append(batch)
-        seen += len(batch[1])
-        if seen >= JUDGING:
-            break
+    judging = judging_images(options, prepared)
     rows: list[dict[str, float]] = []
     with counted("trying learning rates", len(RATES)) as advance:
         for rate in RATES:
             loss = _after(options, objective, prepared, rate, batches, judging)
-            backbone.load_state_dict(start)
+            objective.load_state_dict(start)
             advance()
             rows.append({"lr": rate, "loss": loss})
             if all(row["lr"] > _best(rows) for row in rows[-2:]):
                 break
     write_csv(prepared.folder / TABLE, rows)
     return _best(rows)
+
+
+def judging_images(options: LoopOptions, prepared: Prepared) -> list[Batch]:
+    """Batches of images that are set aside for decisions: of the training images those that are, or held-out ones."""
+    if prepared.plan.deciding:
+        images = deciding_images(options, prepared)
+    else:
+        assert prepared.loaders.deciding is not None
+        images = images_from(prepared.loaders.deciding(options.seed), prepared.device, 0, JUDGING)
+    found, seen = [], 0
+    for batch in images:
+        found.append(batch)
+        seen += len(batch[1])
+        if seen >= JUDGING:
+            break
+    return found
 
 
 def _after(
@@ -90,7 +107,7 @@ def _after(
 ) -> float:
     """The loss on the judging images after a few steps at a rate; infinite where it is not finite."""
     optimizer = make_optimizer(replace(options, lr=rate), objective.supernet.backbone)
-    step = Step(t=0.0, number=0, total=1)
+    step = Step(t=1.0, number=-1, total=1)  # of no run: nothing that an objective adds up may count it
     objective.train()
     for i, (images, target) in enumerate(batches):
         for group in optimizer.param_groups:

@@ -167,14 +167,30 @@ def test_runs_share_a_configuration_when_only_their_seed_differs(tmp_path):
     assert [p["split"] for p in run_points(runs[0])] == ["validation split"] * 2
 
 
-@pytest.mark.parametrize(("gflops", "drawn"), [(2e-6, ["large", "compact"]), (3e-6, ["compact"])])
-def test_a_teacher_is_the_large_network_where_the_small_one_was_cut_from_it(
+@pytest.mark.parametrize(("gflops", "drawn"), [(2e-6, ["original", "compact"]), (3e-6, ["compact"])])
+def test_a_teacher_of_an_older_run_is_the_original_where_the_small_one_was_cut_from_it(
     gflops: float, drawn: list[str], tmp_path: Path
 ) -> None:
     networks = {"teacher": {"gflops": gflops, "top1": 70.0}, "compact": {"gflops": 1e-6, "top1": 60.0}}
     (tmp_path / "summary.json").write_text(json.dumps({"stage": "retrain", "dataset": "digits"} | networks))
     (tmp_path / "arch.json").write_text(json.dumps({"backbone_flops": 2000}))
     assert [p["role"] for p in run_points(tmp_path)] == drawn
+
+
+def test_a_network_that_the_run_did_not_train_is_called_the_original(tmp_path, drawn):
+    run = make_run(tmp_path / "run", budget=0.5)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["original"] = summary.pop("large")
+    (run / "summary.json").write_text(json.dumps(summary))
+    make_run(tmp_path / "beside", budget=0.3)
+    assert {p["role"] for p in run_points(run)} == {"original", "subnet"}
+    plot_run(run)
+    points = lines(drawn[run / "pareto.png"].axes[0])
+    styles = {points[f"_swin-dan-nano {role}"].get_fillstyle() for role in ("original", "large", "subnet")}
+    assert len(styles) == 3
+    legend = [text.get_text() for text in drawn[run / "pareto.png"].axes[0].get_legend().get_texts()]
+    assert {"original network, as it was", "large network, trained"} <= set(legend)
+    assert any("backbone" in texts(axes) for axes in drawn[run / "curves.png"].axes)  # its FLOPs, all the same
 
 
 def test_networks_compressed_alike_are_joined(tmp_path, drawn):

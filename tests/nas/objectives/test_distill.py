@@ -131,7 +131,10 @@ def test_teachers_that_teach_nothing_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot read images of 16 x 16 px"):
         made(tmp_path, Start(), Start(), **more)
     for flags, words in (
-        (dict(train="adjoined", teacher="vit_tiny_patch16_224"), "--teacher goes with --train distill, not with"),
+        (
+            dict(train="adjoined", teacher="vit_tiny_patch16_224"),
+            "--teacher goes with --train distill or --adjoined-teacher frozen",
+        ),
         (dict(distill_weight=0.0), "--distill-weight 0.0"),
         (dict(distill_temperature=0.0), "--distill-temperature 0.0"),
         (dict(teacher_kwargs=("depth=2",)), "name the model too"),

@@ -116,14 +116,14 @@ def test_the_compact_network_is_the_one_of_the_summary(
     summary, arch = summary_of(folder), load_architecture(folder)
     arguments = ["--weights", str(folder), "--workers", "0", "--output", str(folder.parent / "measured.json")]
     networks = validate.run_validate(validate.parser().parse_args(arguments))["networks"]
-    assert {"large", "subnet", "compact"} <= networks.keys()
-    for name in ("large", "subnet", "compact"):
+    assert {"original", "subnet", "compact"} == networks.keys()
+    for name in ("original", "subnet", "compact"):
         for value in ("top1", "top5", "params", "gflops"):
             assert networks[name][value] == summary[name][value], (name, value)
     compact = load_compact(folder)
     assert sum(p.numel() for p in compact.parameters()) == arch.params == summary["compact"]["params"]
     assert {"held_out_top1", "held_out_top5"} <= summary["compact"].keys()
-    assert summary["large"]["top1"] > 60 and summary["compact"]["top1"] >= summary["subnet"]["top1"]
+    assert summary["original"]["top1"] > 60 and summary["compact"]["top1"] >= summary["subnet"]["top1"]
 
 
 def test_the_supernet_is_the_network_it_began_with(searched: tuple[SearchConfig, Path], world: World) -> None:
@@ -138,7 +138,7 @@ def test_the_supernet_is_the_network_it_began_with(searched: tuple[SearchConfig,
     network = build(name, options, num_classes=CLASSES).eval()
     network.load_state_dict(before)
     with torch.no_grad():
-        torch.testing.assert_close(opened.networks()["large"](x), network(x), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(opened.networks()["original"](x), network(x), rtol=1e-3, atol=1e-4)
 
 
 def test_8_the_same_seed_gives_the_same_search(searched: tuple[SearchConfig, Path], tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ def test_without_labels_none_is_read(score: str, world: World, tmp_path: Path, m
     assert rows_of(first) == rows_of(second)
     assert (first / "arch.json").read_text() == (second / "arch.json").read_text()
     assert ("stream.0" in read_basis(first).orders) == ("not rotated" in score)
-    assert summary_of(first)["large"]["top1"] != summary_of(second)["large"]["top1"]  # which is only reported
+    assert summary_of(first)["original"]["top1"] != summary_of(second)["original"]["top1"]  # which is only reported
 
 
 def test_with_labels_taylor_reads_them(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -21,8 +22,9 @@ import nas.training.state
 from nas.config import RetrainConfig, SearchConfig
 from nas.networks.compact_file import load_compact
 from nas.stages.retrain import run_retrain
-from nas.stages.search import run_search
+from nas.stages.search import resolve, run_search
 from search_spaces.architecture import load_architecture
+from search_spaces.errors import UserError
 from tests.nas.run_checks import assert_same_run, assert_whole, draw_pictures, log_rows, visible
 
 TINY = dict(
@@ -248,3 +250,46 @@ def test_a_retrain_leaves_a_compact_network_that_stands_alone(retrain: tuple[Ret
     assert summary["compact_minus_subnet"] <= 1e-5
     assert summary["compact"]["top1"] == pytest.approx(summary["subnet"]["top1"], abs=5)  # one of few images
     assert (folder / "table.csv").read_text().startswith("network,params,gflops,top1,top5")
+
+
+def unused_of(printed: str) -> float | None:
+    found = re.search(r"([\d.]+) of the budget is unused", printed)
+    return None if found is None else float(found[1])
+
+
+@pytest.mark.parametrize(("band", "within"), [(0.02, False), (0.5, True)])
+def test_the_band_is_an_option_and_what_would_use_the_rest_is_said(
+    band: float, within: bool, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(SEARCHES["stream"], budget=0.4, band=band, epochs=1, data_dir=pictures, output=tmp_path / "run")
+    arch = load_architecture(run_search(config))
+    printed = " ".join(capsys.readouterr().out.split())
+    unused = 0.4 - arch.flops / arch.backbone_flops
+    assert unused > 0.02 and unused_of(printed) == pytest.approx(unused, abs=1e-4)
+    assert ("no architecture between" in printed) != within
+    family = arch.space.split("-")[0]
+    assert f"python search.py --space {family}-free-nano --budget 0.4" in printed and "--data-dir" in printed
+    assert arch.search["band"] == band
+
+
+def test_a_uniform_factor_says_what_it_leaves_unused(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = SearchConfig(space="vit-an-nano", budget=0.9, dataset="folder", data_dir=pictures, output=tmp_path / "run")
+    arch = load_architecture(run_search(config))
+    unused = unused_of(" ".join(capsys.readouterr().out.split()))
+    assert unused == pytest.approx(0.9 - arch.flops / arch.backbone_flops, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (dict(band=-0.1, budget=0.5), "--band -0.1; expected a share"),
+        (dict(band=0.1, budget=0.0), "--band 0.1 is the part of a budget that may stay unused; give --budget"),
+        (dict(band=0.1, budget=0.5, space="vit-an-nano"), "is searched by uniform, which has no band; leave it out"),
+        (dict(band=0.1, space="vit-free-nano"), "is searched by importance, which has no band; leave it out"),
+    ],
+)
+def test_a_band_that_nothing_uses_is_refused(flags: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        resolve(SearchConfig(**{"space": "vit-dan-nano"} | flags))

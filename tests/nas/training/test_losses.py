@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nas.objectives.adjoined import Adjoined
+from nas.objectives.adjoined import Adjoined, Loss
 from nas.searchers.gradient import Gradient
 from nas.training.losses import accuracy, cross_entropy, kl_divergence
 from nas.training.objective import Step
@@ -69,7 +69,7 @@ def test_adjoined_terms_are_equation_3_4() -> None:
     supernet = small_supernet("vit")
     space = small_costs(supernet, "stream").space
     subnet = network_slice(supernet.shapes, space.block_slices([{"alpha": 2}] * 3))
-    objective, x, y = Adjoined(supernet, subnet, 0.1), images(supernet.backbone, batch=6), LABELS
+    objective, x, y = Adjoined(supernet, subnet, Loss(0.1)), images(supernet.backbone, batch=6), LABELS
     p, q = supernet(x, subnet)
     for t, lam in ((0.0, 0.0), (0.25, 0.25), (0.8, 1.0)):
         terms = objective(x, y, Step(t, 0, 1))
@@ -83,7 +83,7 @@ def test_kl_trains_what_only_the_large_network_has_unless_detached(detach: bool)
     supernet = small_supernet("vit")
     space = small_costs(supernet, "stream").space
     subnet = network_slice(supernet.shapes, space.block_slices([{"alpha": 2}] * 3))
-    objective = Adjoined(supernet, subnet, detach_teacher=detach)
+    objective = Adjoined(supernet, subnet, Loss(detach_teacher=detach))
     objective(images(supernet.backbone, batch=6), LABELS, Step(0.5, 0, 1))["kl"].backward()
     grad, half = supernet.backbone.blocks[0].mlp.fc1.weight.grad, supernet.shapes[0].hidden // 2
     assert grad[:half].abs().max() > 0

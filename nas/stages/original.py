@@ -1,0 +1,16 @@
+"""The network as it was before a run: what the result is set beside where the run trains no large network."""
+
+from nas.machine.timing import Network
+from nas.networks.backbone import Start, starting_backbone
+from nas.training.prepared import Prepared
+
+LARGE_NETWORK, ORIGINAL_NETWORK = "large", "original"  # trained in this run; as it was before
+
+
+def untouched(prepared: Prepared, start: Start) -> Network | None:
+    """The large network at its weights before the run, loaded again; None where they know nothing of the classes."""
+    if not start.given():
+        return None
+    model, splits = prepared.model, prepared.splits
+    backbone, _, fresh = starting_backbone(model.name, model.kwargs, splits.num_classes, start, splits.class_names)
+    return None if fresh else backbone.to(prepared.device).eval().requires_grad_(False)
