@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from search_spaces.method import Candidate, Method, Picks, Settings, divisors
+from search_spaces.method import Candidate, Method, Picks, Settings, divisors, whole
 from search_spaces.slices import BlockShape, BlockSlice, prefix_slice
 
 
@@ -19,4 +19,4 @@ class AN(Method):
     def block_slice(
         self, shape: BlockShape, settings: Settings, picks: Picks, kept: Mapping[str, Sequence[int]]
     ) -> BlockSlice:
-        return prefix_slice(shape, int(picks["alpha"]), settings.width)
+        return prefix_slice(shape, whole(picks, "alpha", 1), settings.width)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from search_spaces.defaults import Defaults
-from search_spaces.method import Candidate, Method, Picks, Settings
+from search_spaces.method import Candidate, Method, Picks, Settings, whole
 from search_spaces.slices import BlockShape, BlockSlice
 
 HIDDEN_STEPS = 32
@@ -63,14 +63,12 @@ class Free(Method):
     def block_slice(
         self, shape: BlockShape, settings: Settings, picks: Picks, kept: Mapping[str, Sequence[int]]
     ) -> BlockSlice:
-        whole = self.whole(shape)
-        for name, most in whole.items():
-            least = 0 if name in ("heads", "hidden") else 1
-            if not (least <= picks[name] <= most and int(picks[name]) == picks[name]):
+        for name, most in self.whole(shape).items():
+            if whole(picks, name, 0 if name in ("heads", "hidden") else 1) > most:
                 raise ValueError(f"{name} {picks[name]:g} of {most}")
-        if picks["qk"] % shape.qk_unit:
-            raise ValueError(f"qk {picks['qk']:g}, no multiple of the {shape.qk_unit} channels that turn together")
         stream, heads, qk, v, hidden = (int(picks[name]) for name in self.choice_names)
+        if qk % shape.qk_unit:
+            raise ValueError(f"qk {qk}, no multiple of the {shape.qk_unit} channels that turn together")
         return BlockSlice(
             stream=stream,
             heads=heads or shape.num_heads,

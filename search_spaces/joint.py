@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from search_spaces.channels import KEPT, KERNEL, NANO_KERNEL, channel_count, kept_channels
 from search_spaces.defaults import Defaults
-from search_spaces.method import Candidate, Method, Picks, Settings, alpha_candidates
+from search_spaces.method import Candidate, Method, Picks, Settings, alpha_candidates, whole
 from search_spaces.slices import BlockShape, BlockSlice, prefix_slice
 
 
@@ -32,6 +32,8 @@ class Joint(Method):
     def block_slice(
         self, shape: BlockShape, settings: Settings, picks: Picks, kept: Mapping[str, Sequence[int]]
     ) -> BlockSlice:
-        prefix = prefix_slice(shape, int(picks["alpha"]), settings.width)
-        count = channel_count(prefix.stream, float(picks["fraction"]))
+        prefix = prefix_slice(shape, whole(picks, "alpha", 1), settings.width)
+        if not 0 < picks["fraction"] <= 1:
+            raise ValueError(f"fraction {picks['fraction']:g} is no share above 0 and at most 1")
+        count = channel_count(prefix.stream, picks["fraction"])
         return replace(prefix, mlp_stream=kept_channels(count, prefix.stream, kept))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from search_spaces.channels import KEPT, KERNEL, NANO_KERNEL, STEP, channel_count, kept_channels
 from search_spaces.defaults import Defaults
-from search_spaces.method import Candidate, Method, Picks, Settings
+from search_spaces.method import Candidate, Method, Picks, Settings, whole
 from search_spaces.slices import BlockShape, BlockSlice
 
 
@@ -43,5 +43,5 @@ class KCR(Method):
     def block_slice(
         self, shape: BlockShape, settings: Settings, picks: Picks, kept: Mapping[str, Sequence[int]]
     ) -> BlockSlice:
-        channels = kept_channels(int(picks["channels"]), shape.embed_dim, kept)
+        channels = kept_channels(whole(picks, "channels", 1), shape.embed_dim, kept)
         return BlockSlice(shape.embed_dim, shape.num_heads, shape.hidden, mlp_stream=channels)

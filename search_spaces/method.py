@@ -68,6 +68,14 @@ class Method(ABC):
         """The slice of a block at one candidate per choice. kept: indices, where a choice is no prefix."""
 
 
+def whole(picks: Picks, name: str, least: int = 0) -> int:
+    """The candidate of a choice that counts something. ValueError when it is no whole number from `least` on."""
+    value = picks[name]
+    if value != value // 1 or value < least:
+        raise ValueError(f"{name} {value:g} is no whole number of at least {least}")
+    return int(value)
+
+
 def divisors(shape: BlockShape, settings: Settings) -> list[int]:
     """The alpha that a block allows: divisors of its heads (sections 2.1 and 2.2), up to 8."""
     sizes = [shape.num_heads, shape.hidden] + ([shape.embed_dim] if settings.width == "stream" else [])

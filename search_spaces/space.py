@@ -110,6 +110,10 @@ def block_slices(
     """Every block's slice. UserError names the block and what it allows when a pick does not fit it."""
     if len(picks) != len(shapes):
         raise UserError(f"{name}: {len(picks)} blocks in the architecture, {len(shapes)} in the backbone")
+    for i, pick in enumerate(picks):
+        for choice, value in pick.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(f"{name}: block {i} has {choice} {value!r:.60}; expected a number")
     check_stages(name, method, shapes, picks)
     kept = kept or [{}] * len(shapes)
     slices = []

@@ -6,7 +6,7 @@ The method of "Unified Visual Transformer Compression" (ICLR 2022). The residual
 from collections.abc import Mapping, Sequence
 
 from search_spaces.defaults import Defaults
-from search_spaces.method import Candidate, Method, Picks, Settings
+from search_spaces.method import Candidate, Method, Picks, Settings, whole
 from search_spaces.slices import BlockShape, BlockSlice
 from search_spaces.units import KEPT_HIDDEN, KEPT_V
 
@@ -43,9 +43,11 @@ class UVC(Method):
     def block_slice(
         self, shape: BlockShape, settings: Settings, picks: Picks, kept: Mapping[str, Sequence[int]]
     ) -> BlockSlice:
-        heads, channels, hidden = (int(picks[name]) for name in self.choice_names)
+        heads, channels, hidden = (whole(picks, name) for name in self.choice_names)
         if not heads <= channels <= heads * shape.head_dim:
-            raise ValueError(f"{channels} channels of V in {heads} heads of {shape.head_dim}")
+            raise ValueError(f"v_channels {channels} in heads {heads} of {shape.head_dim}")
+        if hidden > shape.hidden:
+            raise ValueError(f"hidden {hidden} of {shape.hidden}")
         v = _ascending(KEPT_V, channels, shape.num_heads * shape.head_dim, kept, _spread(heads, channels, shape))
         neurons = _ascending(KEPT_HIDDEN, hidden, shape.hidden, kept, tuple(range(hidden)))
         by_head: dict[int, list[int]] = {}
@@ -53,12 +55,12 @@ class UVC(Method):
             by_head.setdefault(index // shape.head_dim, []).append(index % shape.head_dim)
         if len(by_head) != heads:
             raise ValueError(f"{KEPT_V} lies in {len(by_head)} heads, the choice is {heads}")
-        whole = channels == heads * shape.head_dim
+        all_of_v = channels == heads * shape.head_dim
         return BlockSlice(
             stream=shape.embed_dim,
             heads=_prefix(tuple(by_head)) if heads else shape.num_heads,
             hidden=_prefix(neurons) if hidden else shape.hidden,
-            v_channels=None if whole else tuple(map(tuple, by_head.values())),
+            v_channels=None if all_of_v else tuple(map(tuple, by_head.values())),
             attn=heads > 0,
             mlp=hidden > 0,
         )

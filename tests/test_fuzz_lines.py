@@ -214,7 +214,8 @@ def tried(seed: int, lines: int, place: Path, monkeypatch: Any, capsys: Any) -> 
         said = answer(program, [*line, *(STARTED if "--device" not in line else ())], monkeypatch, capsys)
         if said is not None:
             failures.append(f"{program} {line!r:.400}\n    {said}")
-        changed = [name for name, digest in before.items() if contents(files).get(name) != digest]
+        after = contents(files)
+        changed = [name for name, digest in before.items() if after.get(name) != digest]
         if changed:
             failures.append(f"{program} {line!r:.400}\n    wrote over {changed}")
     return failures

@@ -1,5 +1,6 @@
 """What a space offers over a backbone's blocks, what it leaves out and what it refuses."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,14 @@ from search_spaces.errors import UserError
 from search_spaces.method import Settings
 from search_spaces.registry import METHODS, SPACES, get_space
 from search_spaces.slices import BlockShape, BlockSlice
-from search_spaces.space import SearchSpace, check_uniform_alpha, make_space, require_search, uniform_alphas
+from search_spaces.space import (
+    SearchSpace,
+    block_slices,
+    check_uniform_alpha,
+    make_space,
+    require_search,
+    uniform_alphas,
+)
 
 SHAPES = [BlockShape(0, 48, 4, 12, 96), BlockShape(0, 48, 6, 8, 96), BlockShape(1, 96, 12, 8, 384)]
 
@@ -70,6 +78,20 @@ def test_freeze_refuses_what_is_missing_or_not_offered(sample: dict[str, int]) -
 def test_picks_that_do_not_fit_are_refused_by_block(picks: list[dict[str, int]], says: str) -> None:
     with pytest.raises(UserError, match=says):
         space().block_slices(picks)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_no_pick_is_read_as_another_number(method: str) -> None:
+    shape = SHAPES[2]
+    named = METHODS[method]
+    good = {name: c[0] for name, c in named.choices(shape, Settings())[0].items()}
+    assert block_slices("a space", named, Settings(), [shape], [good])
+    for name in named.choice_names:
+        wrong = [-1, -0.0001, 10**30, math.nan, math.inf, -math.inf, True, None, "2", [1], {"a": 1}]
+        wrong += [7.5] if name == "fraction" else [0.5, 1.5, 2.000001]
+        for value in wrong:
+            with pytest.raises(UserError, match=f"a space: block 0.*{name}"):
+                block_slices("a space", named, Settings(), [shape], [{**good, name: value}])
 
 
 def test_what_no_search_can_use_is_refused() -> None:
