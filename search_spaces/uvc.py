@@ -45,7 +45,9 @@ class UVC(Method):
     ) -> BlockSlice:
         heads, channels, hidden = (whole(picks, name) for name in self.choice_names)
         if not heads <= channels <= heads * shape.head_dim:
-            raise ValueError(f"{channels} channels of V in {heads} heads of {shape.head_dim}")
+            raise ValueError(f"v_channels {channels} in heads {heads} of {shape.head_dim}")
+        if hidden > shape.hidden:
+            raise ValueError(f"hidden {hidden} of {shape.hidden}")
         v = _ascending(KEPT_V, channels, shape.num_heads * shape.head_dim, kept, _spread(heads, channels, shape))
         neurons = _ascending(KEPT_HIDDEN, hidden, shape.hidden, kept, tuple(range(hidden)))
         by_head: dict[int, list[int]] = {}

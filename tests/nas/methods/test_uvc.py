@@ -199,7 +199,7 @@ def test_slices_of_picks() -> None:
     gone = method.block_slice(shape, Settings(), {"heads": 0, "v_channels": 0, "hidden": 2}, {})
     assert (gone.attn, gone.mlp, gone.hidden) == (False, True, 2)
     for picks, indices, says in (
-        ({"heads": 2, "v_channels": 1, "hidden": 2}, {}, "1 channels of V in 2 heads of 8"),
+        ({"heads": 2, "v_channels": 1, "hidden": 2}, {}, "v_channels 1 in heads 2 of 8"),
         ({"heads": 2, "v_channels": 3, "hidden": 2}, {"kept_v": [1, 2, 3]}, "lies in 1 heads, the choice is 2"),
         ({"heads": 2, "v_channels": 3, "hidden": 2}, {"kept_v": [1, 2]}, "holds 2 indices, the choice is 3"),
         ({"heads": 1, "v_channels": 2, "hidden": 2}, {"kept_v": [2, 1]}, "must rise"),
