@@ -12,7 +12,7 @@ from nas.searchers.supernet_search import Search
 from nas.training.basis import Standing
 from nas.training.loop import OnEpoch
 from nas.training.prepared import Prepared
-from search_spaces.method import Picks
+from search_spaces.method import Method, Picks
 from search_spaces.space import require_search
 
 
@@ -45,11 +45,20 @@ class Answer:
 class Searcher(ABC):
     """One way to answer. Either prices alone give the answer (`pick`), or a prepared run does (`search`).
 
-    starts: whether --start says where it begins.
+    starts: whether --start says where it begins. trains: whether it may train the supernet; measures: whether it
+    measures candidates on images that nothing else may look at. defaults: of options that were left open, before the
+    space's own.
     """
 
     name: ClassVar[str]
     starts: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
+    measures: ClassVar[bool] = False
+    defaults: ClassVar[Mapping[str, Any]] = {}
+
+    def owned(self, method: Method) -> tuple[type, ...]:
+        """The records of options that it reads in spaces of a method; others' searchers may not be given them."""
+        return ()
 
     def check(self, options: SearchOptions, question: Question) -> None:
         """Refuse what cannot be answered, before weights are loaded."""

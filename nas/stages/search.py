@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,15 @@ from nas.machine.distributed import is_main, joined, quiet_unless_main
 from nas.machine.files import write_json
 from nas.machine.timing import Network
 from nas.methods.method import GAMMA
-from nas.methods.table import check_owned, searcher_of, training_of
+from nas.methods.table import (
+    check_owned,
+    check_searcher,
+    foreign_to,
+    searcher_of,
+    training_of,
+    with_searcher,
+    without_foreign,
+)  # fmt: skip
 from nas.networks.architecture import architecture_of, slices_of, write_architecture
 from nas.networks.backbone import TimmModel
 from nas.networks.compact_file import save_compact
@@ -29,8 +37,12 @@ from nas.prices.costs import priced
 from nas.prices.options import one_budget
 from nas.prices.table import price_of
 from nas.runs.folder import SUPERNET, open_run, results_path
+from nas.searchers.measure import price_of as price_of_subnet
+from nas.searchers.measured import Measured
+from nas.searchers.options import one_front
 from nas.searchers.searcher import Answer, Question, Run, Searcher
 from nas.stages.afterwards import Afterwards
+from nas.stages.front import Member, conclude_front
 from nas.stages.planned import cuts_of, planned
 from nas.stages.prepare import Beginning, compared, preparation, prepare
 from nas.training.evaluate import by_split, print_table, top_k
@@ -84,32 +96,57 @@ def _search(config: SearchConfig, space: Space, device: torch.device, on_epoch: 
     if answer is not None:
         return picked(asked, answer)
     start = start_of(config, config.seed)
-    beginning = Beginning("search", space, asked.model, splits, start, device, asked.plan)
+    beginning = Beginning("search", space, asked.model, splits, start, device, asked.plan, asked.searcher.measures)
     held_out = config.arch_data == "val"
     config, prepared = prepare(config, beginning, dropped(asked), start.name(), held_out)
     asked = replace(asked, config=replace(config, **training_of(space).resolved(config, prepared)))
     print(headline(asked))
-    answer = asked.searcher.search(run_of(asked, prepared, on_epoch))
+    run, after = run_of(asked, prepared, on_epoch), Afterwards(prepared.folder)
+    if isinstance(asked.searcher, Measured) and config.front:
+        answers = asked.searcher.front(run, config.front)
+        write_supernet(prepared)
+        members = [member_of(at(asked, b), answer) for b, answer in zip(config.front, answers, strict=True)]
+        conclude_front(config, prepared, members, after)
+        after.end()
+        return prepared.folder
+    answer = asked.searcher.search(run)
     arch = found(asked, answer)
     write_architecture(arch, prepared.folder)
-    if is_main():
-        save_weights(timm_state(prepared.supernet), prepared.folder / SUPERNET)
-    after = Afterwards(prepared.folder)
+    write_supernet(prepared)
     conclude(asked, answer, prepared, arch, after)
     after.end()
     return prepared.folder
 
 
+def write_supernet(prepared: Prepared) -> None:
+    """The network's weights as the search leaves them, in timm's form."""
+    if is_main():
+        save_weights(timm_state(prepared.supernet), prepared.folder / SUPERNET)
+
+
+def at(asked: Asked, budget: float) -> Asked:
+    """The same at one budget of a front."""
+    return replace(asked, question=replace(asked.question, budget=budget))
+
+
+def member_of(asked: Asked, answer: Answer) -> Member:
+    """An answer as a member of a front."""
+    budget, priced, arch = asked.question.budget, asked.question.priced, found(asked, answer)
+    assert budget is not None
+    return Member(budget, arch, answer, price_of_subnet(priced, slices_of(arch, priced.space.shapes)) / priced.full)
+
+
 def resolve(config: SearchConfig) -> tuple[SearchConfig, Space]:
     """Fill in the space's defaults and check every option that needs no data."""
     space = get_space(config.space)
-    config = with_defaults(one_budget(config), space, "search")
+    check_searcher(config, space)
+    config = with_searcher(one_front(config), space)
+    config = without_foreign(with_defaults(one_budget(config), space, "search"), space)
     config = replace(config, dataset=config.dataset_name())
     config.check()
     check_owned(config, space)
     training_of(space).check(config, space)
     price_of(config.price)
-    searcher_of(config, space)
     return config, space
 
 
@@ -118,11 +155,11 @@ def ask(config: SearchConfig, space: Space, splits: Splits) -> Asked:
     model = model_of(config, space)
     backbone = meta_supernet(model, splits.num_classes, space)
     choices = make_space(space.name, space.method, training_of(space).settings(config, space), backbone.shapes)
-    plan = planned(config, space, backbone, cuts_of(choices), splits, start_of(config, config.seed))
+    searcher, start = searcher_of(config, space), start_of(config, config.seed)
+    plan = planned(config, space, backbone, cuts_of(choices), splits, start, searcher.measures)
     install_stages(backbone, plan.streams)
     costs = priced(choices, backbone.adapter.costs, price_of(config.price), config.stage_width == "full")
-    question = Question(costs, config.fraction(costs.full))
-    searcher = searcher_of(config, space)
+    question = Question(costs, max(config.front) if config.front else config.fraction(costs.full))
     searcher.check(config, question)
     return Asked(config, space, model, backbone, question, searcher, plan)
 
@@ -145,6 +182,8 @@ def headline(asked: Asked) -> str:
         f"{asked.space.name} on {asked.config.dataset}: {choices.size():.3g} architectures, backbone {asked.model.name}"
         f" {backbone.params() / 1e6:.2f} M parameters, {backbone.flops() / 1e9:.4g} GFLOPs (MACs)"
     )
+    if asked.config.front:
+        return f"{words}, budgets {', '.join(f'{each:.4g}' for each in asked.config.front)}"
     if budget is not None:
         return f"{words}, budget {budget:.4g}"
     gamma = GAMMA if asked.config.gamma is None else asked.config.gamma
@@ -171,14 +210,20 @@ def found(asked: Asked, answer: Answer) -> Architecture:
     picks, full = space.validated(answer.picks), config.stage_width == "full"
     name, model = asked.space.name, asked.model
     arch = architecture_of(asked.backbone, name, model.name, model.kwargs, picks, config.width, answer.kept, full)
-    recorded = (*RECORDED, *training_of(asked.space).recorded)
-    settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k in recorded and v is not None}
+    settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k in recorded(asked) and v is not None}
     settings |= {"searcher": asked.searcher.name, "budget": asked.question.budget, "space_size": float(space.size())}
     settings |= answer.found
     checkpoint = start_of(config, config.seed).checkpoint
     if checkpoint is not None:
         settings["checkpoint"] = str(checkpoint)
     return replace(arch, permutation=answer.standing.permutation, basis=answer.standing.basis, search=settings)
+
+
+def recorded(asked: Asked) -> set[str]:
+    """The options that arch.json keeps: everybody's, the method's, the searcher's; none that only others read."""
+    foreign = {f.name for record in foreign_to(asked.searcher, asked.space) for f in fields(record)}
+    own = {f.name for record in asked.searcher.owned(asked.space.method) for f in fields(record)}
+    return ({*RECORDED, *training_of(asked.space).recorded} | own) - foreign - {"front"}
 
 
 def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architecture, after: Afterwards) -> None:
@@ -266,7 +311,7 @@ def remarks(asked: Asked, answer: Answer, arch: Architecture) -> None:
         print(f"{share:.2%} of the FLOPs kept; {words}")
     budget, costs = asked.question.budget, asked.question.priced
     if budget is not None and not answer.in_band:
-        cost = costs.price.network(costs.space.shapes, costs.network, slices_of(arch, costs.space.shapes))
+        cost = price_of_subnet(costs, slices_of(arch, costs.space.shapes))
         print(
             f"no architecture between {budget - 0.02:.4f} and {budget:.4f} of the {costs.price.words}:"
             f" {budget - cost / costs.full:.4f} of the budget is unused"

@@ -1,0 +1,93 @@
+"""Searches that compare measured architectures of a supernet which they leave as it is (section 2.12).
+
+The basis is found once, and one ruler serves every budget: what was measured on the way to one counts for all others.
+"""
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from nas.machine.distributed import on_main
+from nas.prices.selection import check_budget, cost_band
+from nas.searchers.measure import Candidate, Measure, Ruler, check_images, first_kept
+from nas.searchers.options import DecideOptions, FrontOptions, SearchOptions
+from nas.searchers.searcher import Answer, Question, Run, Searcher
+from nas.training.basis import Standing, find_basis
+from nas.training.refit import counted
+from search_spaces.errors import UserError
+from search_spaces.method import Method
+
+Explorer = Callable[[Ruler, Mapping[str, Any]], object]  # the ruler, and what candidates.csv says of all candidates
+
+
+class Measured(Searcher):
+    """The best of what is measured, at one budget or at each of several."""
+
+    trains: ClassVar[bool] = False
+    measures: ClassVar[bool] = True
+    scoreless: ClassVar[bool] = True  # whether --decide has to measure something
+
+    def owned(self, method: Method) -> tuple[type, ...]:
+        return DecideOptions, FrontOptions
+
+    def check(self, options: SearchOptions, question: Question) -> None:
+        if options.epochs:
+            raise UserError(f"--epochs {options.epochs}: a search by {self.name} trains nothing; leave it out")
+        if question.budget is None:
+            raise UserError(f"--searcher {self.name} searches within a budget; give --budget, --gflops or --front")
+        if self.scoreless and options.decide == "score":
+            raise UserError("--decide score is of a search by importance; take --decide kl, top1 or loss")
+        priced = question.priced
+        for budget in options.front:
+            check_budget(priced.uniform(), priced.full, budget, priced.price)
+        super().check(options, question)
+
+    def search(self, run: Run) -> Answer:
+        assert run.question.budget is not None
+        return self.front(run, [run.question.budget])[0]
+
+    def front(self, run: Run, budgets: Sequence[float]) -> list[Answer]:
+        """The best that was measured at each budget, from one basis and one ruler."""
+        check_images(run.options, run.prepared)
+        times = [time.perf_counter()]
+        standing = find_basis(run.options, run.prepared)
+        times.append(time.perf_counter())
+        candidates = on_main(lambda: self.explored(run, budgets))
+        times.append(time.perf_counter())
+        seconds = dict(zip(("basis", "candidates"), np.diff(times).round(2).tolist(), strict=True))
+        return [
+            replace(self.answer(run, budget, candidate, standing), seconds=seconds)
+            for budget, candidate in zip(budgets, candidates, strict=True)
+        ]
+
+    def explored(self, run: Run, budgets: Sequence[float]) -> list[Candidate]:
+        """The best at each budget, by process 0."""
+        options, question = run.options, run.question
+        with counted("candidates", self.most(options) * len(budgets)) as advance:
+            measure = Measure(options, question.priced, run.prepared, advance)
+            for budget, explore in zip(budgets, self.explorers(run, budgets), strict=True):
+                explore(measure, {"budget": budget} if len(budgets) > 1 else {})
+        print(measure.words())
+        return [measure.best(cost_band(question.priced.full, budget)[1]) for budget in budgets]
+
+    @abstractmethod
+    def most(self, options: SearchOptions) -> int:
+        """How many candidates are measured at a budget, at most."""
+
+    @abstractmethod
+    def explorers(self, run: Run, budgets: Sequence[float]) -> Sequence[Explorer]:
+        """What measures candidates at each budget."""
+
+    def found(self, candidate: Candidate) -> dict[str, Any]:
+        """What arch.json says of the result."""
+        return {"value": candidate.value}
+
+    def answer(self, run: Run, budget: float, candidate: Candidate, standing: Standing) -> Answer:
+        """A candidate as the answer at a budget."""
+        priced, picks = run.question.priced, [dict(pick) for pick in candidate.picks]
+        in_band = candidate.price >= cost_band(priced.full, budget)[0]
+        return Answer(picks, first_kept(priced, picks), in_band, standing, found=self.found(candidate))
