@@ -59,7 +59,7 @@ def check_searcher(options: SearchOptions, space: Space) -> None:
                 f"{as_typed(given[0], options)} goes with a search by {names}; {space.name} is searched by"
                 f" {searcher.name}"
             )
-    if not searcher.trains:
+    if searcher.untrained:
         given = [field for record in (LogitOptions, *training.trained) for field in given_of(record, options)]
         if given:
             raise UserError(
@@ -80,9 +80,10 @@ def with_searcher(options: S, space: Space) -> S:
 
 
 def without_foreign(options: S, space: Space) -> S:
-    """What the space's defaults have filled in for other searchers taken out again."""
+    """The same without what the space's defaults have filled in for other searchers, or for a training."""
     searcher, training = searcher_of(options, space), training_of(space)
-    records = [*foreign_to(searcher, space), *(() if searcher.trains else training.trained)]
+    of_training = (LogitOptions, *training.trained) if searcher.untrained else ()
+    records = [*foreign_to(searcher, space), *of_training]
     return replace(options, **{f.name: default_of(f) for record in records for f in given_of(record, options)})
 
 

@@ -34,6 +34,7 @@ class Evolution(Measured):
 
     name: ClassVar[str] = "evolution"
     starts: ClassVar[bool] = True
+    untrained: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {
         "epochs": 0, "start": "importance", "population": 32, "generations": 7, "mutate": 0.1,
     }  # fmt: skip

@@ -125,6 +125,7 @@ class Measure:
             start = time.perf_counter()
             value = self._value(subnet)
             of_subnet = {
+                "price": price_of(self.priced, subnet) / self.priced.full,
                 "gflops": self.prepared.supernet.flops(subnet) / 1e9,
                 "stage_widths": " ".join(map(str, subnet.stage_widths)),
                 "seconds": round(time.perf_counter() - start, 2),

@@ -3,6 +3,7 @@
 The basis is found once, and one ruler serves every budget: what was measured on the way to one counts for all others.
 """
 
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,6 @@ Explorer = Callable[[Ruler, Mapping[str, Any]], object]  # the ruler, and what c
 class Measured(Searcher):
     """The best of what is measured, at one budget or at each of several."""
 
-    trains: ClassVar[bool] = False
     measures: ClassVar[bool] = True
     scoreless: ClassVar[bool] = True  # whether --decide has to measure something
 
@@ -90,4 +90,5 @@ class Measured(Searcher):
         """A candidate as the answer at a budget."""
         priced, picks = run.question.priced, [dict(pick) for pick in candidate.picks]
         in_band = candidate.price >= cost_band(priced.full, budget)[0]
-        return Answer(picks, first_kept(priced, picks), in_band, standing, found=self.found(candidate))
+        found, kept = self.found(candidate), first_kept(priced, picks)
+        return Answer(picks, kept, in_band, standing, found, None if math.isnan(candidate.value) else candidate.value)

@@ -17,6 +17,7 @@ class Random(Measured):
     """Architectures drawn by nni.mutable and repaired to the budget, each measured, the best taken."""
 
     name: ClassVar[str] = "random"
+    untrained: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {"epochs": 0, "candidates": 64}
 
     def owned(self, method: Method) -> tuple[type, ...]:

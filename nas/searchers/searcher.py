@@ -30,7 +30,8 @@ class Answer:
 
     kept: per block the indices of choices that are no prefix, by their name in arch.json. in_band: whether it uses the
     budget up. standing: the basis or order that it stands in. found: what else the search says about it, for
-    arch.json; finalists: those that were measured, likeliest first. seconds: that parts of the search took.
+    arch.json; value: what measuring it gave, where that decided; finalists: those that were measured, likeliest first.
+    seconds: that parts of the search took.
     """
 
     picks: Sequence[Picks]
@@ -38,6 +39,7 @@ class Answer:
     in_band: bool = True
     standing: Standing = field(default_factory=Standing)
     found: Mapping[str, Any] = field(default_factory=dict)
+    value: float | None = None
     finalists: Sequence[Mapping[str, Any]] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -45,15 +47,15 @@ class Answer:
 class Searcher(ABC):
     """One way to answer. Either prices alone give the answer (`pick`), or a prepared run does (`search`).
 
-    starts: whether --start says where it begins. trains: whether it may train the supernet; measures: whether it
-    measures candidates on images that nothing else may look at. defaults: of options that were left open, before the
-    space's own.
+    starts: whether --start says where it begins. measures: whether it measures candidates, on images that nothing else
+    may look at. untrained: whether options of a training are refused, for it has none. defaults: of options that were
+    left open, before the space's own.
     """
 
     name: ClassVar[str]
     starts: ClassVar[bool] = False
-    trains: ClassVar[bool] = True
     measures: ClassVar[bool] = False
+    untrained: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Any]] = {}
 
     def owned(self, method: Method) -> tuple[type, ...]:

@@ -1,6 +1,7 @@
 """The same in every block (section 2.1): nothing to search, prices alone give the answer."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 from nas.prices.costs import PricedSpace
@@ -18,7 +19,7 @@ from search_spaces.space import SearchSpace, check_uniform_alpha, require_search
 class Uniform(Searcher):
     """The factor that was asked for, or what uses up the budget best of all that is the same everywhere."""
 
-    name, trains = "uniform", False
+    name = "uniform"
 
     def check(self, options: SearchOptions, question: Question) -> None:
         space = question.priced.space
@@ -50,8 +51,9 @@ class Uniform(Searcher):
         priced, budget = run.question.priced, run.question.budget
         assert budget is not None
         standing, picks = find_basis(run.options, run.prepared), widest_uniform(priced, budget)
-        in_band = price_of(priced, subnet_of(priced, picks)) >= cost_band(priced.full, budget)[0]
-        return Answer(picks, first_kept(priced, picks), in_band, standing)
+        share = price_of(priced, subnet_of(priced, picks)) / priced.full
+        print(f"the same everywhere: {share:.4f} of the backbone's {priced.price.words}, budget {budget:.4g}")
+        return Answer(picks, first_kept(priced, picks), standing=standing)
 
 
 def factors_alone(space: SearchSpace) -> bool:
@@ -65,10 +67,10 @@ def widest_uniform(priced: PricedSpace, budget: float) -> list[Picks]:
     most = cost_band(priced.full, budget)[1]
     fitting = [each for each in prices if each[0] <= most]
     if not fitting:
-        least = min(price for price, _ in prices) / priced.full
+        least = math.ceil(min(price for price, _ in prices) / priced.full * 10_000) / 10_000  # up: it must work
         raise UserError(
-            f"budget {budget:.4g}: nothing that is the same everywhere in {priced.space.name} is below {least:.4f} of"
-            f" the backbone's {priced.price.words}"
+            f"budget {budget:.4g}: nothing that is the same everywhere in {priced.space.name} costs less than"
+            f" {least:.4f} of the backbone's {priced.price.words}; ask for at least that"
         )
     return max(fitting, key=lambda each: each[0])[1]
 

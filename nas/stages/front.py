@@ -1,9 +1,11 @@
 """What a search leaves that answers for several budgets: an architecture for each, one table, one picture."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from nas.config import SearchConfig
@@ -65,9 +67,7 @@ def conclude_front(config: SearchConfig, prepared: Prepared, members: Sequence[M
         costs = {"params": m.arch.params, "gflops": m.arch.flops / 1e9}
         table[f"{m.budget:g}"] = costs | scores[f"{m.budget:g}"]
         facts = {"budget": m.budget, "price": m.share, **costs, "in_band": m.answer.in_band, "file": m.file}
-        rows.append(
-            facts | {k: v for k, v in m.answer.found.items() if k in ("value", "loss")} | table[f"{m.budget:g}"]
-        )
+        rows.append(facts | {"value": m.answer.value} | scores[f"{m.budget:g}"])
     with after.part("writing tables"):
         write_csv(folder / FRONT, rows)
         write_json(folder / "summary.json", facts_of(config, prepared, members) | after.facts() | {"front": rows})
@@ -78,6 +78,15 @@ def conclude_front(config: SearchConfig, prepared: Prepared, members: Sequence[M
     with after.part("drawing pictures"):
         plot_run(folder)
     print(f"results in {results_path(folder)}: {', '.join(m.file for m in members)}")
+    print(f"next, for any of them: {next_command(config, folder, members[0].file)}")
+
+
+def next_command(config: SearchConfig, folder: Path, arch: str = "arch.json") -> str:
+    """What to type for stage 2, quoted for the shell."""
+    words = ["python", "retrain.py", "--arch", f"{results_path(folder)}/{arch}"]
+    words += ["--dataset", str(config.dataset)] if config.dataset != "digits" else []
+    words += ["--data-dir", str(config.data_dir)] if config.data_dir else []
+    return shlex.join(words)
 
 
 def accuracies(config: SearchConfig, prepared: Prepared, network: Network) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Stage 1: search a supernet for an architecture, and write arch.json."""
 
-import shlex
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -42,7 +41,7 @@ from nas.searchers.measured import Measured
 from nas.searchers.options import one_front
 from nas.searchers.searcher import Answer, Question, Run, Searcher
 from nas.stages.afterwards import Afterwards
-from nas.stages.front import Member, conclude_front
+from nas.stages.front import Member, conclude_front, next_command
 from nas.stages.planned import cuts_of, planned
 from nas.stages.prepare import Beginning, compared, preparation, prepare
 from nas.training.evaluate import by_split, print_table, top_k
@@ -199,7 +198,7 @@ def picked(asked: Asked, answer: Answer) -> Path:
     write_architecture(found(asked, answer), config.output)
     picks = ", ".join(f"{name} {value}" for name, value in answer.picks[0].items())
     print(
-        f"{picks} in every block; {asked.searcher.name} needs no training\nnext: {next_command(asked, config.output)}"
+        f"{picks} in every block; {asked.searcher.name} needs no training\nnext: {next_command(config, config.output)}"
     )
     return config.output
 
@@ -287,7 +286,7 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
         plot_run(prepared.folder)
     if seconds:
         print(f"seconds: {', '.join(f'{name} {value:.1f}' for name, value in seconds.items())}")
-    print(f"results in {results_path(prepared.folder)}\nnext: {next_command(asked, prepared.folder)}")
+    print(f"results in {results_path(prepared.folder)}\nnext: {next_command(config, prepared.folder)}")
 
 
 def refitted_compact(
@@ -316,12 +315,3 @@ def remarks(asked: Asked, answer: Answer, arch: Architecture) -> None:
             f"no architecture between {budget - 0.02:.4f} and {budget:.4f} of the {costs.price.words}:"
             f" {budget - cost / costs.full:.4f} of the budget is unused"
         )
-
-
-def next_command(asked: Asked, folder: Path) -> str:
-    """What to type for stage 2, quoted for the shell."""
-    config = asked.config
-    words = ["python", "retrain.py", "--arch", f"{results_path(folder)}/arch.json"]
-    words += ["--dataset", str(config.dataset)] if config.dataset != "digits" else []
-    words += ["--data-dir", str(config.data_dir)] if config.data_dir else []
-    return shlex.join(words)
