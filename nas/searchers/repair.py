@@ -21,7 +21,7 @@ from nas.searchers.nested import Likelihood
 from search_spaces.method import Candidate, Picks
 
 FARTHEST = 10.0  # nats between a choice's first candidate and its last
-REPEATS = 64  # architectures known already that are drawn in a row before no new one is expected
+REPEATS = 32  # architectures known already that are drawn in a row before no new one is expected
 Sample = Mapping[str, Candidate]  # the candidate of every choice, by its label
 
 
