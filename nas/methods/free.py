@@ -30,16 +30,12 @@ class FreeTraining(MethodTraining):
         if options.width != "stream" or options.stage_width != "widest":
             raise UserError(f"--width and --stage-width go with factors; --fix stream keeps the stream of {space.name}")
         scored = options.searcher not in ("random", "uniform")
-        if (
-            scored
-            and options.score == "error"
-            and (options.basis == "none" or options.importance not in (None, "error"))
-        ):
+        another = options.basis == "none" or options.importance not in (None, "error")
+        if scored and options.score == "error" and another:
             raise UserError(
                 "--score error needs units in a basis, ordered by --importance error; leave both out, or take"
                 " --score taylor"
             )
-
         if not options.labels and options.decide in ("top1", "loss"):
             counts = "counts hits" if options.decide == "top1" else "reads labels"
             raise UserError(f"--decide {options.decide} {counts}, --no-labels has none; take --decide kl")

@@ -84,11 +84,16 @@ class Measured(Searcher):
 
     def found(self, candidate: Candidate) -> dict[str, Any]:
         """What arch.json says of the result."""
-        return {"value": candidate.value}
+        return {"value": finite(candidate.value)}
 
     def answer(self, run: Run, budget: float, candidate: Candidate, standing: Standing) -> Answer:
         """A candidate as the answer at a budget."""
         priced, picks = run.question.priced, [dict(pick) for pick in candidate.picks]
         in_band = candidate.price >= cost_band(priced.full, budget)[0]
         found, kept = self.found(candidate), first_kept(priced, picks)
-        return Answer(picks, kept, in_band, standing, found, None if math.isnan(candidate.value) else candidate.value)
+        return Answer(picks, kept, in_band, standing, found, finite(candidate.value))
+
+
+def finite(value: float) -> float | None:
+    """What a file can hold of a measurement."""
+    return value if math.isfinite(value) else None

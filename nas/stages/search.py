@@ -209,7 +209,8 @@ def found(asked: Asked, answer: Answer) -> Architecture:
     picks, full = space.validated(answer.picks), config.stage_width == "full"
     name, model = asked.space.name, asked.model
     arch = architecture_of(asked.backbone, name, model.name, model.kwargs, picks, config.width, answer.kept, full)
-    settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k in recorded(asked) and v is not None}
+    kept = recorded(asked)
+    settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k in kept and v is not None}
     settings |= {"searcher": asked.searcher.name, "budget": asked.question.budget, "space_size": float(space.size())}
     settings |= answer.found
     checkpoint = start_of(config, config.seed).checkpoint
