@@ -35,7 +35,7 @@ class Importance(Measured):
     """Half by half what is lost, the exact program at a few stage widths and weights, the best by measurement."""
 
     name: ClassVar[str] = "importance"
-    scoreless: ClassVar[bool] = False
+    may_score: ClassVar[bool] = True
 
     def owned(self, method: Method) -> tuple[type, ...]:
         return (*super().owned(method), *((ImportanceOptions,) if method.halves else ()))

@@ -64,10 +64,10 @@ def price_of(priced: PricedSpace, subnet: NetworkSlice) -> int:
     return priced.price.network(priced.space.shapes, priced.network, subnet)
 
 
-def check_images(options: SearchOptions, prepared: Prepared) -> None:
-    """Refuse decisions for which no image is left."""
+def check_images(options: SearchOptions, prepared: Prepared, may_score: bool = True) -> None:
+    """Refuse decisions for which no image is left. may_score: whether --decide score would do without."""
     if options.decide != "score" and not prepared.plan.deciding:
-        other = ", or take --decide score" if prepared.plan.refits else ""
+        other = ", or take --decide score" if may_score else ""
         raise UserError(
             f"--decide {options.decide}: of {prepared.plan.images} training images none can be left to decide by; give"
             f" more{other}"

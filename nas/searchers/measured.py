@@ -29,7 +29,7 @@ class Measured(Searcher):
     """The best of what is measured, at one budget or at each of several."""
 
     measures: ClassVar[bool] = True
-    scoreless: ClassVar[bool] = True  # whether --decide has to measure something
+    may_score: ClassVar[bool] = False  # whether --decide score, which measures nothing, gives an answer
 
     def owned(self, method: Method) -> tuple[type, ...]:
         return DecideOptions, FrontOptions
@@ -39,7 +39,7 @@ class Measured(Searcher):
             raise UserError(f"--epochs {options.epochs}: a search by {self.name} trains nothing; leave it out")
         if question.budget is None:
             raise UserError(f"--searcher {self.name} searches within a budget; give --budget, --gflops or --front")
-        if self.scoreless and options.decide == "score":
+        if not self.may_score and options.decide == "score":
             raise UserError("--decide score is of a search by importance; take --decide kl, top1 or loss")
         priced = question.priced
         for budget in options.front:
@@ -52,7 +52,7 @@ class Measured(Searcher):
 
     def front(self, run: Run, budgets: Sequence[float]) -> list[Answer]:
         """The best that was measured at each budget, from one basis and one ruler."""
-        check_images(run.options, run.prepared)
+        check_images(run.options, run.prepared, self.may_score)
         times = [time.perf_counter()]
         standing = find_basis(run.options, run.prepared)
         times.append(time.perf_counter())
