@@ -47,6 +47,7 @@ class SearchConfig(SearchOptions, Common):
     def check(self) -> None:
         super().check()
         self.check_price()
+        self.check_front()
         if self.arch_data == "val" and self.val_fraction == 0:
             raise UserError("--arch-data val needs a held-out part; set --val-fraction above 0")
 

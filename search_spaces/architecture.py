@@ -103,7 +103,10 @@ _EXPECTED: dict[str, tuple[tuple[type, ...], str]] = {
 def load_architecture(path: Path) -> Architecture:
     """Read and validate arch.json. UserError names the file, the field and what was expected."""
     if path.is_dir():
-        path = path / "arch.json"
+        folder, path = path, path / "arch.json"
+        several = sorted(each.name for each in folder.glob("arch-*.json"))
+        if several and not path.is_file():
+            raise UserError(f"{folder} holds a front, {', '.join(several)}; name one of these files")
     if not path.is_file():
         raise UserError(f"{path}: no such file; give --arch the arch.json that search.py wrote")
     try:

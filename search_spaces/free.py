@@ -21,6 +21,7 @@ class Free(Method):
     name = "free"
     choice_names = ("stream", "heads", "qk", "v", "hidden")
     stage_choices = ("stream",)
+    counted = choice_names
     halves = (("heads", "qk", "v"), ("hidden",))
     listed = False
     offers = "--granularity, --keep-block and --fix"

@@ -18,6 +18,7 @@ class KCR(Method):
     name = "kcr"
     choice_names = ("channels",)
     kept_names = (KEPT,)
+    counted = choice_names
     offers = "--fractions"
     # The published recipe (section 2.3), whose batch of 4 x 64 is 64 on each of four devices; five epochs of warm-up
     # are timm's own.

@@ -39,6 +39,7 @@ class Method(ABC):
     choice_names: the choices of a block, by their names in arch.json; kept_names: the index lists beside them.
     stage_choices: those that all blocks of a stage make alike. halves: those of attention and those of the MLP, where
     the two halves of a block choose each for itself.
+    counted: choices whose candidates are numbers of units, so that the same of two blocks is the same share of them.
     uniform: one candidate serves all blocks, so that there is nothing to search inside one. listed: whether all
     combinations of a block's candidates are few enough to be listed; otherwise their ends stand for them.
     offers: the flags that offer candidates. models: where a family's default model is another one for this method.
@@ -50,6 +51,7 @@ class Method(ABC):
     kept_names: ClassVar[tuple[str, ...]] = ()
     stage_choices: ClassVar[tuple[str, ...]] = ()
     halves: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    counted: ClassVar[tuple[str, ...]] = ()
     uniform: ClassVar[bool] = False
     listed: ClassVar[bool] = True
     offers: ClassVar[str] = "--alphas"

@@ -9,8 +9,6 @@ from search_spaces.registry import Space
 class DANTraining(MethodTraining):
     """Everybody's objective."""
 
-    searchers = ("gradient", "uniform")
-
     def check(self, options: SearchOptions, space: Space) -> None:
         if options.alpha is not None and options.searcher != "uniform":
             raise UserError(f"--alpha is one factor; {space.name} searches, offer it candidates with --alphas")

@@ -16,26 +16,29 @@ from search_spaces.registry import Space
 class FreeTraining(MethodTraining):
     """No training in its search, or one that begins at what importance finds; what is cut is refitted."""
 
-    searchers = ("importance", "gradient")
+    searchers = ("importance", "gradient", "evolution", "random", "uniform")
     options: ClassVar[tuple[type, ...]] = (FreeOptions, ImportanceOptions)
     recorded = ("granularity", "keep_block", "fix", "score", "decide", "evals", "labels", "refit_images")
     refits = True
 
     def check(self, options: SearchOptions, space: Space) -> None:
         at_least_one(options, "evals")
-        if not options.budget and options.gflops is None:
+        if not options.budget and options.gflops is None and not options.front:
             raise UserError(f"{space.name} compresses to a budget; give --budget or --gflops")
         if options.alphas is not None:
             raise UserError(f"--alphas: {space.name} has no compression factor; --granularity says how fine widths are")
         if options.width != "stream" or options.stage_width != "widest":
             raise UserError(f"--width and --stage-width go with factors; --fix stream keeps the stream of {space.name}")
-        if options.score == "error" and (options.basis == "none" or options.importance not in (None, "error")):
+        scored = options.searcher not in ("random", "uniform")
+        another = options.basis == "none" or options.importance not in (None, "error")
+        if scored and options.score == "error" and another:
             raise UserError(
                 "--score error needs units in a basis, ordered by --importance error; leave both out, or take"
                 " --score taylor"
             )
-        if not options.labels and options.decide == "top1":
-            raise UserError("--decide top1 counts hits, --no-labels has none; take --decide kl")
+        if not options.labels and options.decide in ("top1", "loss"):
+            counts = "counts hits" if options.decide == "top1" else "reads labels"
+            raise UserError(f"--decide {options.decide} {counts}, --no-labels has none; take --decide kl")
 
     def settings(self, options: SearchOptions, space: Space) -> Settings:
         step = 8 if options.granularity is None else options.granularity

@@ -15,6 +15,7 @@ class KCRTraining(KernelTraining):
     """Counts of channels, or every channel by itself."""
 
     options: ClassVar[tuple[type, ...]] = (KernelOptions, ScoreOptions, SelectionOptions)
+    trained: ClassVar[tuple[type, ...]] = options
 
     def check(self, options: SearchOptions, space: Space) -> None:
         super().check(options, space)

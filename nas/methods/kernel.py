@@ -17,6 +17,7 @@ class KernelTraining(MethodTraining):
     """Both stages under the kernel term; by --no-adjoined the small network alone."""
 
     options: ClassVar[tuple[type, ...]] = (KernelOptions, ScoreOptions)
+    trained: ClassVar[tuple[type, ...]] = (KernelOptions, ScoreOptions)
     recorded = ("fractions", "selection", "adjoined", "eta_kc", "rho", "flops_weight")
     objectives = {"adjoined": KernelAdjoined.of}  # noqa: RUF012
 

@@ -20,14 +20,16 @@ class MethodTraining:
     """How the spaces of a method are searched and retrained.
 
     searchers: those that it allows, its own first. options: records of options that its search reads and others' may
-    not; recorded: options that its arch.json keeps beside everybody's. kernel_term: whether both stages have one.
+    not; trained: those of them that only a search reads which trains; recorded: options that its arch.json keeps
+    beside everybody's. kernel_term: whether both stages have one.
     objectives: its own, where a way to train in stage 2 is another one for it. rotates: whether its
     networks may stand in a rotated basis. refits: whether they are refitted when they are cut (section 2.11), and when
     they begin to be distilled.
     """
 
-    searchers: ClassVar[tuple[str, ...]] = ("gradient",)
+    searchers: ClassVar[tuple[str, ...]] = ("gradient", "evolution", "random", "uniform")
     options: ClassVar[tuple[type, ...]] = ()
+    trained: ClassVar[tuple[type, ...]] = ()
     recorded: ClassVar[tuple[str, ...]] = ()
     objectives: ClassVar[Mapping[str, Make]] = {}
     rotates: ClassVar[bool] = True

@@ -1,8 +1,8 @@
 """The methods' trainings, by the methods' names: which searchers and which options go with which."""
 
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, fields
-from typing import Any
+from dataclasses import MISSING, Field, fields, replace
+from typing import Any, TypeVar
 
 from nas.machine.ranges import flag
 from nas.methods.an import ANTraining
@@ -13,12 +13,13 @@ from nas.methods.kcr import KCRTraining
 from nas.methods.method import MethodTraining
 from nas.methods.uvc import UVCTraining
 from nas.prices.options import BAND
-from nas.searchers.options import SearchOptions
+from nas.searchers.options import LogitOptions, SearchOptions
 from nas.searchers.searcher import Searcher
 from nas.searchers.table import SEARCHERS
 from search_spaces.errors import UserError
 from search_spaces.registry import METHODS, Space
 
+S = TypeVar("S", bound=SearchOptions)
 TRAININGS: dict[str, MethodTraining] = {
     "an": ANTraining(),
     "dan": DANTraining(),
@@ -39,26 +40,78 @@ def searcher_of(options: SearchOptions, space: Space) -> Searcher:
     allowed = training_of(space).searchers
     name = options.searcher or allowed[0]
     if name not in allowed:
-        raise UserError(f"--searcher {name}: {space.name} is searched by {' or '.join(allowed)}")
-    searcher = SEARCHERS[name]
+        raise UserError(f"--searcher {name}: {space.name} is searched by {alternatives(allowed)}")
+    return SEARCHERS[name]
+
+
+def check_searcher(options: SearchOptions, space: Space) -> None:
+    """Refuse options, as they were given, that belong to other searchers, or to a training that there is none of."""
+    searcher, training = searcher_of(options, space), training_of(space)
     if options.start is not None and not searcher.starts:
-        raise UserError(f"--start {options.start} is of a search by gradient; {space.name} is searched by {name}")
+        names = alternatives([name for name, each in SEARCHERS.items() if each.starts])
+        raise UserError(
+            f"--start {options.start} is of a search by {names}; {space.name} is searched by {searcher.name}"
+        )
     if options.band != BAND and not searcher.banded:
-        raise UserError(f"--band {options.band}: {space.name} is searched by {name}, which has no band; leave it out")
-    return searcher
+        words = f"{space.name} is searched by {searcher.name}, which has no band"
+        raise UserError(f"--band {options.band}: {words}; leave it out")
+    for record in foreign_to(searcher, space):
+        if given := given_of(record, options):
+            owners = [name for name, each in SEARCHERS.items() if record in each.owned(space.method)]
+            names = alternatives([name for name in owners if name in training.searchers] or owners)
+            raise UserError(
+                f"{as_typed(given[0], options)} goes with a search by {names}; {space.name} is searched by"
+                f" {searcher.name}"
+            )
+    if searcher.untrained:
+        given = [field for record in (LogitOptions, *training.trained) for field in given_of(record, options)]
+        if given:
+            raise UserError(
+                f"{as_typed(given[0], options)} goes with a search that trains; one by {searcher.name} does not"
+            )
+
+
+def foreign_to(searcher: Searcher, space: Space) -> list[type]:
+    """Records of options that only other searchers read in a space."""
+    records = dict.fromkeys(record for each in SEARCHERS.values() for record in each.owned(space.method))
+    return [record for record in records if record not in searcher.owned(space.method)]
+
+
+def with_searcher(options: S, space: Space) -> S:
+    """The searcher's own defaults filled in."""
+    defaults = searcher_of(options, space).defaults
+    return replace(options, **{name: v for name, v in defaults.items() if getattr(options, name) is None})
+
+
+def without_foreign(options: S, space: Space) -> S:
+    """The same without what the space's defaults have filled in for other searchers, or for a training."""
+    searcher, training = searcher_of(options, space), training_of(space)
+    of_training = (LogitOptions, *training.trained) if searcher.untrained else ()
+    records = [*foreign_to(searcher, space), *of_training]
+    return replace(options, **{f.name: default_of(f) for record in records for f in given_of(record, options)})
 
 
 def check_owned(options: Any, space: Space, shared: tuple[type, ...] = ()) -> None:
     """Refuse options that belong to other methods. shared: records that anybody's may be in this stage."""
     own = (*training_of(space).options, *shared)
     for record in dict.fromkeys(record for training in TRAININGS.values() for record in training.options):
-        given = [f for f in fields(record) if getattr(options, f.name, default_of(f)) != default_of(f)]
+        given = given_of(record, options)
         if given and record not in own:
             names = [name for name, training in TRAININGS.items() if record in training.options]
             raise UserError(f"{as_typed(given[0], options)} goes with {in_words(names)}; the space is {space.name}")
     if getattr(options, "fractions", None) is not None and "--fractions" not in space.method.offers:
         names = [name for name, method in METHODS.items() if "--fractions" in method.offers]
         raise UserError(f"--fractions goes with {in_words(names)}; the space is {space.name}")
+
+
+def given_of(record: type, options: Any) -> list["Field[Any]"]:
+    """The options of a record that are not as they are when nothing is given."""
+    return [f for f in fields(record) if getattr(options, f.name, default_of(f)) != default_of(f)]
+
+
+def alternatives(names: Sequence[str]) -> str:
+    """Names of which one is to be taken."""
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def in_words(methods: Sequence[str]) -> str:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nas.pictures.figures import MARKERS, new_figure, tidy
+from nas.pictures.figures import MARKERS, PALETTE, new_figure, tidy
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MEASURED = {"kl": "KL(large ‖ cut) (nats per image)", "top1": "missed by top-1 (%)"}
+MEASURED = {
+    "kl": "KL(large ‖ cut) (nats per image)",
+    "top1": "missed by top-1 (%)",
+    "loss": "cross-entropy (nats per image)",
+}
+ORIGINS = ("importance", "random", "crossover", "mutation")  # of a candidate of evolution
 WIDE = 2.0  # a ratio of values above which an axis is logarithmic
 NAMED = 12  # combinations of stage widths that the legend has room for
 
 
 def candidates_figure(candidates: pd.DataFrame, title: str) -> Figure | None:
-    """A point per candidate in the order of measurement, its stage widths by colour; less is better.
+    """A point per candidate in the order of measurement, where it came from or its stage widths by colour; less is
+    better.
 
-    candidates: candidates.csv as a frame, columns candidate, value, measured, stage_widths. The best so far is a line,
-    the best of all has a ring. None without a candidate.
+    candidates: candidates.csv as a frame, columns candidate, value, measured, stage_widths, of evolution origin, of a
+    front budget. The best so far is a line, of each budget its own; the best of all has a ring. None without a
+    candidate.
     """
     import pandas as pd
 
@@ -36,10 +43,18 @@ def candidates_figure(candidates: pd.DataFrame, title: str) -> Figure | None:
     least = int(frame["value"].to_numpy().argmin())
     best = frame[["candidate", "value"]].to_numpy()[least]
     line: dict[str, Any] = {"where": "post", "color": "black", "lw": 1.3, "zorder": 2, "label": "best so far"}
-    axes.step(frame["candidate"], frame["value"].cummin(), **line)
+    for budget, own in frame.groupby("budget") if "budget" in frame else [(None, frame)]:
+        axes.step(own["candidate"], own["value"].cummin(), **line)
+        line["label"] = "_"
+        if budget is not None:
+            at = (float(own["candidate"].iloc[0]), float(own["value"].iloc[0]))
+            axes.annotate(f"{float(str(budget)):g}", at, textcoords="offset points", xytext=(-2, 6), fontsize=7.5)
     ring: dict[str, Any] = {"ms": 13, "mfc": "none", "mec": "black", "mew": 1.4, "zorder": 4}
     axes.plot([best[0]], [best[1]], "o", **ring, label=f"the best: {best[1]:.3g}")
-    _points(axes, frame)
+    if "origin" in frame:
+        _points_of(axes, frame)
+    else:
+        _points(axes, frame)
     words = MEASURED.get(str(frame["measured"].iloc[0]), str(frame["measured"].iloc[0]))
     if frame["value"].min() > 0 and frame["value"].max() > WIDE * frame["value"].min():
         _log_axis(axes, frame["value"].max() / frame["value"].min())
@@ -53,6 +68,15 @@ def candidates_figure(candidates: pd.DataFrame, title: str) -> Figure | None:
 def widths_of(text: Any) -> tuple[float, ...]:
     """The stage widths of a row: "64", or "48 96"."""
     return tuple(float(word) for word in str(text).split() if word.replace(".", "", 1).isdigit())
+
+
+def _points_of(axes: Axes, frame: pd.DataFrame) -> None:
+    """A colour and a marker for each origin."""
+    for origin, color, marker in zip(ORIGINS, PALETTE, MARKERS, strict=False):
+        own = frame[frame["origin"] == origin]
+        if not own.empty:
+            style: dict[str, Any] = {"color": color, "marker": marker, "ms": 5.5, "ls": "", "mec": "#333333"}
+            axes.plot(own["candidate"], own["value"], **style, mew=0.4, zorder=3, label=origin)
 
 
 def _points(axes: Axes, frame: pd.DataFrame) -> None:

@@ -12,6 +12,7 @@ from nas.data.split_names import HELD_OUT
 from nas.pictures.architecture import PICTURE, architecture_figure, title_of
 from nas.pictures.candidates import candidates_figure
 from nas.pictures.figures import DPI, choices_figure, curves_figure
+from nas.pictures.front import front_figure
 from nas.pictures.rows import rows_of
 from nas.pictures.scatter import WHOLE, pareto_figure
 from nas.pictures.spectrum_figure import spectra, spectrum_figure
@@ -69,6 +70,10 @@ def plot_run(folder: Path, points: Sequence[Mapping[str, Any]] | None = None, x:
     if candidates is not None:
         figure = candidates_figure(candidates, title)
         written += save(figure, folder / "candidates.png") if figure is not None else []
+    front = _csv(folder / "front.csv")
+    if front is not None:
+        figure = front_figure(front, candidates, title)
+        written += save(figure, folder / "front.png") if figure is not None else []
     if _by_halves(arch.get("method")):
         figure = _architecture(folder)
         written += save(figure, folder / PICTURE) if figure is not None else []

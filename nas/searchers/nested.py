@@ -103,11 +103,26 @@ class Likelihood:
                 break
         return [(picks, selection) for _, picks, selection in found[:most]]
 
+    def near(self, budget: float) -> list[Picks]:
+        """The likeliest at the likeliest combination of stage widths that has any in the band, else below it."""
+        low, high = cost_band(self.halves.priced.full, budget)
+        for floor in (low, 0):
+            for widths in self._combinations():
+                if self._relaxed(widths, floor, high) is not None:
+                    _, picks, selection = self._solved(budget, widths, floor, BAND)
+                    if selection.cost >= floor:
+                        return picks
+        raise RuntimeError("no architecture was found although the budget can be reached")
+
+    def _combinations(self) -> Iterator[tuple[int, ...]]:
+        """Stage widths, the likeliest first, so many; then the narrowest."""
+        narrowest = tuple(self.halves.widths(stage)[0] for stage in range(len(self.stages)))
+        return chain(islice(likeliest(self.stages), LOOKED_AT), [narrowest])
+
     def _promising(self, low: int, high: int) -> list[tuple[float, tuple[int, ...]]]:
         """Combinations of stage widths and the most that the score of one of such a price can be, highest first."""
         found: dict[tuple[int, ...], float] = {}
-        narrowest = tuple(self.halves.widths(stage)[0] for stage in range(len(self.stages)))
-        for widths in chain(islice(likeliest(self.stages), LOOKED_AT), [narrowest]):
+        for widths in self._combinations():
             bound = self._relaxed(widths, low, high)
             if bound is not None:
                 found[widths] = self._of_widths(widths) - bound.loss

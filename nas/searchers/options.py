@@ -1,11 +1,12 @@
 """The options of what may be chosen, and of how an architecture is found."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 from nas.objectives.options import LossOptions
 from nas.prices.options import PriceOptions
 from nas.training.options import LoopOptions
+from search_spaces.errors import UserError
 from search_spaces.registry import DEFAULT_SPACE
 
 
@@ -40,13 +41,68 @@ class FreeOptions:
 
 
 @dataclass(frozen=True)
+class DecideOptions:
+    """A search that measures candidates."""
+
+    decide: Literal["kl", "top1", "loss", "score"] = "kl"
+    """candidates are measured by KL to the large network, by top-1, by cross-entropy, or (by importance) not at all"""
+
+
+@dataclass(frozen=True)
+class FrontOptions:
+    """A search that can answer for several budgets at once."""
+
+    front: tuple[float, ...] = ()
+    """several budgets instead of one: the best architecture at each, from one search (docs/searchers.md)"""
+
+    def check_front(self) -> None:
+        """Refuse budgets that are none, and the same one twice."""
+        for budget in self.front:
+            if not 0 < budget <= 1:
+                raise UserError(f"--front {budget:g}; expected fractions of the backbone's price, 0 < B <= 1")
+            if self.front.count(budget) > 1:
+                raise UserError(f"--front names {budget:g} more than once; give every budget once")
+
+
+F = TypeVar("F", bound="SearchOptions")
+
+
+def one_front(options: F) -> F:
+    """The budgets of a front in order, in place of the space's own --budget. UserError where both were given."""
+    if not options.front:
+        return options
+    if options.budget or options.gflops is not None:
+        given = "--budget" if options.budget else "--gflops"
+        raise UserError(f"--front is several budgets, {given} is one; give one of them")
+    return replace(options, front=tuple(sorted(options.front)), budget=0.0)
+
+
+@dataclass(frozen=True)
+class RandomOptions:
+    """A search at random."""
+
+    candidates: int | None = None
+    """of a search at random: architectures that are drawn and measured at each budget (64)"""
+
+
+@dataclass(frozen=True)
+class EvolutionOptions:
+    """A search by evolution."""
+
+    population: int | None = None
+    """of a search by evolution: architectures of the first generation, and children of every other one (32)"""
+    generations: int | None = None
+    """of a search by evolution: generations after the first (7)"""
+    mutate: float | None = None
+    """of a search by evolution: the probability that a mutation draws a choice anew (0.1)"""
+
+
+@dataclass(frozen=True)
 class ImportanceOptions:
     """A search by importance: seconds, and no training."""
 
     score: Literal["error", "taylor"] = "error"
     """of a search by importance: a unit is worth the error that a refit leaves without it, or what Taylor says"""
-    decide: Literal["kl", "top1", "score"] = "kl"
-    """of a search by importance: candidates are measured by KL to the large network, by top-1, or not at all"""
     evals: int | None = None
     """of a search by importance: candidates that are refitted and measured (4; in the -nano spaces 12)"""
     labels: bool = True
@@ -58,11 +114,18 @@ class SearcherOptions:
     """What every search takes."""
 
     searcher: str | None = None
-    """how the architecture is found: gradient, importance, minimax or uniform, of which a space allows some; by default
-    as its method does it (docs/method.md)"""
+    """how the architecture is found: gradient, importance, evolution, random, uniform or minimax, of which a space
+    allows some; by default as its method does it (docs/searchers.md)"""
     start: Literal["importance", "uniform"] | None = None
     """of a search by gradient: begin where the solution by importance is likely, or with every candidate alike; by
-    default the former from trained weights under a budget, where widths are chosen"""
+    default the former from trained weights under a budget, where widths are chosen. Of one by evolution: with that
+    solution in the first generation (default), or at random"""
+
+
+@dataclass(frozen=True)
+class LogitOptions:
+    """A search that trains what it chooses by."""
+
     arch_lr: float | None = None
     """Adam's rate for the architecture logits, times lambda(t) where factors are chosen (docs/method.md); of a minimax
     search that of its gates' SGD, as of the published run's length"""
@@ -101,8 +164,13 @@ class GateOptions:
 @dataclass(frozen=True)
 class SearchOptions(
     SearcherOptions,
+    LogitOptions,
+    FrontOptions,
     PriceOptions,
     ImportanceOptions,
+    DecideOptions,
+    EvolutionOptions,
+    RandomOptions,
     GateOptions,
     ScoreOptions,
     SelectionOptions,

@@ -13,7 +13,7 @@ from nas.searchers.supernet_search import Search
 from nas.training.basis import Standing
 from nas.training.loop import OnEpoch
 from nas.training.prepared import Prepared
-from search_spaces.method import Picks
+from search_spaces.method import Method, Picks
 from search_spaces.space import require_search
 
 
@@ -35,9 +35,9 @@ class Answer:
 
     kept: per block the indices of choices that are no prefix, by their name in arch.json. in_band: whether it uses the
     budget up. standing: the basis or order that it stands in. found: what else the search says about it, for
-    arch.json; finalists: those that were measured, likeliest first. seconds: that parts of the search took. trained:
-    the networks that the search trained, large or subnet or both; where it did, the supernet holds other weights than
-    it began with.
+    arch.json; value: what measuring it gave, where that decided; finalists: those that were measured, likeliest first.
+    seconds: that parts of the search took. trained: the networks that the search trained, large or subnet or both;
+    where it did, the supernet holds other weights than it began with.
     """
 
     picks: Sequence[Picks]
@@ -45,6 +45,7 @@ class Answer:
     in_band: bool = True
     standing: Standing = field(default_factory=Standing)
     found: Mapping[str, Any] = field(default_factory=dict)
+    value: float | None = None
     finalists: Sequence[Mapping[str, Any]] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     trained: tuple[str, ...] = ()
@@ -53,12 +54,21 @@ class Answer:
 class Searcher(ABC):
     """One way to answer. Either prices alone give the answer (`pick`), or a prepared run does (`search`).
 
-    starts: whether --start says where it begins. banded: whether --band says what it may choose among.
+    starts: whether --start says where it begins. banded: whether --band says what it may choose among. measures:
+    whether it measures candidates, on images that nothing else may look at. untrained: whether options of a training
+    are refused, for it has none. defaults: of options that were left open, before the space's own.
     """
 
     name: ClassVar[str]
     starts: ClassVar[bool] = False
     banded: ClassVar[bool] = False
+    measures: ClassVar[bool] = False
+    untrained: ClassVar[bool] = False
+    defaults: ClassVar[Mapping[str, Any]] = {}
+
+    def owned(self, method: Method) -> tuple[type, ...]:
+        """The records of options that it reads in spaces of a method; others' searchers may not be given them."""
+        return ()
 
     def check(self, options: SearchOptions, question: Question) -> None:
         """Refuse what cannot be answered, before weights are loaded."""

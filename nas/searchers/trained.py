@@ -3,7 +3,7 @@
 from nas.machine.devices import autocast
 from nas.machine.ranges import at_least_one
 from nas.searchers.decide import decide
-from nas.searchers.options import SearchOptions
+from nas.searchers.options import DecideOptions, ImportanceOptions, SearchOptions
 from nas.searchers.searcher import Answer, Question, Run, Searcher
 from nas.searchers.start import begin, to_begin
 from nas.training.basis import find_basis
@@ -11,12 +11,17 @@ from nas.training.loop import fit
 from nas.training.make import make_training
 from nas.training.state import settle
 from search_spaces.errors import UserError
+from search_spaces.method import Method
 
 
 class Trained(Searcher):
     """By the one training loop; what is minimised is the method's objective."""
 
     name, starts, banded = "gradient", True, True
+
+    def owned(self, method: Method) -> tuple[type, ...]:
+        """Where it may begin at a solution that is measured."""
+        return (DecideOptions, ImportanceOptions) if method.halves else ()
 
     def check(self, options: SearchOptions, question: Question) -> None:
         at_least_one(options, "epochs")

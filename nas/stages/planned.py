@@ -26,18 +26,29 @@ class Cuts:
     inside: bool = False
 
 
-def planned(config: Common, space: Space, backbone: Supernet, cuts: Cuts, splits: Splits, start: Start) -> BasisPlan:
-    """What becomes of the network."""
+def planned(
+    config: Common,
+    space: Space,
+    backbone: Supernet,
+    cuts: Cuts,
+    splits: Splits,
+    start: Start,
+    measures: bool = False,
+) -> BasisPlan:
+    """What becomes of the network. measures: whether a search is to measure candidates."""
     if config.resume and config.output is not None and on_main((config.output / PERMUTATION).is_file):
         config = replace(config, basis="order")  # as it began, be it before there were rotations
     training = training_of(space)
-    if training.refits and not start.given():
+    if (training.refits or measures) and not start.given():
         raise UserError(
             f"{space.name} asks what trained weights can do without; give --checkpoint or --pretrained"
             f" (from scratch, first: python retrain.py --space {space.name} --train plain)"
         )
-    facts = Facts(start.given(), len(splits.train), cuts.stages, cuts.inside, training.rotates, training.refits)
-    return replace(plan_basis(config, backbone, facts), labels=getattr(config, "labels", True))
+    facts = Facts(
+        start.given(), len(splits.train), cuts.stages, cuts.inside, training.rotates, training.refits, measures
+    )
+    plan = plan_basis(config, backbone, facts)
+    return replace(plan, labels=getattr(config, "labels", True), refits=training.refits)
 
 
 def looked_at(space: Space, splits: Splits) -> BasisPlan:

@@ -23,7 +23,10 @@ from search_spaces.registry import Space
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a stage knows before any weight is loaded. stage: its word in a folder's name. plan: of the basis."""
+    """What a stage knows before any weight is loaded. stage: its word in a folder's name. plan: of the basis.
+
+    measures: whether candidates are measured, which takes a trained classifier.
+    """
 
     stage: str
     space: Space
@@ -32,6 +35,7 @@ class Beginning:
     start: Start
     device: torch.device
     plan: BasisPlan = field(default_factory=BasisPlan)
+    measures: bool = False
 
 
 def prepare(
@@ -47,7 +51,7 @@ def prepare(
     supernet, words, fresh = started_supernet(
         b.model, splits.num_classes, b.start, b.space, splits.class_names, config.drop_path
     )
-    if fresh and b.stage == "search" and b.plan.weighed:
+    if fresh and b.stage == "search" and (b.plan.weighed or b.measures):
         raise UserError(
             f"{b.space.name} asks what a trained network can do without, and its weights have no classifier for these"
             f" {splits.num_classes} classes; train one first: python retrain.py --space {b.space.name} --train plain"

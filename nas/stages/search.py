@@ -1,7 +1,7 @@
 """Stage 1: search a supernet for an architecture, and write arch.json."""
 
 import shlex
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,15 @@ from nas.machine.distributed import is_main, joined, quiet_unless_main
 from nas.machine.files import write_json
 from nas.machine.timing import Network, timed
 from nas.methods.method import GAMMA
-from nas.methods.table import check_owned, searcher_of, training_of
+from nas.methods.table import (
+    check_owned,
+    check_searcher,
+    foreign_to,
+    searcher_of,
+    training_of,
+    with_searcher,
+    without_foreign,
+)  # fmt: skip
 from nas.networks.architecture import architecture_of, slices_of, write_architecture
 from nas.networks.backbone import TimmModel
 from nas.networks.compact_file import save_compact
@@ -28,8 +36,12 @@ from nas.prices.costs import priced
 from nas.prices.options import BAND, one_budget
 from nas.prices.table import price_of
 from nas.runs.folder import SUPERNET, open_run, results_path
+from nas.searchers.measured import Measured
+from nas.searchers.options import one_front
 from nas.searchers.searcher import Answer, Question, Run, Searcher
 from nas.stages.afterwards import Afterwards
+from nas.stages.front import Member, conclude_front
+from nas.stages.next_command import data_words, next_command
 from nas.stages.original import LARGE_NETWORK, ORIGINAL_NETWORK, untouched
 from nas.stages.planned import cuts_of, planned
 from nas.stages.prepare import Beginning, compared, preparation, prepare
@@ -84,32 +96,57 @@ def _search(config: SearchConfig, space: Space, device: torch.device, on_epoch: 
     if answer is not None:
         return picked(asked, answer)
     start = start_of(config, config.seed)
-    beginning = Beginning("search", space, asked.model, splits, start, device, asked.plan)
+    beginning = Beginning("search", space, asked.model, splits, start, device, asked.plan, asked.searcher.measures)
     held_out = config.arch_data == "val"
     config, prepared = prepare(config, beginning, dropped(asked), start.name(), held_out)
     asked = replace(asked, config=replace(config, **training_of(space).resolved(config, prepared)))
     print(headline(asked))
-    answer = asked.searcher.search(run_of(asked, prepared, on_epoch))
+    run, after = run_of(asked, prepared, on_epoch), Afterwards(prepared.folder)
+    if isinstance(asked.searcher, Measured) and config.front:
+        answers = asked.searcher.front(run, config.front)
+        write_supernet(prepared)
+        members = [member_of(at(asked, b), answer) for b, answer in zip(config.front, answers, strict=True)]
+        conclude_front(config, prepared, members, after)
+        after.end()
+        return prepared.folder
+    answer = asked.searcher.search(run)
     arch = found(asked, answer)
     write_architecture(arch, prepared.folder)
-    if is_main():
-        save_weights(timm_state(prepared.supernet), prepared.folder / SUPERNET)
-    after = Afterwards(prepared.folder)
+    write_supernet(prepared)
     conclude(asked, answer, prepared, arch, after)
     after.end()
     return prepared.folder
 
 
+def write_supernet(prepared: Prepared) -> None:
+    """The network's weights as the search leaves them, in timm's form."""
+    if is_main():
+        save_weights(timm_state(prepared.supernet), prepared.folder / SUPERNET)
+
+
+def at(asked: Asked, budget: float) -> Asked:
+    """The same at one budget of a front."""
+    return replace(asked, question=replace(asked.question, budget=budget))
+
+
+def member_of(asked: Asked, answer: Answer) -> Member:
+    """An answer as a member of a front."""
+    budget, priced, arch = asked.question.budget, asked.question.priced, found(asked, answer)
+    assert budget is not None
+    return Member(budget, arch, answer, priced.network_cost(slices_of(arch, priced.space.shapes)) / priced.full)
+
+
 def resolve(config: SearchConfig) -> tuple[SearchConfig, Space]:
     """Fill in the space's defaults and check every option that needs no data."""
     space = get_space(config.space)
-    config = with_defaults(one_budget(config), space, "search")
+    check_searcher(config, space)
+    config = with_searcher(one_front(config), space)
+    config = without_foreign(with_defaults(one_budget(config), space, "search"), space)
     config = replace(config, dataset=config.dataset_name())
     config.check()
     check_owned(config, space)
     training_of(space).check(config, space)
     price_of(config.price)
-    searcher_of(config, space)
     return config, space
 
 
@@ -118,11 +155,12 @@ def ask(config: SearchConfig, space: Space, splits: Splits) -> Asked:
     model = model_of(config, space)
     backbone = meta_supernet(model, splits.num_classes, space)
     choices = make_space(space.name, space.method, training_of(space).settings(config, space), backbone.shapes)
-    plan = planned(config, space, backbone, cuts_of(choices), splits, start_of(config, config.seed))
+    searcher, start = searcher_of(config, space), start_of(config, config.seed)
+    plan = planned(config, space, backbone, cuts_of(choices), splits, start, searcher.measures)
     install_stages(backbone, plan.streams)
     costs = priced(choices, backbone.adapter.costs, price_of(config.price), config.stage_width == "full")
-    question = Question(costs, config.fraction(costs.full), config.band)
-    searcher = searcher_of(config, space)
+    budget = max(config.front) if config.front else config.fraction(costs.full)
+    question = Question(costs, budget, config.band)
     searcher.check(config, question)
     return Asked(config, space, model, backbone, question, searcher, plan)
 
@@ -145,6 +183,8 @@ def headline(asked: Asked) -> str:
         f"{asked.space.name} on {asked.config.dataset}: {choices.size():.3g} architectures, backbone {asked.model.name}"
         f" {backbone.params() / 1e6:.2f} M parameters, {backbone.flops() / 1e9:.4g} GFLOPs (MACs)"
     )
+    if asked.config.front:
+        return f"{words}, budgets {', '.join(f'{each:.4g}' for each in asked.config.front)}"
     if budget is not None:
         return f"{words}, budget {budget:.4g}"
     gamma = GAMMA if asked.config.gamma is None else asked.config.gamma
@@ -162,7 +202,7 @@ def picked(asked: Asked, answer: Answer) -> Path:
     print_unused(asked, answer, arch)
     picks = ", ".join(f"{name} {value}" for name, value in answer.picks[0].items())
     print(
-        f"{picks} in every block; {asked.searcher.name} needs no training\nnext: {next_command(asked, config.output)}"
+        f"{picks} in every block; {asked.searcher.name} needs no training\nnext: {next_command(config, config.output)}"
     )
     return config.output
 
@@ -173,14 +213,21 @@ def found(asked: Asked, answer: Answer) -> Architecture:
     picks, full = space.validated(answer.picks), config.stage_width == "full"
     name, model = asked.space.name, asked.model
     arch = architecture_of(asked.backbone, name, model.name, model.kwargs, picks, config.width, answer.kept, full)
-    recorded = (*RECORDED, *training_of(asked.space).recorded)
-    settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k in recorded and v is not None}
+    kept = recorded(asked)
+    settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k in kept and v is not None}
     settings |= {"searcher": asked.searcher.name, "budget": asked.question.budget, "space_size": float(space.size())}
     settings |= answer.found
     checkpoint = start_of(config, config.seed).checkpoint
     if checkpoint is not None:
         settings["checkpoint"] = str(checkpoint)
     return replace(arch, permutation=answer.standing.permutation, basis=answer.standing.basis, search=settings)
+
+
+def recorded(asked: Asked) -> set[str]:
+    """The options that arch.json keeps: everybody's, the method's, the searcher's; none that only others read."""
+    foreign = {f.name for record in foreign_to(asked.searcher, asked.space) for f in fields(record)}
+    own = {f.name for record in asked.searcher.owned(asked.space.method) for f in fields(record)}
+    return ({*RECORDED, *training_of(asked.space).recorded} | own) - foreign - {"front"}
 
 
 def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architecture, after: Afterwards) -> None:
@@ -246,7 +293,7 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
         plot_run(prepared.folder)
     if seconds:
         print(f"seconds: {', '.join(f'{name} {value:.1f}' for name, value in seconds.items())}")
-    print(f"results in {results_path(prepared.folder)}\nnext: {next_command(asked, prepared.folder)}")
+    print(f"results in {results_path(prepared.folder)}\nnext: {next_command(config, prepared.folder)}")
 
 
 def reference_network(prepared: Prepared, answer: Answer, name: str) -> dict[str, Network]:
@@ -316,16 +363,3 @@ def finer_space(asked: Asked) -> str:
     words += data_words(config)
     trained = "" if start.given() else ", once the network is trained (--checkpoint)"
     return f"a finer space would use it{trained}: {shlex.join(['python', 'search.py', *words])}"
-
-
-def next_command(asked: Asked, folder: Path) -> str:
-    """What to type for stage 2, quoted for the shell."""
-    config = asked.config
-    words = ["python", "retrain.py", "--arch", f"{results_path(folder)}/arch.json"]
-    return shlex.join(words + data_words(config))
-
-
-def data_words(config: SearchConfig) -> list[str]:
-    """The data set, as it is typed."""
-    words = ["--dataset", str(config.dataset)] if config.dataset != "digits" else []
-    return words + (["--data-dir", str(config.data_dir)] if config.data_dir else [])

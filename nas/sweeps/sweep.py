@@ -65,6 +65,8 @@ def check_trials(trials: Sequence[Trial]) -> None:
     from nas.stages.search import resolve
 
     for trial in trials:
+        if trial.search.front:
+            raise UserError("--front is several architectures, a trial is one; sweep budgets: --sweep budget=0.2,0.5")
         try:
             resolve(trial.search)
         except UserError as error:

@@ -20,6 +20,7 @@ class BasisPlan:
     inside: whether q, k and v are changed inside the heads, where that is exact. weighed: whether it is to be found,
     too, what is lost with fewer units. deciding: of the training images in the order of calibration, so many decide
     between candidates, the first; images: how many the others are. labels: whether the images' labels may be read.
+    refits: whether what is cut is refitted, a candidate too.
     """
 
     kind: BasisKind = "none"
@@ -30,6 +31,7 @@ class BasisPlan:
     deciding: int = 0
     images: int = 0
     labels: bool = True
+    refits: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Facts:
 
     narrowed: the stages of whose stream some block leaves a channel out; inside: whether some block leaves channels of
     its heads out. rotates: whether the method allows a rotation; refits: whether candidates are refitted and measured,
-    on images of their own.
+    on images of their own; measures: whether they are measured without.
     """
 
     trained: bool
@@ -47,15 +49,16 @@ class Facts:
     inside: bool = False
     rotates: bool = True
     refits: bool = False
+    measures: bool = False
 
     def parts(self) -> tuple[int, int]:
         """As of `parts_of`."""
-        return parts_of(self.images, self.refits)
+        return parts_of(self.images, self.refits or self.measures)
 
 
-def parts_of(images: int, refits: bool) -> tuple[int, int]:
+def parts_of(images: int, decided: bool) -> tuple[int, int]:
     """How many training images decide between candidates, where any do, and how many calibrate and refit."""
-    deciding = min(DECIDING, images // 4) if refits else 0
+    deciding = min(DECIDING, images // 4) if decided else 0
     return deciding, images - deciding
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-import nas.searchers.importance
+import nas.searchers.measure
 import nas.training.loop
 from nas.config import SearchConfig
 from nas.networks.compact_file import load_compact
-from nas.searchers.importance import CANDIDATES
+from nas.searchers.measure import CANDIDATES
 from nas.searchers.start import START
 from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
@@ -76,7 +76,7 @@ def test_7_an_interrupted_search_resumes_to_the_same_run(
     config = replace(config, output=tmp_path / "run")
     with monkeypatch.context() as patch:
         if moment == "while candidates are measured":
-            patch.setattr(nas.searchers.importance, "refit", Interrupt(nas.searchers.importance.refit, 2))
+            patch.setattr(nas.searchers.measure, "refit", Interrupt(nas.searchers.measure.refit, 2))
         else:
             call = 3 if moment == "in the first epoch" else 6
             patch.setattr(nas.training.loop, "update_weights", Interrupt(nas.training.loop.update_weights, call))
@@ -84,7 +84,7 @@ def test_7_an_interrupted_search_resumes_to_the_same_run(
             run_search(config)
     assert (tmp_path / "run" / START).exists() == (moment != "while candidates are measured")
     if moment != "while candidates are measured":
-        monkeypatch.setattr(nas.searchers.importance, "refit", None)  # what began does not look for it again
+        monkeypatch.setattr(nas.searchers.measure, "refit", None)  # what began does not look for it again
     folder = run_search(replace(config, resume=True))
     assert_same_run(folder, undisturbed)
     assert (folder / START).read_text() == (undisturbed / START).read_text()
@@ -99,7 +99,9 @@ def test_a_uniform_start_measures_no_candidates(world: World, tmp_path: Path) ->
 
 
 def test_what_a_start_cannot_be_is_refused(world: World, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--start uniform is of a search by gradient; vit-free-nano is searched by"):
+    with pytest.raises(
+        UserError, match="--start uniform is of a search by gradient or evolution; vit-free-nano is searched by"
+    ):
         run_search(world.search(tmp_path / "run", start="uniform"))
     own = dict(space="vit-dan-nano", output=tmp_path / "run", epochs=1)
     with pytest.raises(UserError, match="--start importance is a solution within a budget"):

@@ -1,0 +1,118 @@
+"""What a search leaves that answers for several budgets: an architecture for each, one table, one picture."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from nas.config import SearchConfig
+from nas.data.loaders import report_unreadable
+from nas.machine.devices import autocast
+from nas.machine.distributed import is_main
+from nas.machine.files import write_csv, write_json
+from nas.machine.timing import Network
+from nas.networks.architecture import slices_of
+from nas.pictures.run import plot_run
+from nas.runs.folder import results_path
+from nas.searchers.searcher import Answer
+from nas.stages.afterwards import Afterwards
+from nas.stages.next_command import next_command
+from nas.stages.original import ORIGINAL_NETWORK
+from nas.training.evaluate import by_split, print_table, top_k
+from nas.training.prepared import Prepared
+from nas.training.refit import refitted
+from search_spaces.architecture import Architecture, save_architecture
+from search_spaces.slices import NetworkSlice
+from supernets.refit import written
+
+FRONT = "front.csv"
+
+
+@dataclass(frozen=True)
+class Member:
+    """The best architecture at a budget. share: its price, as a fraction of the backbone's."""
+
+    budget: float
+    arch: Architecture
+    answer: Answer
+    share: float
+
+    @property
+    def file(self) -> str:
+        """Its name in the run's folder; budgets of more than two digits keep theirs."""
+        short = f"{self.budget:.2f}"
+        return f"arch-{short if float(short) == self.budget else repr(self.budget)}.json"
+
+
+def conclude_front(config: SearchConfig, prepared: Prepared, members: Sequence[Member], after: Afterwards) -> None:
+    """Write the architectures, measure their networks (refitted where they are when they are cut), write the table."""
+    loaders, folder = prepared.loaders, prepared.folder
+    if is_main():
+        for member in members:
+            save_architecture(member.arch, folder / member.file)
+    scores: dict[str, dict[str, float]] = {name: {} for name in (ORIGINAL_NETWORK, *(f"{m.budget:g}" for m in members))}
+    with after.part(f"measuring accuracy on the {loaders.reported}", together=True):
+        if prepared.start.given() and not prepared.fresh_classifier:
+            scores[ORIGINAL_NETWORK] = accuracies(config, prepared, prepared.supernet.large)
+        for member in members:
+            subnet = slices_of(member.arch, prepared.supernet.shapes)
+            with cut_like(config, prepared, subnet) as network:
+                scores[f"{member.budget:g}"] = accuracies(config, prepared, network)
+    if not is_main():
+        return
+    first = members[0].arch
+    whole = {"params": first.backbone_params, "gflops": first.backbone_flops / 1e9}
+    table = {ORIGINAL_NETWORK: whole | scores[ORIGINAL_NETWORK]}
+    rows: list[dict[str, Any]] = []
+    for m in members:
+        costs = {"params": m.arch.params, "gflops": m.arch.flops / 1e9}
+        table[f"{m.budget:g}"] = costs | scores[f"{m.budget:g}"]
+        facts = {"budget": m.budget, "price": m.share, **costs, "in_band": m.answer.in_band, "file": m.file}
+        rows.append(facts | {"value": m.answer.value} | scores[f"{m.budget:g}"])
+    with after.part("writing tables"):
+        write_csv(folder / FRONT, rows)
+        write_json(folder / "summary.json", facts_of(config, prepared, members) | after.facts() | {"front": rows})
+    print_table(table, f"{first.space} on {config.dataset}: a front", by_split(loaders.reported, loaders.held_out))
+    for m in members:
+        if not m.answer.in_band:
+            print(f"budget {m.budget:.4g}: {m.budget - m.share:.4f} of it is unused by the best that was found")
+    with after.part("drawing pictures"):
+        plot_run(folder)
+    print(f"results in {results_path(folder)}: {', '.join(m.file for m in members)}")
+    print(f"next, for any of them: {next_command(config, folder, members[0].file)}")
+
+
+def accuracies(config: SearchConfig, prepared: Prepared, network: Network) -> dict[str, float]:
+    """Top-1 and top-5 of a network on the reported split, and as held_out_... on the held-out part."""
+    loaders, precision = prepared.loaders, partial(autocast, config, prepared.device)
+    found: dict[str, float] = {}
+    for prefix, batches in (("", loaders.test), ("held_out_", loaders.val)):
+        if batches is not None:
+            scores = top_k({"network": network}, batches, prepared.device, precision)
+            found |= {f"{prefix}{name.removeprefix('network_')}": value for name, value in scores.items()}
+    return found
+
+
+@contextmanager
+def cut_like(config: SearchConfig, prepared: Prepared, subnet: NetworkSlice) -> Iterator[Network]:
+    """The subnet as its compact network computes it; the supernet keeps its own weights."""
+    values = refitted(config, prepared, subnet) if prepared.plan.refits else {}
+    with written(prepared.supernet, subnet, values):
+        yield partial(prepared.supernet.small, small=subnet)
+
+
+def facts_of(config: SearchConfig, prepared: Prepared, members: Sequence[Member]) -> dict[str, Any]:
+    """What summary.json says of the run."""
+    loaders = prepared.loaders
+    return {
+        "stage": "search",
+        "space": members[0].arch.space,
+        "dataset": config.dataset,
+        "seed": config.seed,
+        "split": loaders.reported,
+        "held_out": loaders.held_out,
+        "unreadable_images": report_unreadable(loaders),
+        "left_out_files": dict(prepared.splits.left_out),
+        "seconds": dict(members[0].answer.seconds),
+    }
