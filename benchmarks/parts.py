@@ -41,7 +41,7 @@ def row_of(config: SearchConfig, part: str, folder: Path) -> dict[str, Any]:
     run = run_search(replace(config, output=folder, **PARTS[part]))
     found = json.loads((run / "summary.json").read_text())
     facts: dict[str, Any] = {"part": part, "budget": config.budget, "seed": config.seed}
-    networks = {name: found[name]["top1"] for name in ("original", "subnet", "compact")}
+    networks = {name: found[name]["top1"] for name in ("original", "compact")}
     share = found["compact"]["gflops"] / found["original"]["gflops"]
     return facts | networks | {"share": share} | dict(found["seconds"])
 
@@ -85,13 +85,13 @@ def main() -> None:
                     if options.output:
                         write_csv(options.output, rows)
     print(f"original {rows[0]['original']:.2f}; seconds on the right")
-    print(f"{'':32} {'budget':>6} {'as cut':>14} {'refitted':>14}" + "".join(f"{name:>11}" for name in SECONDS))
+    print(f"{'':32} {'budget':>6} {'top-1':>14}" + "".join(f"{name:>11}" for name in SECONDS))
     for budget in options.budget:
         for part in names:
             own = [row for row in rows if (row["budget"], row["part"]) == (budget, part)]
-            cut, compact = (spread([row[name] for row in own]) for name in ("subnet", "compact"))
+            compact = spread([row["compact"] for row in own])
             seconds = [statistics.mean(row[name] for row in own) for name in SECONDS]
-            print(f"{part:32} {budget:6g} {cut:>14} {compact:>14}" + "".join(f"{s:11.1f}" for s in seconds))
+            print(f"{part:32} {budget:6g} {compact:>14}" + "".join(f"{s:11.1f}" for s in seconds))
 
 
 if __name__ == "__main__":

@@ -25,13 +25,14 @@ class Free(Method):
     halves = (("heads", "qk", "v"), ("hidden",))
     listed = False
     offers = "--granularity, --keep-block and --fix"
-    # Seconds and no training; what stage 2 has to begin with is worth more than what a step of usual size leaves of it.
+    # Minutes and no training, in which images of the refit bring more than candidates do (docs/free.md). What stage 2
+    # has to begin with is worth more than what a step of usual size leaves of it.
     defaults = Defaults(
         training=dict(
             aa=None, mixup=0.0, cutmix=0.0, smoothing=0.0, reprob=0.0, color_jitter=0.0, scale=(0.5, 1.0),
-            drop_path=0.0,
+            drop_path=0.0, calibration_images=512, refit_images=4096,
         ),
-        search=dict(epochs=0, budget=0.5, evals=4),
+        search=dict(epochs=0, budget=0.5, evals=1),
         retrain=dict(epochs=20, train="distill", result="best", sched="cosine", warmup_epochs=1),
     )  # fmt: skip
     nano_defaults = Defaults(

@@ -21,7 +21,7 @@ from search_spaces.slices import identity_slice
 from supernets.axes import layer_of, slice_block, within
 from supernets.basis import Basis, change_heads
 from supernets.coordinates import isometry
-from supernets.least_squares import head_order, neuron_order
+from supernets.least_squares import gram_matrix, head_order, neuron_order
 from supernets.streams import Reading, readings, stage_is_centred
 from supernets.supernet import Supernet
 
@@ -45,9 +45,9 @@ class Moment:
         if self.origin is None:  # near the mean, lest a variance be lost beside its square
             self.origin = x.mean(-2, keepdim=True)
         x = x - self.origin
-        self.total, self.rows = self.total + (x.mT @ x).double(), self.rows + x.shape[-2]
+        self.total, self.rows = self.total + gram_matrix(x).double(), self.rows + x.shape[-2]
         if self.centred:
-            self.sum = self.sum + x.double().sum(-2)
+            self.sum = self.sum + x.sum(-2, dtype=torch.float64)
 
     def value(self) -> Tensor:
         """(..., n, n)."""

@@ -17,7 +17,18 @@ from torch import Tensor
 
 BLOCK = 64  # removals between two updates of the large matrices
 EXACT_HEADS = 8  # up to so many heads every subset is looked at
+WHOLE_GRAM = 256  # columns: half of so small a product costs as much as all of it
 TIE = 1e-9  # costs that differ by less, relatively, are equal
+
+
+def gram_matrix(x: Tensor) -> Tensor:
+    """x^T x (..., n, n) of x (..., rows, n): its lower left block is the upper right one's, and is not computed."""
+    n = x.shape[-1]
+    if n <= WHOLE_GRAM:
+        return x.mT @ x
+    a, b = x[..., : n // 2], x[..., n // 2 :]
+    upper = a.mT @ b
+    return torch.cat([torch.cat([gram_matrix(a), upper], -1), torch.cat([upper.mT, gram_matrix(b)], -1)], -2)
 
 
 @torch.no_grad()

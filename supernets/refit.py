@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from search_spaces.slices import BlockShape, BlockSlice, Kept, NetworkSlice
+from search_spaces.slices import BlockShape, BlockSlice, Kept, NetworkSlice, count
 from supernets.axes import HalfAxes, Params, slice_block, take, within
 from supernets.layers import linear, norm
+from supernets.least_squares import gram_matrix
 from supernets.supernet import Supernet
 
 Run = Callable[[Any, BlockShape, Params, BlockSlice, Tensor], Tensor]  # an adapter's attention_half or mlp_half
@@ -60,8 +61,8 @@ class Residual:
         if self.bias and not self.rows:  # near the mean, lest a variance be lost beside its square
             self.origin, self.precision = x.mean(0), torch.finfo(x.dtype).eps
         x = x - self.origin
-        self.gram, self.cross = self.gram + (x.T @ x).double(), self.cross + (x.T @ r).double()
-        self.sums = self.sums[0] + x.double().sum(0), self.sums[1] + r.double().sum(0)
+        self.gram, self.cross = self.gram + gram_matrix(x).double(), self.cross + (x.T @ r).double()
+        self.sums = self.sums[0] + x.sum(0, dtype=torch.float64), self.sums[1] + r.sum(0, dtype=torch.float64)
         self.rows += len(x)
 
     def solve(self, ridge: float, through: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -156,6 +157,16 @@ def written(supernet: Supernet, subnet: NetworkSlice, values: Mapping[str, Tenso
         with torch.no_grad():
             for name, value in before.items():
                 supernet.backbone.get_parameter(name).copy_(value)
+
+
+def bytes_held(supernet: Supernet, subnet: NetworkSlice) -> int:
+    """What a refit holds of one image, at most: the large stream before and after a half, the subnet's, its units."""
+    most = 0
+    for shape, costs, kept in zip(supernet.shapes, supernet.adapter.costs.blocks, subnet.blocks, strict=True):
+        v = kept.v_channels if isinstance(kept.v_channels, int) else shape.head_dim
+        units = max(costs.attn_tokens * count(kept.heads) * v, costs.mlp_tokens * count(kept.hidden))
+        most = max(most, costs.mlp_tokens * (2 * shape.embed_dim + kept.stream) + units)
+    return most * torch.float32.itemsize
 
 
 @torch.no_grad()

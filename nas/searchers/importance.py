@@ -46,10 +46,14 @@ class Importance(Measured):
         super().check(options, question)
 
     def explored(self, run: Run, budgets: Sequence[float]) -> list[Candidate]:
-        if run.options.decide != "score":
+        if self.compares(run.options):
             return super().explored(run, budgets)
         proposals = [first_proposal(program) for program in programs_at(run, budgets)]
         return [unmeasured(run.question.priced, proposal) for proposal in proposals]
+
+    def compares(self, options: SearchOptions) -> bool:
+        """Whether candidates are measured: one alone has nothing to be compared with."""
+        return super().compares(options) and self.most(options) > 1
 
     def most(self, options: SearchOptions) -> int:
         assert options.evals is not None
@@ -65,11 +69,12 @@ class Importance(Measured):
         """The best that was found, and the program that it solves at its point. The network stands in its basis."""
         options, question = run.options, run.question
         assert question.budget is not None
-        check_images(options, run.prepared)
+        if self.compares(options):
+            check_images(options, run.prepared)
         (program,) = programs_at(run, [question.budget])
 
         def best() -> Proposal:
-            if options.decide == "score":
+            if not self.compares(options):
                 return first_proposal(program)
             with counted("candidates", self.most(options)) as advance:
                 measure = Measure(options, question.priced, run.prepared, advance)

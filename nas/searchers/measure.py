@@ -22,6 +22,7 @@ from nas.prices.costs import PricedSpace
 from nas.searchers.options import SearchOptions
 from nas.training.calibration import calibration_images, deciding_images
 from nas.training.prepared import Prepared
+from nas.training.refit import images_that_fit
 from search_spaces.channels import KEPT
 from search_spaces.errors import UserError
 from search_spaces.method import Picks
@@ -61,7 +62,7 @@ def first_kept(priced: PricedSpace, picks: Sequence[Picks]) -> list[dict[str, li
 
 def check_images(options: SearchOptions, prepared: Prepared, may_score: bool = True) -> None:
     """Refuse decisions for which no image is left. may_score: whether --decide score would do without."""
-    if options.decide != "score" and not prepared.plan.deciding:
+    if not prepared.plan.deciding:
         other = ", or take --decide score" if may_score else ""
         raise UserError(
             f"--decide {options.decide}: of {prepared.plan.images} training images none can be left to decide by; give"
@@ -174,7 +175,8 @@ class Images:
 
 def images_of(options: SearchOptions, prepared: Prepared) -> Images:
     """Those of a run, kept in memory."""
-    count = min(REFITTED, prepared.plan.images, options.refit_images) if prepared.plan.refits else 0
+    fit = images_that_fit(options, prepared, prepared.supernet.identity())
+    count = min(REFITTED, prepared.plan.images, options.refit_images, fit) if prepared.plan.refits else 0
     return Images(
         [images for images, _ in calibration_images(options, prepared, count)] if count else [],
         [

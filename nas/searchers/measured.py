@@ -50,7 +50,8 @@ class Measured(Searcher):
 
     def front(self, run: Run, budgets: Sequence[float]) -> list[Answer]:
         """The best that was measured at each budget, from one basis and one ruler."""
-        check_images(run.options, run.prepared, self.may_score)
+        if self.compares(run.options):
+            check_images(run.options, run.prepared, self.may_score)
         seconds: dict[str, float] = {}
         with timed(seconds, "basis"):
             standing = find_basis(run.options, run.prepared)
@@ -70,6 +71,10 @@ class Measured(Searcher):
                 explore(measure, {"budget": budget} if len(budgets) > 1 else {})
         print(measure.words())
         return [measure.best(cost_band(question.priced.full, budget)[1]) for budget in budgets]
+
+    def compares(self, options: SearchOptions) -> bool:
+        """Whether candidates are measured."""
+        return options.decide != "score"
 
     @abstractmethod
     def most(self, options: SearchOptions) -> int:

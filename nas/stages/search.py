@@ -233,7 +233,7 @@ def recorded(asked: Asked) -> set[str]:
 def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architecture, after: Afterwards) -> None:
     """Refit and cut where that is the method's way; measure what was found, write the summary, draw.
 
-    The networks are measured on the reported split too, once and last: it decides nothing.
+    The results are measured on the reported split too, once and last: it decides nothing.
     """
     remarks(asked, answer, arch)
     config, supernet, loaders = asked.config, prepared.supernet, prepared.loaders
@@ -257,13 +257,14 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
         if loaders.val is not None:
             held_out = top_k(networks | more, loaders.val, prepared.device, precision)
         words = f"measuring on the {loaders.reported}"
-        scores = top_k(networks, loaders.test, prepared.device, precision, words)
+        results = {name: each for name, each in networks.items() if name != "subnet" or "compact" not in networks}
+        scores = top_k(results, loaders.test, prepared.device, precision, words)
     small = {"params": arch.params, "gflops": arch.flops / 1e9}
     table = {reference: {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9}}
     table |= {name: dict(small) for name in networks if name != reference}
     for name in networks:
         for k in ("top1", "top5"):
-            if scores:
+            if f"{name}_{k}" in scores:
                 table[name][k] = scores[f"{name}_{k}"]
             if held_out:
                 table[name][f"held_out_{k}"] = held_out[f"{name}_{k}"]

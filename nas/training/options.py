@@ -22,6 +22,8 @@ class TrainingOptions:
     """training images, prepared as in evaluation, on which a rotation, or an order by error, is found"""
     refit_images: int = 2048
     """training images, prepared as in evaluation, on which free widths are refitted when they are cut; 0: not at all"""
+    refit_memory: float = 8.0
+    """GiB that the streams of a refit may take; it uses as many of --refit-images as fit"""
     epochs: int | None = None
     """passes over the training set"""
     batch_size: int | None = None
@@ -93,7 +95,7 @@ class TrainingOptions:
             "warmup_epochs",
             "cooldown_epochs",
         )
-        positive(self, "decay_epochs", "decay_rate", "layer_decay", "clip_grad")
+        positive(self, "decay_epochs", "decay_rate", "layer_decay", "clip_grad", "refit_memory")
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from nas.data.loaders import CALIBRATION_BATCH
 from nas.machine.distributed import is_main, on_main
 from nas.training.calibration import calibration_images
 from nas.training.options import LoopOptions
 from nas.training.prepared import Prepared
 from search_spaces.slices import NetworkSlice
-from supernets.refit import Values, refit
+from supernets.refit import Values, bytes_held, refit
 
 
 def refitted(options: LoopOptions, prepared: Prepared, subnet: NetworkSlice) -> Values:
@@ -19,6 +20,10 @@ def refitted(options: LoopOptions, prepared: Prepared, subnet: NetworkSlice) -> 
     count = min(options.refit_images, prepared.plan.images)
     if count == 0:
         return {}
+    fit = images_that_fit(options, prepared, subnet)
+    if fit < count:
+        print(f"refitted on {fit} of {count} images, which is what {options.refit_memory:g} GiB hold (--refit-memory)")
+        count = fit
 
     def values() -> Values:
         images = (batch for batch, _ in calibration_images(options, prepared, count))
@@ -27,6 +32,11 @@ def refitted(options: LoopOptions, prepared: Prepared, subnet: NetworkSlice) -> 
         return {name: value.cpu() for name, value in found.items()}
 
     return on_main(values)
+
+
+def images_that_fit(options: LoopOptions, prepared: Prepared, subnet: NetworkSlice) -> int:
+    """How many images the streams of a refit may be of, by --refit-memory; a batch at least."""
+    return max(CALIBRATION_BATCH, int(options.refit_memory * 2**30 / bytes_held(prepared.supernet, subnet)))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from supernets import least_squares
-from supernets.least_squares import head_order, neuron_order
+from supernets.least_squares import gram_matrix, head_order, neuron_order
 
 RIDGE = 1e-6
 quick = settings(max_examples=25, deadline=None)
@@ -239,3 +239,9 @@ def test_one_of_two_identical_heads_goes_first_and_costs_nothing(heads: int) -> 
     order, errors = head_order(covariance(x), weight, heads)
     assert order[-1] == 3
     assert float(errors[heads - 1]) < 1e-5 * float(errors[0])
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (40, 257), (2, 30, 700), (10, 1)])
+def test_a_gram_matrix_is_that_of_the_whole_product(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(gram_matrix(x), x.mT @ x)

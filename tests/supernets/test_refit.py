@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import supernets.refit
 from search_spaces.slices import BlockSlice, NetworkSlice, count, identity_slice, network_slice
+from supernets.axes import within
 from supernets.basis import Basis, rewrite
 from supernets.compact import cut
 from supernets.coordinates import compact_parameters
-from supernets.refit import Residual, Ridge, refit, towards_prediction, write, written
+from supernets.refit import Residual, Ridge, _Refit, bytes_held, refit, towards_prediction, write, written
 from supernets.supernet import Supernet
 from tests.nas.small import FAMILIES, small_supernet
 from tests.oracle import blocks_of, kept_weights, readers_of
@@ -552,3 +553,24 @@ def test_counts_of_the_cuts() -> None:
     assert [(k.attn, k.mlp) for k in map(halves, shapes, range(3))] == [(False, True), (True, False), (False, False)]
     uneven = indices(shapes[0], 0).v_channels
     assert isinstance(uneven, tuple) and len({len(channels) for channels in uneven}) > 1
+
+
+@over_families
+@pytest.mark.parametrize("make", [whole, narrow], ids=["whole", "narrow"])
+def test_a_refit_holds_no_more_of_an_image_than_is_said(
+    family: str, make: Cut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two large streams, the subnet's and its units, counted at every half."""
+    supernet, most, write_half = small_supernet(family), 0, _Refit._write
+    subnet = subnet_of(supernet, make)
+
+    def watched(self: Any, half: Any) -> Any:
+        nonlocal most
+        reading = {name: p for name, p in half.small.items() if not within(name, half.axes.outputs)}
+        held = [*self.large, *self.large, *self.small, *(half.run(reading, half.kept, z) for z in self.small)]
+        most = max(most, sum(z.numel() for z in held) // sum(map(len, self.small)))
+        return write_half(self, half)
+
+    monkeypatch.setattr(_Refit, "_write", watched)
+    refit(supernet, subnet, [images(supernet.backbone, 4)])
+    assert most * torch.float32.itemsize <= bytes_held(supernet, subnet) <= 1.25 * most * torch.float32.itemsize

@@ -211,7 +211,9 @@ def test_a_front_is_the_best_at_each_budget(searcher: str, fronts: dict[str, tup
     candidates = rows_of(folder)
     for row in rows:
         arch = load_architecture(folder / row["file"])
-        assert arch.flops <= float(row["budget"]) * arch.backbone_flops and arch.flops == round(float(row["gflops"]) * 1e9)
+        assert arch.flops <= float(row["budget"]) * arch.backbone_flops and arch.flops == round(
+            float(row["gflops"]) * 1e9
+        )
         assert arch.search["budget"] == float(row["budget"])
         within = [float(c["value"]) for c in candidates if float(c["price"]) <= float(row["budget"])]
         assert float(row["value"]) == min(within)
