@@ -125,7 +125,7 @@ def test_a_basis_inside_the_heads_alone_is_named_too(tmp_path: Path) -> None:
 MISTAKES: dict[str, tuple[dict[str, float], str]] = {
     "too many heads": (dict(heads=3), "block 1: heads 3 of 2; allowed: "),
     "too wide": (dict(qk=9), "block 1: qk 9 of 8; allowed: "),
-    "no channel": (dict(v=0), "block 1: v 0 of 8; allowed: "),
+    "no channel": (dict(v=0), "block 1: v 0 is no whole number of at least 1; allowed: "),
     "a half of a pair": (dict(qk=3), "block 1: qk 3, no multiple of the 2 channels that turn together; allowed: "),
     "another stream": (
         dict(stream=8), "block 1 has stream 8, block 0 of the same stage 12; they are to be the same",

@@ -117,13 +117,14 @@ def test_the_compact_network_is_the_one_of_the_summary(
     arguments = ["--weights", str(folder), "--workers", "0", "--output", str(folder.parent / "measured.json")]
     networks = validate.run_validate(validate.parser().parse_args(arguments))["networks"]
     assert {"original", "subnet", "compact"} == networks.keys()
-    for name in ("original", "subnet", "compact"):
+    assert "top1" not in summary["subnet"] and "held_out_top1" in summary["subnet"]  # only the results cost that time
+    for name in ("original", "compact"):
         for value in ("top1", "top5", "params", "gflops"):
             assert networks[name][value] == summary[name][value], (name, value)
     compact = load_compact(folder)
     assert sum(p.numel() for p in compact.parameters()) == arch.params == summary["compact"]["params"]
     assert {"held_out_top1", "held_out_top5"} <= summary["compact"].keys()
-    assert summary["original"]["top1"] > 60 and summary["compact"]["top1"] >= summary["subnet"]["top1"]
+    assert summary["original"]["top1"] > 60 and summary["compact"]["top1"] >= networks["subnet"]["top1"]
 
 
 def test_the_supernet_is_the_network_it_began_with(searched: tuple[SearchConfig, Path], world: World) -> None:
@@ -172,7 +173,7 @@ def test_every_kind_of_search_ends_in_a_network_within_its_budget(kind: str, wor
     price = (arch.params, arch.backbone_params) if config.price == "params" else (arch.flops, arch.backbone_flops)
     assert price[0] <= config.budget * price[1]
     assert sum(p.numel() for p in compact.parameters()) == arch.params
-    assert (folder / CANDIDATES).exists() == (config.decide != "score")
+    assert (folder / CANDIDATES).exists() == (config.decide != "score" and config.evals != 1)
     assert (folder / BASIS).exists() == (config.basis != "none") == bool(arch.basis)
     assert all(block["qk"] == block["v"] == 8 for block in arch.blocks) or "qk" not in config.fix
     if config.keep_block:
