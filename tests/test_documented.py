@@ -34,10 +34,14 @@ NOT_RUN = {  # what cannot be run that way: as it begins, and why
     "python -m nas.export results/<run> --push-to-hub": "an account on the Hub; tests/nas/test_export.py goes as far"
     " as the network",
 }
-ONCE = {"seed=0,1,2": "seed=0", "--trials 20": "--trials 4", "--seeds 0 1 2": "--seeds 0"}  # each runs the same code
+ONCE = {  # each runs the same code
+    "seed=0,1,2": "seed=0", "budget=0.2,0.35,0.5,0.7": "budget=0.35,0.7", "alpha=1,2,4": "alpha=1,4",
+    "--trials 20": "--trials 3", "--seeds 0 1 2": "--seeds 0", "--seeds 1 2 3": "--seeds 1",
+}  # fmt: skip
 FEWER = {  # run with less than they measure by default, and why
     "benchmarks/digits.py": "--seeds 0",  # as above
     "benchmarks/methods.py": "--seeds 0",
+    "benchmarks/search_step.py": "--rounds 1",
     "benchmarks/sweep.py": "--trials 2",
     "benchmarks/accepted.py": "--modules vision_transformer_relpos",  # all take minutes
     "benchmarks/basis.py": "--model vit_tiny_patch16_224 --images 2",  # a ViT-B takes minutes

@@ -1,4 +1,4 @@
-"""The full-size spaces with their published defaults on 2,000 photographs: only the model is small, the epochs few."""
+"""The full-size spaces with their published defaults on 1,200 photographs: only the model is small, the epochs few."""
 
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ COMMANDS = {"search.py": commands.search, "retrain.py": commands.retrain}
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return class_folders(tmp_path_factory.mktemp("photographs"), CLASSES, train=100, val=10)
+    return class_folders(tmp_path_factory.mktemp("photographs"), CLASSES, train=60, val=10)
 
 
 # The nano networks, shorter: an epoch is to cost seconds.
