@@ -26,11 +26,13 @@ def combined(*parts: Defaults) -> Defaults:
     return joined
 
 
+IMAGES = dict(calibration_images=2048, refit_images=2048)
+
 # The backbone authors' augmentation (Swin and DeiT share it); 100 epochs of search on ImageNet-100, 50 on ImageNet.
 EVERYBODY = Defaults(
     training=dict(
         aa="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, remode="pixel", opt="adamw",
-        pretrained=True, sched="none", warmup_epochs=0, weight_decay=0.05, drop_path=0.1,
+        pretrained=True, sched="none", warmup_epochs=0, weight_decay=0.05, drop_path=0.1, **IMAGES,
     ),
     search=dict(epochs=100, arch_lr=1e-3),
     retrain=dict(epochs=50, train="adjoined", result="last"),
@@ -42,7 +44,7 @@ EVERYBODY_NANO = Defaults(
     training=dict(
         pretrained=False, dataset="digits", opt="adamw", lr=2e-3, weight_decay=0.05, batch_size=64, sched="cosine",
         warmup_epochs=2, aa=None, mixup=0.0, cutmix=0.0, smoothing=0.1, reprob=0.0, hflip=0.0, color_jitter=0.0,
-        scale=(0.8, 1.0), drop_path=0.0,
+        scale=(0.8, 1.0), drop_path=0.0, **IMAGES,
     ),
     search=dict(epochs=15, sched="none", lr=1e-3, arch_lr=2e-2, budget=0.5),
     retrain=dict(epochs=30, warmup_epochs=1, train="adjoined", result="last"),

@@ -175,6 +175,7 @@ class Images:
 
 def images_of(options: SearchOptions, prepared: Prepared) -> Images:
     """Those of a run, kept in memory."""
+    assert options.refit_images is not None
     fit = images_that_fit(options, prepared, prepared.supernet.identity())
     count = min(REFITTED, prepared.plan.images, options.refit_images, fit) if prepared.plan.refits else 0
     return Images(

@@ -111,6 +111,7 @@ def _orders(options: LoopOptions, prepared: Prepared, kind: str, by_error: Order
 
 def _calibrated(options: LoopOptions, prepared: Prepared, kind: str) -> Basis:
     plan = prepared.plan
+    assert options.calibration_images is not None
     count = min(options.calibration_images, plan.images)
     wanted = Wanted(
         frozenset(plan.streams),

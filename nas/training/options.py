@@ -18,10 +18,12 @@ class TrainingOptions:
     importance: Literal["none", "magnitude", "taylor", "error"] | None = None
     """by what heads and neurons are ordered, and channels that are not rotated: by default taylor for trained
     weights, magnitude when their classifier is fresh; error: by what least squares could not take over"""
-    calibration_images: int = 2048
-    """training images, prepared as in evaluation, on which a rotation, or an order by error, is found"""
-    refit_images: int = 2048
-    """training images, prepared as in evaluation, on which free widths are refitted when they are cut; 0: not at all"""
+    calibration_images: int | None = None
+    """training images, prepared as in evaluation, on which a rotation, or an order by error, is found
+    (2048; free widths at full size 512)"""
+    refit_images: int | None = None
+    """training images, prepared as in evaluation, on which free widths are refitted when they are cut
+    (4096; in the -nano spaces 2048); 0: not at all"""
     refit_memory: float = 8.0
     """GiB that the streams of a refit may take; it uses as many of --refit-images as fit"""
     epochs: int | None = None

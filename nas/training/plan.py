@@ -87,6 +87,7 @@ def plan_basis(options: TrainingOptions, backbone: Supernet, facts: Facts) -> Ba
 def _rotation(options: TrainingOptions, backbone: Supernet, facts: Facts) -> BasisPlan:
     fixed, lines, streams = fixed_streams(backbone.adapter), [], []
     deciding, left = facts.parts()
+    assert options.calibration_images is not None
     images = min(options.calibration_images, left)
     sizes = {shape.stage: shape.embed_dim for shape in backbone.shapes}
     for stage in sorted(facts.narrowed):

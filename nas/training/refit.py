@@ -17,6 +17,7 @@ def refitted(options: LoopOptions, prepared: Prepared, subnet: NetworkSlice) -> 
 
     Empty where none are asked for.
     """
+    assert options.refit_images is not None
     count = min(options.refit_images, prepared.plan.images)
     if count == 0:
         return {}

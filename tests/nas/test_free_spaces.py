@@ -1,5 +1,6 @@
 """Spaces of free widths by hand: shown, picked, cut, saved and loaded again, in a basis."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import timm
 import torch
 
 import nas
-from nas.config import SearchConfig, with_defaults
+from nas.config import RetrainConfig, SearchConfig, with_defaults
 from nas.methods.table import training_of
 from nas.networks.architecture import slices_of
 from nas.networks.basis_file import basis_of
@@ -161,3 +162,11 @@ def test_the_list_has_them(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert [row.split("│")[1].strip() for row in rows] == FREE
     nano = next(row for row in rows if " vit-free-nano " in row)
     assert "stream 18 to 72; heads 6, 5, 4, 3, 2, 1, 0; qk 12, 11, 10" in nano and "hidden 288, 279" in nano
+
+
+@pytest.mark.parametrize("space", SPACES.values(), ids=lambda space: space.name)
+def test_every_default_of_a_space_is_of_an_option_that_waits_for_one(space: Any) -> None:
+    """An option with a value of its own would never take that of the space."""
+    for kind, own in ((SearchConfig, space.search), (RetrainConfig, space.retrain)):
+        left_open = {field.name for field in fields(kind) if field.default is None}
+        assert (dict(space.training) | dict(own)).keys() <= left_open

@@ -53,7 +53,11 @@ def plan(
     **options: Any,
 ) -> BasisPlan:
     supernet = small_supernet(family, **backbone or {})
-    found = plan_basis(TrainingOptions(**options), supernet, Facts(trained, images, narrowed, rotates=rotates))
+    found = plan_basis(
+        TrainingOptions(**{"calibration_images": 2048, **options}),
+        supernet,
+        Facts(trained, images, narrowed, rotates=rotates),
+    )
     assert (found.deciding, found.images, found.inside, found.weighed) == (0, images, False, False)
     return replace(found, images=0)
 
@@ -144,7 +148,7 @@ def test_what_stands_against_a_rotation_is_said(case: str) -> None:
 
 def refitted(images: int = 1000, inside: bool = True, narrowed: Collection[int] = (0,), **options: Any) -> BasisPlan:
     facts = Facts(True, images, narrowed, inside, refits=True)
-    return plan_basis(TrainingOptions(**options), small_supernet("vit"), facts)
+    return plan_basis(TrainingOptions(**{"calibration_images": 2048, **options}), small_supernet("vit"), facts)
 
 
 def test_images_that_decide_are_no_others() -> None:
