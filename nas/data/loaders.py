@@ -170,10 +170,11 @@ def shuffled(dataset: Any, seed: int) -> Any:
     return Images(dataset.source, dataset.indices[order])
 
 
-def data_line(options: DataOptions, splits: Splits, loaders: Loaders) -> str:
-    """Which images do what in a run."""
-    words = [f"trains on {loaders.train.num_images:,} images"]
-    words += [] if loaders.val is None else [f"decides on {loaders.val.num_images:,} {loaders.held_out}"]
+def data_line(options: DataOptions, splits: Splits, loaders: Loaders, trains: bool) -> str:
+    """Which images do what in a run. trains: whether epochs are to come, between which held-out images decide."""
+    words = [f"{'trains on' if trains else 'reads'} {loaders.train.num_images:,} images"]
+    what = "decides on" if trains else "measures on"
+    words += [] if loaders.val is None else [f"{what} {loaders.val.num_images:,} {loaders.held_out}"]
     words += [f"reports on the {loaders.reported} ({loaders.test.num_images:,} images)"]
     return f"{options.dataset_name()}, {splits.num_classes} classes: {', '.join(words)}"
 

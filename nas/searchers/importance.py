@@ -20,7 +20,7 @@ from nas.searchers.measure import Candidate, Measure, Ruler, check_images, subne
 from nas.searchers.measured import Explorer, Measured
 from nas.searchers.options import ImportanceOptions, SearchOptions
 from nas.searchers.searcher import Question, Run
-from nas.training.calibration import calibration_images, drawn
+from nas.training.calibration import calibration_images, with_drawn_labels
 from nas.training.losses import cross_entropy
 from nas.training.prepared import Prepared
 from nas.training.refit import counted
@@ -126,5 +126,5 @@ def lost_of(options: SearchOptions, prepared: Prepared) -> Mapping[str, Tensor]:
     if options.score == "error":
         return supernet.basis.lost  # type: ignore[no-any-return]
     images = calibration_images(options, prepared, min(TAYLOR_IMAGES, prepared.plan.images))
-    batches = [(x, labels if options.labels else drawn(supernet, x, options.seed)) for x, labels in images]
+    batches = [*(images if options.labels else with_drawn_labels(supernet, images, options.seed))]
     return taylor_lost(supernet, taylor_pass(supernet, batches, cross_entropy, inside=True))

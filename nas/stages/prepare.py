@@ -64,7 +64,7 @@ def prepare(
     supernet = supernet.to(b.device)
     batching = Batching(config.batch_size or 64, config.seed, config.smoothing or 0.0, held_out)
     loaders = make_loaders(config, batching, splits, supernet, b.device, seen_by)
-    print(data_line(config, splits, loaders))
+    print(data_line(config, splits, loaders, bool(config.epochs)))
     if config.epochs:
         print(augmentation_line(config))
     prepared = Prepared(

@@ -1,9 +1,8 @@
 """The training images on which bases, refits and decisions rest, prepared as in evaluation, in an order of the seed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
 
 from nas.data.loader import Loader
 from nas.training.options import LoopOptions
@@ -36,8 +35,9 @@ def images_from(loader: Loader, device: torch.device, first: int, end: int) -> I
 
 
 @torch.no_grad()
-def drawn(supernet: Supernet, images: Tensor, seed: int) -> Tensor:
-    """Labels (B,) drawn from the large network's own prediction."""
+def with_drawn_labels(supernet: Supernet, batches: Iterable[Batch], seed: int) -> Iterator[Batch]:
+    """The same images; labels (B,) drawn from the large network's own prediction, by one generator for all batches."""
     generator = torch.Generator().manual_seed(seed)
-    probabilities = supernet.eval().large(images).float().softmax(1).cpu()
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(images.device)
+    for images, _ in batches:
+        probabilities = supernet.eval().large(images).float().softmax(1).cpu()
+        yield images, torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(images.device)

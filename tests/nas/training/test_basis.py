@@ -14,13 +14,14 @@ from torch import Tensor
 import nas.training.basis
 from nas.networks.basis_file import BASIS, basis_of, read_basis
 from nas.training.basis import PERMUTATION, Standing, find_basis
-from nas.training.calibration import calibration_images, deciding_images, images_from
+from nas.training.calibration import calibration_images, deciding_images, images_from, with_drawn_labels
 from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
 from search_spaces.architecture import Architecture
 from supernets.basis import Basis
 from supernets.supernet import Supernet
 from tests.nas import tiny
+from tests.nas.small import small_supernet
 from tests.oracle import randomise
 
 ROTATE = BasisPlan("rotate", (0,))
@@ -216,3 +217,17 @@ def test_images_that_decide_are_first_and_calibrate_nothing(deciding: int, tmp_p
         assert all(0 < len(images) <= 32 for images, _ in batches)
     few = pixels(calibration_images(options, prepared, 5))
     assert torch.equal(few, pixels(others)[:5])
+
+
+def test_labels_are_drawn_anew_for_every_batch() -> None:
+    """One image, again and again, gets each label as often as it is likely; a seed has its own."""
+    supernet = small_supernet("vit")
+    image = torch.randn(1, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    batches = [(image, torch.zeros(1, dtype=torch.long))] * 400
+
+    def labels(seed: int) -> list[int]:
+        return [int(y) for _, y in with_drawn_labels(supernet, batches, seed)]
+
+    found = torch.bincount(torch.tensor(labels(0)), minlength=5) / 400
+    torch.testing.assert_close(found, supernet.large(image).softmax(1)[0].detach().float(), atol=0.1, rtol=0)
+    assert labels(0) == labels(0) != labels(1)
