@@ -6,7 +6,7 @@ image that Pillow decodes is one; what other programs leave behind is not. Whate
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,10 +170,10 @@ def _divides(path: str, above: str, deeper: str) -> bool:
     return not path.startswith(deeper) and "/" in path[len(above) :]
 
 
-def few(names: Sequence[str], limit: int = 10) -> str:
+def few(names: Iterable[Any], limit: int = 10) -> str:
     """Some names as they can be printed, and how many more."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(printable, names[:limit])) + more
+    known = [printable(str(name)) for name in names]
+    return ", ".join(known[:limit]) + (f" and {len(known) - limit} more" if len(known) > limit else "")
 
 
 def printable(name: str) -> str:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from nas.data.listing import few
 from nas.data.split_names import trained_before
 from nas.networks.adapting import adapted
-from nas.networks.state_dicts import few_names
 from nas.networks.weights import load_weights
 from search_spaces.errors import UserError, reason
 from supernets.families import ADAPTED
@@ -126,7 +125,7 @@ def load_into(
     state = as_timm_has_it(state, backbone, source)
     if not set(own) & set(state):
         raise UserError(
-            f"{source} does not fit {type(backbone).__name__}: it holds {few_names(held)}; wanted are {few_names(own)}"
+            f"{source} does not fit {type(backbone).__name__}: it holds {few(held, 4)}; wanted are {few(own, 4)}"
         )
     for name in classifier_names(backbone):
         for leaf in (f"{name}.weight", f"{name}.bias"):
@@ -171,11 +170,11 @@ def as_timm_has_it(state: Mapping[str, Tensor], backbone: nn.Module, source: str
     try:
         return dict(filter_fn(dict(state), backbone))
     except UserError as error:
-        raise UserError(f"{source}: {error}; it holds {few_names(state)}") from None
+        raise UserError(f"{source}: {error}; it holds {few(state, 4)}") from None
     except CONVERSION as error:
         raise UserError(
             f"{source} does not fit {type(backbone).__name__}, timm cannot convert it ({reason(error)}); it holds"
-            f" {few_names(state)}; wanted are {few_names(backbone.state_dict())}"
+            f" {few(state, 4)}; wanted are {few(backbone.state_dict(), 4)}"
         ) from None
 
 

@@ -1,7 +1,7 @@
 """The state dict in what training scripts save: out of the dictionary around it, without the names of wrappers."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -42,9 +42,3 @@ def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for chain in sorted(chains, key=lambda chain: ("ema" in chain, len(chains[chain]))):  # the last one stands
         result |= chains[chain]
     return result
-
-
-def few_names(names: Iterable[Any], limit: int = 4) -> str:
-    """The first of them."""
-    known = [str(name) for name in names]
-    return ", ".join(known[:limit]) + (", ..." if len(known) > limit else "")

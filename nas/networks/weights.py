@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nas.data.listing import few
 from nas.machine.files import write_atomically
-from nas.networks.state_dicts import few_names, unwrapped, without_wrappers
+from nas.networks.state_dicts import unwrapped, without_wrappers
 from nas.networks.transformers_names import of_transformers, timm_names
 from search_spaces.errors import UserError, reason
 
@@ -58,7 +59,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         state = state.get("ema") or own
     tensors = unwrapped(state)
     if tensors is None:
-        held = f"; it holds {few_names(state)}" if isinstance(state, Mapping) else f"; it is a {type(state).__name__}"
+        held = f"; it holds {few(state, 4)}" if isinstance(state, Mapping) else f"; it is a {type(state).__name__}"
         raise UserError(f"{path} holds no state dict{held}; expected tensors by parameter name")
     return timm_names(tensors) if of_transformers(tensors) else without_wrappers(tensors)
 
@@ -75,7 +76,7 @@ def weights_file(path: Path) -> Path:
     files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
     if len(files) == 1:
         return files[0]
-    held = f"holds {few_names(p.name for p in files)}" if files else "holds no weights"
+    held = f"holds {few((p.name for p in files), 4)}" if files else "holds no weights"
     raise UserError(f"{path} {held}; give --checkpoint one file ({', '.join(SUFFIXES)})")
 
 
