@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 
 from nas.data.augmentation import check_augmentation, held, squared
 from nas.data.options import DataOptions
-from nas.machine.ranges import at_least_one
+from nas.machine.ranges import at_least_one, finite
 from nas.networks.options import NetworkOptions
 from nas.objectives.options import LossOptions, StageTwoOptions
 from nas.searchers.options import SearchOptions
@@ -28,6 +28,7 @@ class Common(LossOptions, LoopOptions, NetworkOptions, DataOptions):
 
     def check(self) -> None:
         """Refuse option values that no run can use."""
+        finite(self)
         self.check_training()
         self.check_data()
         check_augmentation(self)

@@ -2,9 +2,11 @@
 
 import errno
 import json
+import math
 import shlex
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 
 from nas import commands
 from nas.cli import main
-from nas.config import SearchConfig
+from nas.config import RetrainConfig, SearchConfig
+from search_spaces.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 VIT = ["--space", "vit-dan-nano"]
@@ -97,7 +100,7 @@ SEARCH_MISTAKES = {
     "a budget twice": ([*VIT, "--budget", "0.5", "--gflops", "1"], ("--budget and --gflops",)),
     "gflops below nothing": ([*VIT, "--gflops", "-1"], ("--gflops -1", "more than 0")),
     "gflops above the backbone's": ([*VIT, "--gflops", "4"], ("--gflops 4", "the backbone has 0.", "give fewer")),
-    "gflops that are no number": ([*VIT, "--gflops", "nan"], ("--gflops nan", "more than 0")),
+    "gflops that are no number": ([*VIT, "--gflops", "nan"], ("--gflops nan", "a finite number")),
     "an output of a name too long": ([*VIT, "--output", "x" * 300], ("--output xxx", "File name too long")),
     "a resume of a name too long": ([*VIT, "--resume", "--output", "x" * 300], ("File name too long",)),
     "an output where nothing can be": ([*VIT, "--output", "/dev/null/run"], ("--output /dev/null/run", "Not a dir")),
@@ -335,3 +338,15 @@ def test_a_run_that_may_write_no_more_ends_in_one_line(tmp_path: Path) -> None:
     assert ended.returncode == 2, ended.stderr
     assert "Traceback" not in ended.stderr and "cannot write" in ended.stderr.splitlines()[-1]
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".") or p.suffix == ".pt"]
+
+
+@pytest.mark.parametrize("kind", [SearchConfig, RetrainConfig])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_number_among_the_options_may_be_none(kind: Any, value: float) -> None:
+    """Whatever option it is of: alone, or one of several."""
+    numbers = [field for field in fields(kind) if "float" in str(field.type)]
+    assert len(numbers) > 30
+    for field in numbers:
+        given = (1.0, value) if "tuple" in str(field.type) else value
+        with pytest.raises(UserError, match=f"--{field.name.replace('_', '-')} .*; expected"):
+            replace(kind(), **{field.name: given}).check()

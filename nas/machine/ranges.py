@@ -1,6 +1,8 @@
 """Option values that no run can use, refused by their range. None is an option that was not given."""
 
+import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from search_spaces.errors import UserError
@@ -24,6 +26,15 @@ def not_negative(options: Any, *names: str) -> None:
 def positive(options: Any, *names: str) -> None:
     """Numbers above 0."""
     _check(options, names, lambda v: v > 0, "more than 0")
+
+
+def finite(options: Any) -> None:
+    """Every number among the options of a record: none may be NaN or infinite."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, float) and not math.isfinite(each):
+                raise UserError(f"{flag(field.name)} {each}; expected a finite number")
 
 
 def share(options: Any, *names: str) -> None:
