@@ -30,7 +30,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "+ rotated basis": FIRST_ORDER | dict(basis="rotate", refit_images=0),
     "+ refit": FIRST_ORDER | dict(basis="rotate"),
     "+ scores by error": dict(decide="score"),
-    "+ candidates": dict(),
+    "+ candidates": dict(evals=12),
     "+ three times the candidates": dict(evals=36),
     "+ four times the images": dict(evals=36, calibration_images=8192, refit_images=8192),
 }

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 
 from nas.data.augmentation import check_augmentation, held, squared
 from nas.data.options import DataOptions
-from nas.machine.ranges import at_least_one, finite
+from nas.machine.ranges import at_least_one, finite, not_negative
 from nas.networks.options import NetworkOptions
 from nas.objectives.options import LossOptions, StageTwoOptions
 from nas.searchers.options import SearchOptions
@@ -48,6 +48,7 @@ class SearchConfig(SearchOptions, Common):
     def check(self) -> None:
         super().check()
         self.check_price()
+        not_negative(self, "arch_lr")
         self.check_front()
         if self.arch_data == "val" and self.val_fraction == 0:
             raise UserError("--arch-data val needs a held-out part; set --val-fraction above 0")

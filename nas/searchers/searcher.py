@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from nas.machine.ranges import not_negative
 from nas.prices.costs import PricedSpace
 from nas.prices.options import BAND
 from nas.prices.selection import check_budget
@@ -73,7 +72,6 @@ class Searcher(ABC):
 
     def check(self, options: SearchOptions, question: Question) -> None:
         """Refuse what cannot be answered, before weights are loaded."""
-        not_negative(options, "arch_lr")
         require_search(question.priced.space)
         if question.budget is not None:
             check_budget(question.priced.uniform(), question.priced.full, question.budget, question.priced.price)
