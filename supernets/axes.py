@@ -14,7 +14,6 @@ the last third is v's (H, V), as wide as long as nothing is cut.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,6 +36,13 @@ class HalfAxes:
     keys: parameters of k alone, where q, k and v are not fused.
     parted_biases: readers whose bias stands in parts of its own: their names in the order of the reader's rows, None
     for rows without one.
+
+    What follows from these is found once, as plain fields, which torch.compile can look up:
+
+    readers, writers: matrices from the stream to the half's units, and back.
+    output_norms: norms over the channels that the half writes.
+    unit_norms: norms over channels of q and k, heads or neurons, and the letters of that axis: they stand behind gates.
+    by_output: the parameters of each module of `outputs`.
     """
 
     axes: Mapping[str, tuple[str, ...]]
@@ -45,31 +51,24 @@ class HalfAxes:
     norm: str | None = None
     keys: tuple[str, ...] = ()
     parted_biases: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+    readers: tuple[str, ...] = field(init=False)
+    writers: tuple[str, ...] = field(init=False)
+    output_norms: tuple[str, ...] = field(init=False)
+    unit_norms: Mapping[str, str] = field(init=False)
+    by_output: tuple[tuple[str, ...], ...] = field(init=False)
 
-    @cached_property
-    def readers(self) -> tuple[str, ...]:
-        """Matrices from the stream to the half's units."""
-        return tuple(name for name, axes in self.axes.items() if len(axes) == 2 and axes[1] in ("S", "R"))
-
-    @cached_property
-    def writers(self) -> tuple[str, ...]:
-        """Matrices from the half's units to the stream."""
-        return tuple(name for name, axes in self.axes.items() if len(axes) == 2 and axes[0] in ("S", "R"))
-
-    @cached_property
-    def output_norms(self) -> tuple[str, ...]:
-        """Norms over the channels that the half writes."""
-        return tuple(norm for norm in self.late_norms if self.axes[f"{norm}.weight"][0] in ("S", "R"))
-
-    @cached_property
-    def unit_norms(self) -> Mapping[str, str]:
-        """Norms over channels of q and k, heads or neurons, and the letters of that axis: they stand behind gates."""
-        axes = {name.removesuffix(".weight"): a for name, a in self.axes.items() if name.endswith(".weight")}
-        return {name: a[0] for name, a in axes.items() if len(a) == 1 and a[0] in ("D", "HV", "M")}
-
-    @cached_property
-    def _by_output(self) -> list[list[str]]:
-        return [[name for name in self.axes if within(name, (module,))] for module in self.outputs]
+    def __post_init__(self) -> None:
+        two = {name: axes for name, axes in self.axes.items() if len(axes) == 2}
+        units = {name.removesuffix(".weight"): axes for name, axes in self.axes.items() if name.endswith(".weight")}
+        found: dict[str, Any] = {
+            "readers": tuple(name for name, axes in two.items() if axes[1] in ("S", "R")),
+            "writers": tuple(name for name, axes in two.items() if axes[0] in ("S", "R")),
+            "output_norms": tuple(n for n in self.late_norms if self.axes[f"{n}.weight"][0] in ("S", "R")),
+            "unit_norms": {name: a[0] for name, a in units.items() if len(a) == 1 and a[0] in ("D", "HV", "M")},
+            "by_output": tuple(tuple(n for n in self.axes if within(n, (module,))) for module in self.outputs),
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     def biases(self, matrix: str) -> tuple[str | None, ...]:
         """The names that a reader's bias has, in the order of its rows; there or not, None: not."""
@@ -77,7 +76,7 @@ class HalfAxes:
 
     def output(self, params: Params) -> list[str]:
         """The parameters that scale what the half adds: those of the first module of `outputs` that the block has."""
-        for names in self._by_output:
+        for names in self.by_output:
             found = [name for name in names if name in params]
             if found:
                 return found
