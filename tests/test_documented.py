@@ -46,6 +46,7 @@ FEWER = {  # run with less than they measure by default, and why
     "benchmarks/search_step.py": "--rounds 1",
     "benchmarks/accepted.py": "--modules vision_transformer_relpos",  # all take minutes
     "benchmarks/basis.py": "--model vit_tiny_patch16_224 --images 2",  # a ViT-B takes minutes
+    "benchmarks/threads.py": "--busy 0 --settings one --epochs 1",
     "benchmarks/training_flags.py": "--options float32 bf16 channels-last",  # torch.compile takes ten minutes
 }
 NAMED = {"python -m nas.export", "python -m nas.kernel_complexity"}  # named without arguments: their --help is run

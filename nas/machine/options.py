@@ -11,7 +11,7 @@ class MachineOptions:
     device: str | None = None
     """cuda where there is one, otherwise cpu"""
     threads: int | None = None
-    """CPU threads of torch; its own choice by default"""
+    """CPU threads of torch; by default OMP_NUM_THREADS, or as many as a short timing at the start finds fastest"""
     amp: bool | None = None
     """train and measure under autocast (--amp-dtype)"""
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"

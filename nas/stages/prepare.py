@@ -11,6 +11,7 @@ from nas.data.augmentation import augmentation_line
 from nas.data.datasets import Splits
 from nas.data.loaders import Batching, Loaders, data_line, make_loaders
 from nas.machine.precision import tolerance
+from nas.machine.threads import Work, with_threads
 from nas.networks.backbone import Start, TimmModel
 from nas.networks.opening import started_supernet
 from nas.runs.folder import open_run
@@ -19,6 +20,7 @@ from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
 from search_spaces.errors import UserError
 from search_spaces.registry import Space
+from supernets.supernet import Supernet
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ def prepare(
             f"{b.space.name} asks what a trained network can do without, and its weights have no classifier for these"
             f" {splits.num_classes} classes; train one first: python retrain.py --space {b.space.name} --train plain"
         )
+    if not config.resume:
+        config = with_threads(config, b.device, step_of(supernet), config.batch_size or 64)
     # Only now: weights that cannot be had leave no folder behind.
     config = open_run(config, f"{b.stage}-{b.space.name}-{config.dataset}")
     assert config.output is not None
@@ -80,6 +84,18 @@ def prepare(
         plan=b.plan,
     )
     return config, prepared
+
+
+def step_of(supernet: Supernet) -> Work:
+    """A training step of the large network on so many images, that leaves nothing behind: to be timed."""
+
+    def step(images: int) -> None:
+        blank = torch.zeros(images, *supernet.adapter.input_size)
+        supernet.large(blank).sum().backward()
+        supernet.zero_grad(set_to_none=True)
+
+    supernet.eval()  # nothing is drawn
+    return step
 
 
 def preparation(config: Common, loaders: Loaders) -> dict[str, Any]:
