@@ -44,8 +44,8 @@ class Free(Method):
     def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:
         step, E, d, M = settings.granularity, shape.embed_dim, shape.head_dim, shape.hidden
         whole = self.whole(shape)
-        missing = () if shape.attn else ("heads", "qk", "v")
-        missing += () if shape.mlp else ("hidden",)
+        halves = zip(self.halves, (shape.attn, shape.mlp), strict=True)
+        missing = [name for names, there in halves if not there for name in names]
         hidden = {min(M, step * round(k * M / HIDDEN_STEPS / step)) for k in range(HIDDEN_STEPS + 1)}
         found: dict[str, set[int]] = {
             "stream": multiples(step, -(-E // NARROWEST), E),

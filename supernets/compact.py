@@ -38,8 +38,8 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
 def shrink(model: nn.Module, subnet: NetworkSlice) -> nn.Module:
     """Cut a timm model down to a subnet, in place: its weights, its sizes and its attributes. Returns it.
 
-    model: rotated or not (section 2.7), or a compact network itself, which becomes a smaller one; the compact network's norms are timm's either way, but for stages whose blocks
-    work on different prefixes of a rotated stream.
+    model: rotated or not (section 2.7), or a compact network itself, which becomes a smaller one. The compact network's
+    norms are timm's either way, but for stages whose blocks work on different prefixes of a rotated stream.
     """
     adapter = adapter_for(model)
     with torch.no_grad():

@@ -44,7 +44,7 @@ class CompactWindowAttention(nn.Module):
     __prepare_scriptable__ = not_scriptable
 
     def __init__(self, block: Any, heads: HeadWidths) -> None:
-        """block: timm's SwinTransformerBlock or one with such attention, already cut, whose parameters are taken over."""
+        """block: timm's SwinTransformerBlock or one that has such attention, cut, whose parameters are taken over."""
         super().__init__()
         attn = block.attn
         block = attn if isinstance(attn, CompactWindowAttention) else block

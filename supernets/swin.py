@@ -108,7 +108,7 @@ class SwinAdapter(TimmBlockAdapter):
         for s, stage in enumerate(backbone.layers):
             H, W = stage.output_resolution
             for i, block in enumerate(stage.blocks):
-                attn = block.attn if has_attn(block) else None
+                attn: Any = block.attn if has_attn(block) else None
                 if type(attn) is WindowAttention:
                     attn.__class__ = FusedWindowAttention
                     attn.fused_attn, attn.head_dim = True, attn.proj.in_features // attn.num_heads
@@ -132,10 +132,7 @@ class SwinAdapter(TimmBlockAdapter):
         self.outer_norms |= {} if self.stem_norm is None else {self.stem_norm: ("S", 0)}
         self.outer_norms |= {f"layers.{s}.downsample.norm": ("4S", s - 1) for s in range(1, len(dims))}
         embed, fc = backbone.patch_embed, backbone.head.fc
-        stem = {
-            name.removeprefix("patch_embed."): axes for name, axes in self.outer_axes.items() if "patch_embed" in name
-        }
-        sliced = [name for name, axes in stem.items() if ("S", 0) in axes]
+        stem = [n for n, axes in self.outer_axes.items() if n.startswith("patch_embed.") and ("S", 0) in axes]
         classes = fc.out_features
         self.classifiers = ("head.fc",)
         self.outer_readers = {
@@ -156,7 +153,7 @@ class SwinAdapter(TimmBlockAdapter):
             ),
             params=PerWidth(
                 constant=classes,
-                first=sum(embed.get_parameter(name).numel() for name in sliced) // dims[0],
+                first=sum(backbone.get_parameter(name).numel() for name in stem) // dims[0],
                 last=classes + num_params(backbone.norm, dims[-1]),
                 merge_pair=(4,) * len(merges),
                 merge_in=tuple(num_params(m.norm, d) for m, d in zip(merges, dims, strict=False)),

@@ -90,7 +90,10 @@ def heads_of(attn: Any) -> HeadWidths:
 
 
 def shape_of(stage: int, embed_dim: int, block: Any, unit: int = 1) -> BlockShape:
-    """The facts of a block from its modules. unit: channels of q and k that go together; of a missing half all are 1."""
+    """The facts of a block from its modules; a missing half has one unit of each kind.
+
+    unit: channels of q and k that go together.
+    """
     attn, mlp = has_attn(block), has_mlp(block)
     heads = heads_of(block.attn) if attn else HeadWidths(1, unit, 1)
     assert isinstance(heads.v, int)

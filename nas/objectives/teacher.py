@@ -56,7 +56,10 @@ def make_teacher(options: TeacherOptions, prepared: Prepared, base: Start, asked
         arguments = model.kwargs if options.teacher is None else parse_key_values(options.teacher_kwargs)
         if named:
             base = Start(options.teacher_checkpoint is None, options.teacher_checkpoint, start.seed)
-        network, lines, fresh = starting_backbone(name, arguments, splits.num_classes, base, splits.class_names)
+        cut = None if named else model.cut
+        network, lines, fresh = starting_backbone(
+            name, arguments, splits.num_classes, base, splits.class_names, cut=cut
+        )
         print("\n".join(f"teacher: {line}" for line in lines), end="\n" if lines else "")
         cfg = getattr(network, "pretrained_cfg", {}) if options.teacher is not None else {}
         if cfg.get("mean") and len(cfg["mean"]) == len(mean):
