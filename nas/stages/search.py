@@ -1,9 +1,7 @@
 """Stage 1: search a supernet for an architecture, and write arch.json."""
 
-import math
 import shlex
-from dataclasses import asdict, dataclass, fields, replace
-from fractions import Fraction
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,95 +9,54 @@ from typing import Any
 import torch
 from torch import nn
 
-from nas.config import SearchConfig, with_defaults
-from nas.data.datasets import Splits
+from nas.config import SearchConfig
 from nas.data.loaders import open_data, report_unreadable
 from nas.machine.devices import amp_dtype, autocast, pick_device
 from nas.machine.distributed import is_main, joined, on_main, quiet_unless_main
 from nas.machine.files import write_json
 from nas.machine.timing import Network, timed
-from nas.methods.method import GAMMA
 from nas.methods.table import (
-    check_owned,
-    check_searcher,
     foreign_to,
-    searcher_of,
     training_of,
-    with_searcher,
-    without_foreign,
 )  # fmt: skip
 from nas.networks.architecture import architecture_of, slices_of, write_architecture
-from nas.networks.backbone import Start, TimmModel
 from nas.networks.basis_file import recorded as recorded_basis
-from nas.networks.basis_file import save_basis, streams_of
-from nas.networks.compact_file import WEIGHTS, save_compact
-from nas.networks.opening import meta_supernet, model_of, start_of
+from nas.networks.basis_file import save_basis
+from nas.networks.compact_file import save_compact
 from nas.networks.rounds import (
     ROUND,
-    Round,
     check_resumed,
-    check_widths,
-    narrowed_stem,
-    round_of,
     save_round,
     with_stem,
 )
 from nas.networks.weights import save_weights
 from nas.pictures.run import plot_run
-from nas.prices.costs import priced
-from nas.prices.options import BAND, one_budget
-from nas.prices.selection import reachable_range
-from nas.prices.table import price_of
+from nas.prices.options import BAND
 from nas.runs.folder import SUPERNET, open_run, results_path
 from nas.searchers.measured import Measured
-from nas.searchers.options import one_front
-from nas.searchers.searcher import Answer, Question, Run, Searcher
+from nas.searchers.searcher import Answer, Run
 from nas.stages.afterwards import Afterwards
-from nas.stages.continued import continued, continued_words, folder_of
+from nas.stages.asked import Asked, ask, dropped, headline, resolve, said, started_from
 from nas.stages.front import Member, conclude_front
 from nas.stages.next_command import data_words, next_command
 from nas.stages.original import LARGE_NETWORK, as_it_was, untouched
-from nas.stages.planned import cuts_of, planned
 from nas.stages.prepare import Beginning, compared, preparation, prepare
 from nas.training.basis import Standing
 from nas.training.evaluate import by_split, print_table, top_k
 from nas.training.loop import OnEpoch
-from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
 from nas.training.refit import refitted
 from search_spaces.architecture import Architecture
-from search_spaces.errors import UserError
-from search_spaces.registry import SPACES, Space, get_space
+from search_spaces.registry import SPACES, Space
 from search_spaces.slices import NetworkSlice, network_slice
-from search_spaces.space import make_space
-from supernets.basis import Basis, install_stages, timm_state
+from supernets.basis import Basis, timm_state
 from supernets.compact import cut
 from supernets.refit import written
-from supernets.supernet import Supernet
 
 RECORDED = (  # options of everybody's search that arch.json keeps
     "dataset", "val_fraction", "epochs", "band", "batch_size", "lr", "start", "arch_lr", "arch_data", "gamma", "seed",
     "stage_width", "alphas", "pretrained", "amp", "detach_teacher", "basis", "importance",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is searched for, known before any weight is loaded. backbone: on the meta device.
-
-    earlier: the run whose compact network that is (rounds.py). original: timm's own model on the meta device, of which
-    the answer is an architecture; the backbone itself where there is no earlier run.
-    """
-
-    config: SearchConfig
-    space: Space
-    model: TimmModel
-    backbone: Supernet
-    question: Question
-    searcher: Searcher
-    plan: BasisPlan
-    original: Supernet
-    earlier: Round | None = None
 
 
 def run_search(config: SearchConfig, on_epoch: OnEpoch | None = None) -> Path:
@@ -143,13 +100,6 @@ def _search(config: SearchConfig, space: Space, device: torch.device, on_epoch: 
     return prepared.folder
 
 
-def started_from(config: SearchConfig) -> Start:
-    """Where the weights start: an earlier run's compact network, or what the options name."""
-    if config.arch is None:
-        return start_of(config, config.seed)
-    return Start(checkpoint=folder_of(config.arch) / WEIGHTS, seed=config.seed)
-
-
 def keep_earlier(asked: Asked, prepared: Prepared) -> None:
     """Write down which run the search goes on from; UserError where a resumed one went on from another."""
     earlier, folder = asked.earlier, prepared.folder
@@ -163,8 +113,9 @@ def standing_in(asked: Asked, prepared: Prepared, answer: Answer) -> Answer:
     if asked.backbone.adapter.stem_layer is None:
         return answer
     if not answer.standing.basis:
-        on_main(lambda: save_basis(Basis(), prepared.folder))
-        answer = replace(answer, standing=Standing(basis=recorded_basis(Basis())))
+        as_it_is = Basis(orders={"stream.0": list(range(prepared.supernet.shapes[0].embed_dim))})
+        on_main(lambda: save_basis(as_it_is, prepared.folder))
+        answer = replace(answer, standing=Standing(basis=recorded_basis(as_it_is)))
     return replace(answer, standing=Standing(basis=with_stem(answer.standing.basis, asked.backbone)))
 
 
@@ -186,95 +137,10 @@ def member_of(asked: Asked, answer: Answer) -> Member:
     return Member(budget, arch, answer, priced.network_cost(slices_of(arch, priced.space.shapes)) / priced.full)
 
 
-def resolve(config: SearchConfig) -> tuple[SearchConfig, Space]:
-    """Fill in the space's defaults and check every option that needs no data."""
-    config = continued(config)
-    assert config.space is not None
-    space = get_space(config.space)
-    check_searcher(config, space)
-    config = with_searcher(one_front(config), space)
-    trained = config.arch is not None
-    config = without_foreign(with_defaults(one_budget(config), space, "search", trained), space)
-    config = replace(config, dataset=config.dataset_name())
-    config.check()
-    check_owned(config, space)
-    training_of(space).check(config, space)
-    price_of(config.price)
-    return config, space
-
-
-def ask(config: SearchConfig, space: Space, splits: Splits) -> Asked:
-    """The choices over the backbone's blocks, their basis and price, the budget, and who is to answer."""
-    earlier = None if config.arch is None else round_of(config.arch)
-    model = model_of(config, space) if earlier is None else earlier.model
-    original = meta_supernet(replace(model, cut=None), splits.num_classes, space)
-    if earlier is not None:
-        check_widths(earlier, original)
-    backbone = original if earlier is None else meta_supernet(model, splits.num_classes, space)
-    choices = make_space(space.name, space.method, training_of(space).settings(config, space), backbone.shapes)
-    searcher, start, price = searcher_of(config, space), started_from(config), price_of(config.price)
-    cuts = cuts_of(choices) if earlier is None else replace(cuts_of(choices), fixed=narrowed_stem(earlier, original))
-    full = price.network(original.shapes, original.adapter.costs, original.identity())
-    plan = planned(config, space, backbone, cuts, splits, start, searcher.measures)
-    install_stages(backbone, plan.streams)
-    if earlier is not None:
-        install_stages(original, streams_of(with_stem({"streams": plan.streams}, backbone)))
-    costs = priced(choices, backbone.adapter.costs, price, config.stage_width == "full", full)
-    budget = max(config.front) if config.front else config.fraction(costs.full)
-    question = Question(costs, budget, config.band)
-    if earlier is not None:
-        check_smaller(earlier, question)
-    searcher.check(config, question)
-    return Asked(config, space, model, backbone, question, searcher, plan, original, earlier)
-
-
-def check_smaller(earlier: Round, question: Question) -> None:
-    """Refuse a budget that the compact network of an earlier run is within already, with the range that is left."""
-    costs, budget = question.priced, question.budget
-    if budget is None or budget * costs.full < costs.whole:
-        return
-    least = math.ceil(Fraction(reachable_range(costs.uniform())[0], costs.full) * 10_000) / 10_000  # up: it must work
-    raise UserError(
-        f"budget {budget:g} of the {costs.price.words} of {earlier.arch.model}: the compact network of {earlier.folder}"
-        f" has {costs.whole / costs.full:.4f} already; ask for {least:.4f} or more, and less than that"
-    )
-
-
 def run_of(asked: Asked, prepared: Prepared, on_epoch: OnEpoch | None) -> Run:
     """What the searcher works with: the method's objective among it, made when it is asked for."""
     objective = partial(training_of(asked.space).objective, asked.config, asked.question, prepared)
     return Run(asked.config, asked.question, prepared, objective, on_epoch)
-
-
-def said(asked: Asked) -> tuple[str, ...]:
-    """What is worth saying before the search: what an earlier run has decided, and what is left out."""
-    return (*continued_words(asked.config), *dropped(asked))
-
-
-def dropped(asked: Asked) -> tuple[str, ...]:
-    """The candidates that were offered and are left out, in words."""
-    return tuple(f"{asked.space.name}: {line}" for line in asked.question.priced.space.dropped)
-
-
-def headline(asked: Asked) -> str:
-    """What is searched, in one line."""
-    choices, budget, backbone = asked.question.priced.space, asked.question.budget, asked.backbone
-    words = (
-        f"{asked.space.name} on {asked.config.dataset}: {choices.size():.3g} architectures, backbone {asked.model.name}"
-        f" {asked.original.params() / 1e6:.2f} M parameters, {asked.original.flops() / 1e9:.4g} GFLOPs (MACs)"
-    )
-    if asked.earlier is not None:
-        price = asked.question.priced
-        words += (
-            f", from the compact network of {results_path(asked.earlier.folder)} with {backbone.params() / 1e6:.2f} M,"
-            f" {backbone.flops() / 1e9:.4g} GFLOPs, {price.whole / price.full:.4g} of the {price.price.words}"
-        )
-    if asked.config.front:
-        return f"{words}, budgets {', '.join(f'{each:.4g}' for each in asked.config.front)}"
-    if budget is not None:
-        return f"{words}, budget {budget:.4g}"
-    gamma = GAMMA if asked.config.gamma is None else asked.config.gamma
-    return f"{words}, gamma {gamma:g}" if asked.config.adjoined else words
 
 
 def picked(asked: Asked, answer: Answer) -> Path:
