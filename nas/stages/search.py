@@ -15,20 +15,12 @@ from nas.machine.devices import amp_dtype, autocast, pick_device
 from nas.machine.distributed import is_main, joined, on_main, quiet_unless_main
 from nas.machine.files import write_json
 from nas.machine.timing import Network, timed
-from nas.methods.table import (
-    foreign_to,
-    training_of,
-)  # fmt: skip
+from nas.methods.table import foreign_to, training_of
 from nas.networks.architecture import architecture_of, slices_of, write_architecture
 from nas.networks.basis_file import recorded as recorded_basis
 from nas.networks.basis_file import save_basis
 from nas.networks.compact_file import save_compact
-from nas.networks.rounds import (
-    ROUND,
-    check_resumed,
-    save_round,
-    with_stem,
-)
+from nas.networks.rounds import ROUND, check_resumed, save_round, with_stem
 from nas.networks.weights import save_weights
 from nas.pictures.run import plot_run
 from nas.prices.options import BAND

@@ -189,7 +189,12 @@ def test_a_front_of_a_further_round(world: World) -> None:
         ("vit-dan-nano", [{"alpha": 1}, {"alpha": 2}], "inner", True),
         ("vit-dan-nano", [{"alpha": 1}, {"alpha": 2}], "stream", r"left block 1 with 8 of the 16 channels"),
         ("vit-kcr-nano", [{"channels": 8}] * 2, "stream", "an MLP that reads 8 of its 16 channels"),
-        ("vit-uvc-nano", [{"heads": 2, "v_channels": 9, "hidden": 31}] * 2, "stream", "different numbers of v channels"),
+        (
+            "vit-uvc-nano",
+            [{"heads": 2, "v_channels": 9, "hidden": 31}] * 2,
+            "stream",
+            "different numbers of v channels",
+        ),
         ("vit-uvc-nano", [{"heads": 2, "v_channels": 6, "hidden": 31}] * 2, "stream", True),
     ],
 )
@@ -248,6 +253,20 @@ def test_train_adjoined_trains_the_earlier_network_with_it(world: World) -> None
     torch.testing.assert_close(networks["subnet"](x), networks["compact"](x), rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match=r"--train plain trains the large network alone, which here is the compact"):
         run_retrain(world.retrain(world.root / "plain-2", arch=two, train="plain"))
+
+
+def test_the_teacher_is_the_earlier_network_or_the_one_named(world: World) -> None:
+    """A checkpoint that is named is of timm's model, as it is: the network of the first round."""
+    one = first(world, "vit")
+    two = again(one, world.root / "for-teacher")
+    own = world.retrain(world.root / "own-teacher", arch=two, epochs=1, init="base")
+    table = json.loads((run_retrain(own) / "summary.json").read_text())
+    before = load_architecture(one)
+    assert table["previous"]["params"] == before.params and "teacher" not in table
+    original = world.checkpoint("vit", drop_rate=0.0)
+    named = world.retrain(world.root / "named-teacher", arch=two, epochs=1, teacher_checkpoint=original)
+    table = json.loads((run_retrain(named) / "summary.json").read_text())
+    assert table["teacher"]["params"] == before.backbone_params and table["previous"]["params"] == before.params
 
 
 # Resumed, moved, changed
