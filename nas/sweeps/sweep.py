@@ -64,7 +64,7 @@ def run_sweep(config: SweepConfig, trials: Sequence[Trial]) -> int:
 
 def check_trials(trials: Sequence[Trial]) -> None:
     """Refuse what a run would refuse, before anything starts. Values that need the data are left to the trial."""
-    from nas.stages.search import resolve
+    from nas.stages.asked import resolve
 
     for trial in trials:
         if trial.search.front:

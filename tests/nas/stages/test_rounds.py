@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nas.searchers.measured
-import nas.stages.search
 from nas import commands
 from nas.config import SearchConfig
 from nas.networks.architecture import architecture_of, slices_of
@@ -27,6 +26,7 @@ from nas.pictures.rows import rows_of
 from nas.runs.card import model_card
 from nas.runs.opened import open_folder
 from nas.searchers.measure import Measure
+from nas.stages.asked import resolve
 from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
 from nas.sweeps.options import SweepConfig
@@ -135,10 +135,10 @@ def test_two_rounds(family: str, world: World) -> None:
 
 def test_images_are_those_of_the_run_unless_others_are_named(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     one = first(world, "vit")
-    config, _ = nas.stages.search.resolve(SearchConfig(arch=one, budget=0.4))
+    config, _ = resolve(SearchConfig(arch=one, budget=0.4))
     assert (config.dataset, config.data_dir, config.val_fraction) == ("folder", world.pictures, 0.25)
     other = SearchConfig(arch=one / "arch.json", budget=0.4, dataset="digits", val_fraction=0.2)
-    config, _ = nas.stages.search.resolve(other)
+    config, _ = resolve(other)
     assert (config.dataset, config.data_dir, config.val_fraction) == ("digits", None, 0.2)
     again(one, world.root / "said")
     said = capsys.readouterr().out
