@@ -180,7 +180,8 @@ def run_export(options: argparse.Namespace) -> dict[str, Any]:
     real = next(iter(reported_images(opened, device, data)[0]))[0]
     example = torch.randn(2, *size)
     # Speed does not depend on the weights: a large network without any is measured at timm's initial ones.
-    large = (opened.supernet or large_network(arch, "cpu")).backbone.eval()
+    supernet = opened.supernet or large_network(arch, "cpu")
+    large, ratio = supernet.backbone.eval(), supernet.flops() / arch.flops
 
     program = export_program(compact, example)
     stored = io.BytesIO()
@@ -215,11 +216,11 @@ def run_export(options: argparse.Namespace) -> dict[str, Any]:
                     if run is not None:
                         runners[f"{which}, compiled"] = run
             rows += measure(runners, size, batch, options.rounds, options.seconds)
-    print_speeds(rows, arch.backbone_flops / arch.flops)
+    print_speeds(rows, ratio)
     result = {
         "differences": found,
         "real_images": len(real),
-        "flops_ratio": arch.backbone_flops / arch.flops,
+        "flops_ratio": ratio,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "speed": rows,

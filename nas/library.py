@@ -23,7 +23,7 @@ from nas.stages.search import run_search
 from search_spaces.architecture import Architecture
 from search_spaces.errors import UserError
 from search_spaces.method import Picks
-from search_spaces.registry import DEFAULT_SPACE, get_space
+from search_spaces.registry import get_space
 from search_spaces.slices import NetworkSlice
 from supernets import basis as bases
 from supernets import compact
@@ -37,11 +37,12 @@ __all__ = ["Architecture", "Supernet", "cut", "load", "pick", "retrain", "rewrit
 COMMAND_LINE = ("list_spaces", "processes")  # fields that are no options of a run
 
 
-def search(space: str = DEFAULT_SPACE, **options: Any) -> Path:
+def search(space: str | None = None, **options: Any) -> Path:
     """Stage 1: search a space and return the run's folder, which holds arch.json.
 
-    options: those of search.py, by the fields of SearchConfig. Raises TypeError for a name that is none of them and
-    UserError for a value that no run can use.
+    space: by default that of search.py, with arch= the free widths of that run's family. options: those of search.py,
+    by the fields of SearchConfig. Raises TypeError for a name that is none of them and UserError for a value that no run
+    can use.
     """
     return run_search(config_of(SearchConfig, "search", {"space": space} | options))
 

@@ -15,7 +15,7 @@ class Free(Method):
     """Channels of the stream, one number for all blocks of a stage; in a block heads, q and k, v, and hidden neurons.
 
     All are prefixes, of a network that was rewritten first (section 2.7). No heads, or no neurons: that half is
-    skipped. Attention's scale stays that of the backbone's heads.
+    skipped, and a half that the block has not stays so. Attention's scale stays that of the backbone's heads.
     """
 
     name = "free"
@@ -44,23 +44,30 @@ class Free(Method):
     def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:
         step, E, d, M = settings.granularity, shape.embed_dim, shape.head_dim, shape.hidden
         whole = self.whole(shape)
+        halves = zip(self.halves, (shape.attn, shape.mlp), strict=True)
+        missing = [name for names, there in halves if not there for name in names]
         hidden = {min(M, step * round(k * M / HIDDEN_STEPS / step)) for k in range(HIDDEN_STEPS + 1)}
         found: dict[str, set[int]] = {
             "stream": multiples(step, -(-E // NARROWEST), E),
             "heads": set(range(shape.num_heads + 1)),
             "qk": multiples(math.lcm(step, shape.qk_unit), 1, d),
-            "v": multiples(step, 1, d),
+            "v": multiples(step, 1, shape.v_dim),
             "hidden": hidden | {0, M},
         }
         return {
-            name: (whole[name],) if name in settings.fixed else tuple(sorted(options, reverse=True))
+            name: (whole[name],) if name in (*settings.fixed, *missing) else tuple(sorted(options, reverse=True))
             for name, options in found.items()
         }, []
 
     def whole(self, shape: BlockShape) -> dict[str, Candidate]:
-        """The backbone's own block."""
-        d = shape.head_dim
-        return {"stream": shape.embed_dim, "heads": shape.num_heads, "qk": d, "v": d, "hidden": shape.hidden}
+        """The backbone's own block; of a half that it has not, no heads or no neurons."""
+        return {
+            "stream": shape.embed_dim,
+            "heads": shape.num_heads * shape.attn,
+            "qk": shape.head_dim,
+            "v": shape.v_dim,
+            "hidden": shape.hidden * shape.mlp,
+        }
 
     def block_slice(
         self, shape: BlockShape, settings: Settings, picks: Picks, kept: Mapping[str, Sequence[int]]
@@ -76,7 +83,7 @@ class Free(Method):
             heads=heads or shape.num_heads,
             hidden=hidden or shape.hidden,
             qk=None if qk == shape.head_dim else qk,
-            v_channels=None if v == shape.head_dim else v,
+            v_channels=None if v == shape.v_dim else v,
             attn=heads > 0,
             mlp=hidden > 0,
         )

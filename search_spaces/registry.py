@@ -3,9 +3,11 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from search_spaces.an import AN
+from search_spaces.architecture import load_architecture
 from search_spaces.dan import DAN
 from search_spaces.defaults import EVERYBODY, EVERYBODY_NANO, combined
 from search_spaces.errors import UserError
@@ -85,3 +87,18 @@ def get_space(name: str) -> Space:
         return spaces[name]
     near = difflib.get_close_matches(name, spaces, n=3) or sorted(spaces)
     raise UserError(f"unknown space {name!r}; did you mean {', '.join(near)}? (search.py --list-spaces shows all)")
+
+
+def space_of(space: str | None, arch: Path | None) -> str:
+    """The space of a search: --space, the default, or with --arch free widths of the run's family and size.
+
+    UserError where --space names another space than free widths of that family.
+    """
+    if arch is None:
+        return space or DEFAULT_SPACE
+    given = get_space(load_architecture(arch).space)
+    free = [each for each in all_spaces().values() if each.family == given.family and each.method.halves]
+    if space is not None and space not in {each.name for each in free}:
+        names = " or ".join(sorted(each.name for each in free))
+        raise UserError(f"--space {space}: the compact network of --arch {arch} is compressed in {names}; leave it out")
+    return space or next(each.name for each in free if each.nano == given.nano)

@@ -19,6 +19,8 @@ def count(kept: Kept) -> int:
 class BlockShape:
     """The facts of one backbone block that choices and slices need.
 
+    head_dim: channels of q and k in a head; v_dim: of v, as many where it is 0. attn, mlp: False where the block has no
+    such half, as one of a compact network whose half was removed; units of a missing half are of no account.
     qk_order: the channels of q and k inside a head in the order in which they are kept, qk_unit of them always
     together: pairs that a rotary embedding turns. Empty: as they stand, each by itself.
     """
@@ -30,9 +32,13 @@ class BlockShape:
     hidden: int  # M, hidden neurons of the MLP
     qk_order: tuple[int, ...] = ()
     qk_unit: int = 1
+    v_dim: int = 0
+    attn: bool = True
+    mlp: bool = True
 
     def __post_init__(self) -> None:
-        if min(self.embed_dim, self.num_heads, self.head_dim, self.hidden) < 1 or self.stage < 0:
+        object.__setattr__(self, "v_dim", self.v_dim or self.head_dim)
+        if min(self.embed_dim, self.num_heads, self.head_dim, self.v_dim, self.hidden) < 1 or self.stage < 0:
             raise ValueError(f"not a block: {self}")
         if self.qk_order and sorted(self.qk_order) != list(range(self.head_dim)):
             raise ValueError(f"not an order of {self.head_dim} channels: {self.qk_order}")
@@ -82,7 +88,9 @@ class BlockSlice:
 
 def identity_slice(shape: BlockShape) -> BlockSlice:
     """The slice that keeps everything: the backbone's own block."""
-    return BlockSlice(stream=shape.embed_dim, heads=shape.num_heads, hidden=shape.hidden)
+    return BlockSlice(
+        stream=shape.embed_dim, heads=shape.num_heads, hidden=shape.hidden, attn=shape.attn, mlp=shape.mlp
+    )
 
 
 def narrows_stream(shape: BlockShape, kept: BlockSlice) -> bool:

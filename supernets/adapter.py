@@ -38,7 +38,8 @@ class Adapter(ABC):
     outer_readers: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # outer norm -> layers that read through it
     stem_norm: str | None = None  # a norm whose output is the first stage's stream
     before_stem: tuple[str, ...] = ()  # first letters of the parameters that lie before stem_norm
-    stem_tokens: int = 0  # tokens that stem_norm runs on
+    stem_tokens: int = 0  # tokens that stem_norm runs on, or a stem's layer
+    stem_layer: str | None = None  # of a compact network: the norm and layer that end its stem, which stays whole
     unrotated: Mapping[int, str] = MappingProxyType({})  # stage -> what stands against a rotation of its stream
 
     def __init__(self, backbone: Any) -> None:
@@ -63,6 +64,20 @@ class Adapter(ABC):
                 found = StreamCosts((E * flops, self.stem_tokens * E - flops), (E * per, E - per))
             added[stage] = found
         return replace(costs, streams=added)
+
+    def with_stem_layer(self, costs: NetworkCosts) -> NetworkCosts:
+        """The costs, which count a stem's channels as the stage's, of a stem that runs whole before its layer."""
+        if self.stem_layer is None:
+            return costs
+        names = [name for name in self.outer_axes if name.startswith((*self.before_stem, f"{self.stem_layer}.norm."))]
+        E = self.backbone.get_submodule(self.stem_layer).linear.in_features
+        whole = sum(self.backbone.get_parameter(name).numel() for name in names)
+        flops, params = costs.flops, costs.params
+        return replace(
+            costs,
+            flops=replace(flops, constant=flops.constant + E * flops.first, first=self.stem_tokens * E),
+            params=replace(params, constant=params.constant + whole),
+        )
 
     def outer(self, stage_widths: tuple[int, ...], gates: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
         """Every outer parameter by its name in the backbone, sliced to the stage widths.

@@ -8,8 +8,8 @@ A family's adapter has the table of its blocks. An axis is a string of letters, 
     2, 3, 4 so many parts side by side: both projections of a GLU; q, k and v; patch merging's quadrants
     . nothing that a slice keeps or drops
 
-What is kept of a fused axis is kept in each part: merging columns are (4, S). qkv rows, 3HD, are (3, H, D), of which
-the last third is v's (H, V), as wide as long as nothing is cut.
+What is kept of a fused axis is kept in each part: merging columns are (4, S). qkv rows, 3HD, are q's (H, D), k's (H, D)
+and v's (H, V), as wide in a backbone of timm's.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -115,7 +115,13 @@ def layer_of(block: nn.Module, matrices: Iterable[str]) -> Any:
 def unit_sizes(shape: BlockShape) -> dict[str, int]:
     """The size of every letter's factor in a block; '.' is as large as its parameter says."""
     E, d = shape.embed_dim, shape.head_dim
-    return {"S": E, "R": E, "H": shape.num_heads, "D": d, "V": d, "M": shape.hidden, "2": 2, "3": 3}
+    return {"S": E, "R": E, "H": shape.num_heads, "D": d, "V": shape.v_dim, "M": shape.hidden, "2": 2, "3": 3}
+
+
+def qkv_rows(shape: BlockShape) -> list[int]:
+    """How many rows of a fused qkv are q's, k's and v's."""
+    H, d = shape.num_heads, shape.head_dim
+    return [H * d, H * d, H * shape.v_dim]
 
 
 def take(t: Tensor, dim: int, kept: Kept) -> Tensor:
@@ -166,7 +172,7 @@ class HeadWidths:
 
 def head_widths(kept: BlockSlice, shape: BlockShape) -> HeadWidths:
     """How wide the kept heads are."""
-    v = shape.head_dim if kept.v_channels is None else kept.v_channels
+    v = shape.v_dim if kept.v_channels is None else kept.v_channels
     widths = v if isinstance(v, int) else tuple(map(len, v))
     if kept.qk is None:
         return HeadWidths(count(kept.heads), shape.head_dim, widths)
@@ -178,7 +184,7 @@ def v_rows(shape: BlockShape, kept: BlockSlice) -> list[int]:
     """Rows of V (and columns of the output projection) that are kept, head by head: flat indices into (H, V)."""
     assert isinstance(kept.v_channels, tuple)
     heads = range(kept.heads) if isinstance(kept.heads, int) else kept.heads
-    return [h * shape.head_dim + c for h, channels in zip(heads, kept.v_channels, strict=True) for c in channels]
+    return [h * shape.v_dim + c for h, channels in zip(heads, kept.v_channels, strict=True) for c in channels]
 
 
 def slice_block(params: Params, axes: BlockAxes, shape: BlockShape, kept: BlockSlice) -> dict[str, Tensor]:
@@ -202,7 +208,7 @@ def slice_block(params: Params, axes: BlockAxes, shape: BlockShape, kept: BlockS
         for dim, letters in enumerate(axes[name]):
             if letters == "HV" and isinstance(kept.v_channels, tuple):
                 t = t.index_select(dim, torch.tensor(v_rows(shape, kept), device=t.device))
-            elif letters == "3HD" and (kept.qk, kept.v_channels) != (None, None):
+            elif letters == "3HD" and ((kept.qk, kept.v_channels) != (None, None) or shape.v_dim != shape.head_dim):
                 t = _take_qkv(t, dim, shape, kept)
             else:
                 t = take_axis(t, dim, letters, keep, sizes)
@@ -212,14 +218,14 @@ def slice_block(params: Params, axes: BlockAxes, shape: BlockShape, kept: BlockS
 
 def _take_qkv(t: Tensor, dim: int, shape: BlockShape, kept: BlockSlice) -> Tensor:
     """The axis of fused q, k and v of a block whose kept heads are narrower than they were."""
-    q, k, v = t.unflatten(dim, (3, shape.num_heads, shape.head_dim)).unbind(dim)
+    q, k, v = (part.unflatten(dim, (shape.num_heads, -1)) for part in t.split(qkv_rows(shape), dim))
     channels = shape.head_dim if kept.qk is None else shape.qk_kept(kept.qk)
     parts = [take(take(part, dim, kept.heads), dim + 1, channels).flatten(dim, dim + 1) for part in (q, k)]
     if isinstance(kept.v_channels, tuple):
         rows = torch.tensor(v_rows(shape, kept), device=t.device)
         parts.append(v.flatten(dim, dim + 1).index_select(dim, rows))
     else:
-        width = shape.head_dim if kept.v_channels is None else kept.v_channels
+        width = shape.v_dim if kept.v_channels is None else kept.v_channels
         parts.append(take(take(v, dim, kept.heads), dim + 1, width).flatten(dim, dim + 1))
     return torch.cat(parts, dim)
 
@@ -266,7 +272,7 @@ def slice_block_each(
     params: Params, axes: BlockAxes, shape: BlockShape, kept: Sequence[BlockSlice]
 ) -> list[dict[str, Tensor]]:
     """`slice_block` for several slices of one block; one gradient buffer per parameter where all are prefixes."""
-    if len(kept) == 1 or not all(_is_prefix(k) for k in kept):
+    if len(kept) == 1 or not all(_is_prefix(k) for k in kept) or shape.v_dim != shape.head_dim:
         return [slice_block(params, axes, shape, k) for k in kept]
     sizes = unit_sizes(shape)
     sliced: list[dict[str, Tensor]] = [{} for _ in kept]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from search_spaces.errors import UserError
-from supernets.axes import unit_sizes
+from supernets.axes import qkv_rows
 from supernets.coordinates import compact_parameters, settle_norms
 from supernets.families import adapter_for
 from supernets.importance import Orders, check_orders, permute
@@ -181,7 +181,8 @@ def check_fits(supernet: Supernet, basis: Basis) -> None:
     for part, heads in (("qk", basis.qk), ("v", basis.v)):
         for name, t in heads.items():
             shape = shapes.get(name)
-            expected = None if shape is None else (shape.num_heads, shape.head_dim, shape.head_dim)
+            d = 0 if shape is None else shape.head_dim if part == "qk" else shape.v_dim
+            expected = None if shape is None or not shape.attn else (shape.num_heads, d, d)
             if tuple(t.shape) != expected:
                 raise UserError(f"the basis has {part} {tuple(t.shape)} for block {name}, the network {expected}")
             against = adapter.head_parts(adapter.backbone.get_submodule(name)).get(part)
@@ -258,11 +259,10 @@ def change_heads(supernet: Supernet, basis: Basis, back: bool = False) -> None:
     """q -> A q, k -> A^-T k, v -> T v and the projection after it by T^-1, in place; or back."""
     adapter = supernet.adapter
     for name, block, shape in zip(adapter.block_names, adapter.blocks(), supernet.shapes, strict=True):
-        size = unit_sizes(shape)
-        H, d = size["H"], size["D"]
-        device, found = next(block.parameters()).device, (basis.qk.get(name), basis.v.get(name))
+        found = basis.qk.get(name), basis.v.get(name)
         if all(m is None for m in found):
             continue
+        device = next(block.parameters()).device
         a, t = (None if m is None else m.to(device).double() for m in found)
         if back:
             a, t = (None if m is None else torch.linalg.inv(m) for m in (a, t))
@@ -271,17 +271,19 @@ def change_heads(supernet: Supernet, basis: Basis, back: bool = False) -> None:
         attn = adapter.block_axes.attn
         for leaf, p in adapter.block_parameters(block).items():
             for dim, letters in enumerate(adapter.block_axes[leaf]):
+                rows = [p.shape[dim]]
                 if letters == "3HD":
-                    changes = [q, k, v]
+                    changes, rows = [q, k, v], qkv_rows(shape)
                 elif letters == "HD":
                     changes = [k if leaf in attn.keys else q]
                 elif letters == "HV":  # a norm over them would stand against it: head_parts
                     changes = [out if leaf in attn.writers else v]
                 else:
                     continue
-                parts = p.detach().double().movedim(dim, 0).unflatten(0, (len(changes), H, d))
-                moved = torch.stack([_in_heads(m, part) for m, part in zip(changes, parts, strict=True)])
-                block.get_parameter(leaf).data.copy_(moved.flatten(0, 2).movedim(0, dim))
+                parts = p.detach().double().movedim(dim, 0).split(rows)
+                by_head = [part.unflatten(0, (shape.num_heads, -1)) for part in parts]
+                moved = torch.cat([_in_heads(m, part).flatten(0, 1) for m, part in zip(changes, by_head, strict=True)])
+                block.get_parameter(leaf).data.copy_(moved.movedim(0, dim))
 
 
 def _in_heads(matrices: Tensor | None, t: Tensor) -> Tensor:

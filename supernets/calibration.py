@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from search_spaces.slices import identity_slice
-from supernets.axes import layer_of, slice_block, within
+from search_spaces.slices import BlockShape, identity_slice
+from supernets.adapter import Adapter
+from supernets.axes import layer_of, qkv_rows, slice_block, within
 from supernets.basis import Basis, change_heads
 from supernets.coordinates import isometry
 from supernets.least_squares import gram_matrix, head_order, neuron_order
@@ -114,9 +115,11 @@ class Metric:
             for p in self.supernet.parameters():
                 hooks.callback(p.requires_grad_, p.requires_grad)
                 p.requires_grad_(False)
-            for name, block in zip(adapter.block_names, adapter.blocks(), strict=True):
-                for half, module in enumerate((block.drop_path1, block.drop_path2)):
-                    hooks.callback(module.register_forward_hook(self._watch((name, half))).remove)
+            for name, block, shape in zip(adapter.block_names, adapter.blocks(), adapter.shapes, strict=True):
+                for half, there in enumerate((shape.attn, shape.mlp)):
+                    if there:
+                        module = (block.drop_path1, block.drop_path2)[half]
+                        hooks.callback(module.register_forward_hook(self._watch((name, half))).remove)
             logits = self.supernet.large(images.detach().requires_grad_())
             drawn = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=self.generator)
             nn.functional.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum").backward()
@@ -157,6 +160,9 @@ def qk_lost(supernet: Supernet, qk: Mapping[str, Tensor], metric: Metric) -> dic
             stage = shape.stage
             streams = [adapter.enter_stage(stage, outer, z) for z in streams]
         params, d, whole = adapter.block_parameters(block), shape.head_dim, identity_slice(shape)
+        if not shape.attn:
+            streams = mlp_added(adapter, block, shape, streams)
+            continue
         added = [adapter.attention_half(block, shape, params, whole, z) for z in streams]
         root, widths, errors = metric.root(name, 0), [], []
         unit = shape.qk_unit
@@ -170,9 +176,16 @@ def qk_lost(supernet: Supernet, qk: Mapping[str, Tensor], metric: Metric) -> dic
             errors.append(float((root @ error.value() @ root).diagonal().sum()))
         points = torch.from_numpy(np.interp(np.arange(d + 1), [*widths, d], [*errors, 0.0]))
         lost[f"{name}.qk"] = points.flip(0).cummax(0).values.flip(0)  # more channels never lose more
-        streams = [z + y for z, y in zip(streams, added, strict=True)]
-        streams = [z + adapter.mlp_half(block, shape, params, whole, z) for z in streams]
+        streams = mlp_added(adapter, block, shape, [z + y for z, y in zip(streams, added, strict=True)])
     return lost
+
+
+def mlp_added(adapter: Adapter, block: Any, shape: BlockShape, streams: list[Tensor]) -> list[Tensor]:
+    """Streams after a whole block's MLP, where it has one."""
+    if not shape.mlp:
+        return streams
+    params, whole = adapter.block_parameters(block), identity_slice(shape)
+    return [z + adapter.mlp_half(block, shape, params, whole, z) for z in streams]
 
 
 class StreamMoments:
@@ -266,10 +279,14 @@ class HeadMoments:
         self.rotated: set[str] = set()  # blocks whose v is changed
         self.heads: dict[str, Moment] = {}
         self.hidden: dict[str, Moment] = {}
-        for name, block in zip(adapter.block_names, adapter.blocks(), strict=True):
-            against = adapter.head_parts(block)
-            attn, mlp = adapter.block_axes.attn, adapter.block_axes.mlp
-            writer = layer_of(block, attn.writers)
+        attn, mlp = adapter.block_axes.attn, adapter.block_axes.mlp
+        for name, block, shape in zip(adapter.block_names, adapter.blocks(), adapter.shapes, strict=True):
+            if wanted.error_order and shape.mlp:
+                self.hidden[name] = Moment(centred=True)
+                hooks.callback(layer_of(block, mlp.writers).register_forward_pre_hook(self._hidden(name)).remove)
+            if not shape.attn:
+                continue
+            against, writer = adapter.head_parts(block), layer_of(block, attn.writers)
             if wanted.inside and "qk" not in against:
                 self.q[name], self.k[name] = Moment(), Moment()
                 hooks.callback(adapter.watch_qkv(block, self._qk(name)))
@@ -278,20 +295,19 @@ class HeadMoments:
             if name in self.rotated or metric is not None:
                 self.out[name] = Moment()
             if wanted.error_order:
-                self.heads[name], self.hidden[name] = Moment(centred=True), Moment(centred=True)
-                hooks.callback(layer_of(block, mlp.writers).register_forward_pre_hook(self._hidden(name)).remove)
+                self.heads[name] = Moment(centred=True)
             if name in self.out or name in self.heads:
                 hooks.callback(writer.register_forward_pre_hook(self._out(name)).remove)
 
-    def _shape(self, name: str) -> tuple[int, int]:
-        shape = self.supernet.shapes[self.supernet.adapter.block_names.index(name)]
-        return shape.num_heads, shape.head_dim
+    def _shape(self, name: str) -> BlockShape:
+        return self.supernet.shapes[self.supernet.adapter.block_names.index(name)]
 
     def _qk(self, name: str) -> Callable[[Tensor], None]:
-        H, d = self._shape(name)
+        shape = self._shape(name)
 
         def see(qkv: Tensor) -> None:
-            q, k, _v = qkv.flatten(0, -3).unflatten(-1, (3, H, d)).permute(2, 3, 0, 1, 4).unbind(0)  # (H, B, N, d)
+            q, k, _v = qkv.flatten(0, -3).split(qkv_rows(shape), -1)
+            q, k = (t.unflatten(-1, (shape.num_heads, -1)).permute(2, 0, 1, 3) for t in (q, k))  # (H, B, N, d)
             k = k - k.mean(2, keepdim=True)  # a key that all tokens share changes no softmax
             self.q[name].add(q.flatten(1, 2))
             self.k[name].add(k.flatten(1, 2))
@@ -299,12 +315,12 @@ class HeadMoments:
         return see
 
     def _out(self, name: str) -> Callable[..., None]:
-        H, d = self._shape(name)
+        shape = self._shape(name)
 
         def hook(_: Any, inputs: tuple[Tensor]) -> None:
             o = inputs[0].flatten(0, -2)
             if name in self.out:
-                self.out[name].add(o.unflatten(-1, (H, d)).transpose(0, 1))
+                self.out[name].add(o.unflatten(-1, (shape.num_heads, shape.v_dim)).transpose(0, 1))
             if name in self.heads:
                 self.heads[name].add(o)
 
@@ -321,7 +337,7 @@ class HeadMoments:
 
     def _by_head(self, name: str) -> Tensor:
         """The matrix from the heads to the stream, (H, E, d)."""
-        by_head: Tensor = self._writers(name)[0].unflatten(1, self._shape(name))
+        by_head: Tensor = self._writer(name, 0).unflatten(1, (self._shape(name).num_heads, -1))
         return by_head.transpose(0, 1)
 
     def orders(self) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
@@ -333,29 +349,28 @@ class HeadMoments:
         orders: dict[str, list[int]] = {}
         lost: dict[str, Tensor] = {}
         for name in self.heads:
-            (H, _), (proj, fc2) = self._shape(name), self._writers(name)
+            H, proj = self._shape(name).num_heads, self._writer(name, 0)
             orders[f"{name}.heads"], heads = head_order(self.heads[name].value(), proj, H)
-            orders[f"{name}.hidden"], hidden = neuron_order(self.hidden[name].value(), fc2)
-            lost |= {f"{name}.heads": heads.cpu(), f"{name}.hidden": hidden.cpu()}
+            lost[f"{name}.heads"] = heads.cpu()
             if name in self.out:
                 kept = torch.tensor(orders[f"{name}.heads"])
                 tails = v_lost if name in self.rotated else v_lost_as_it_stands
                 lost[f"{name}.v"] = tails(self.out[name].value(), self._by_head(name))[kept].cpu()
+        for name in self.hidden:
+            orders[f"{name}.hidden"], hidden = neuron_order(self.hidden[name].value(), self._writer(name, 1))
+            lost[f"{name}.hidden"] = hidden.cpu()
         return orders, lost
 
-    def _writers(self, name: str) -> tuple[Tensor, Tensor]:
-        """The matrices from a block's heads and neurons to what the halves add, in the metric, float64."""
+    def _writer(self, name: str, half: int) -> Tensor:
+        """The matrix from a block's heads, or with half 1 neurons, to what that half adds, in the metric, float64."""
         adapter, block = self.supernet.adapter, self.supernet.backbone.get_submodule(name)
-        found = []
-        halves = (adapter.block_axes.attn, adapter.block_axes.mlp)
-        for half, (axes, matrix) in enumerate(zip(halves, adapter.writers(block), strict=True)):
-            weight = matrix.detach().double()
-            for leaf, scale in block.named_parameters():
-                if within(leaf, axes.outputs[:-1]):  # LayerScale
-                    weight = weight * scale.detach().double()[:, None]
-            found.append(weight if self.metric is None else self.metric.root(name, half) @ weight)
-        proj, fc2 = found
-        return proj, fc2
+        axes = (adapter.block_axes.attn, adapter.block_axes.mlp)[half]
+        (matrix,) = axes.writers
+        weight = block.get_parameter(matrix).detach().double()
+        for leaf, scale in block.named_parameters():
+            if within(leaf, axes.outputs[:-1]):  # LayerScale
+                weight = weight * scale.detach().double()[:, None]
+        return weight if self.metric is None else self.metric.root(name, half) @ weight
 
 
 def _root(moment: Tensor, floor: float = FLOOR) -> tuple[Tensor, Tensor]:

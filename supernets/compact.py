@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice
 from supernets.adapter import Adapter
 from supernets.axes import head_widths
-from supernets.compact_block import SkippedBlock
+from supernets.compact_block import CompactBlock, SkippedBlock
 from supernets.coordinates import compact_parameters, settle_norms
 from supernets.families import adapter_for
 
@@ -38,8 +38,8 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
 def shrink(model: nn.Module, subnet: NetworkSlice) -> nn.Module:
     """Cut a timm model down to a subnet, in place: its weights, its sizes and its attributes. Returns it.
 
-    model: rotated or not (section 2.7); the compact network's norms are timm's either way, but for stages whose blocks
-    work on different prefixes of a rotated stream.
+    model: rotated or not (section 2.7), or a compact network itself, which becomes a smaller one. The compact network's
+    norms are timm's either way, but for stages whose blocks work on different prefixes of a rotated stream.
     """
     adapter = adapter_for(model)
     with torch.no_grad():
@@ -63,6 +63,7 @@ def _shrink_block(adapter: Adapter, name: str, shape: BlockShape, kept: BlockSli
         return
     block: Any = adapter.backbone.get_submodule(name)
     as_it_is = kept.attn and kept.mlp and kept.mlp_stream is None and kept.stream == stage_width
+    as_it_is = as_it_is and not isinstance(block, CompactBlock)
     if kept.attn:
         attn = adapter.compact_attention(block, head_widths(kept, shape))
         as_it_is = as_it_is and attn is block.attn

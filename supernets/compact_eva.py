@@ -76,7 +76,10 @@ class CompactEvaAttention(nn.Module):
     channels: Tensor | None
 
     def __init__(self, attn: Any, heads: HeadWidths) -> None:
-        """attn: already cut, whose parameters are taken over; its head_dim and scale are the backbone's."""
+        """attn: already cut, timm's or one of these, whose parameters are taken over.
+
+        Its head_dim and scale are the backbone's, however narrow its heads.
+        """
         super().__init__()
         for name, child in attn.named_children():
             setattr(self, name, child)

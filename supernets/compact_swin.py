@@ -32,6 +32,7 @@ class CompactWindowAttention(nn.Module):
     proj_drop: Any
     relative_position_bias_table: nn.Parameter
     relative_position_index: Tensor
+    fused_attn = True
     attn_mask: Tensor | None
     gather: Tensor | None
     scatter: Tensor | None
@@ -43,9 +44,10 @@ class CompactWindowAttention(nn.Module):
     __prepare_scriptable__ = not_scriptable
 
     def __init__(self, block: Any, heads: HeadWidths) -> None:
-        """block: timm's SwinTransformerBlock, already cut, whose parameters are taken over."""
+        """block: timm's SwinTransformerBlock or one that has such attention, cut, whose parameters are taken over."""
         super().__init__()
         attn = block.attn
+        block = attn if isinstance(attn, CompactWindowAttention) else block
         for name, child in attn.named_children():
             if name != "softmax":
                 setattr(self, name, child)

@@ -21,7 +21,7 @@ from search_spaces.slices import NetworkSlice
 from supernets.adapter import Adapter
 from supernets.axes import slice_block
 from supernets.flops import whole_stages
-from supernets.rotated import STREAMS, StemNorm, StreamNorm, replace_module
+from supernets.rotated import STREAMS, StemLayer, StemNorm, StreamNorm, replace_module
 from supernets.streams import Reading, readings, scalings, stage_is_centred, stream_axes
 
 Tensors = dict[str, Tensor]
@@ -159,15 +159,6 @@ def settle_norms(adapter: Adapter, subnet: NetworkSlice) -> None:
         replace_module(model, adapter.stem_norm, norm)
     if hasattr(model, STREAMS):
         delattr(model, STREAMS)
-
-
-class StemLayer(nn.Sequential):
-    """The norm that ends a stem, and the layer that takes what it gives to the narrowed stream."""
-
-    def __init__(self, norm: nn.Module, layer: nn.Module) -> None:
-        super().__init__()
-        self.add_module("norm", norm)
-        self.add_module("linear", layer)
 
 
 def _stem_names(stem: str, values: Tensors, own: bool) -> Tensors:

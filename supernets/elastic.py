@@ -215,6 +215,8 @@ def mixed_block(adapter: Adapter, block: Any, shape: BlockShape, mixture: BlockM
     One stochastic-depth draw per half-block is shared by all its terms.
     """
     terms, axes = mixture.terms, adapter.block_axes
+    if not shape.attn and not shape.mlp:
+        return x
     each = slice_block_each(adapter.block_parameters(block), axes, shape, [t.slice for t in terms])
     norms = norms_over_units(block, axes)
     sliced = [(t.slice, gated(p, axes, shape, t, norms)) for p, t in zip(each, terms, strict=True)]

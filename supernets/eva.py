@@ -23,7 +23,7 @@ from supernets.compact_eva import (
     turns_of,
 )
 from supernets.layers import linear, norm, stem_norm
-from supernets.timm_block import ATTENTION, MLP
+from supernets.timm_block import ATTENTION, MLP, has_attn, shape_of
 from supernets.vit import VitAdapter
 
 EVA_ATTENTION = HalfAxes(
@@ -64,24 +64,29 @@ class EvaAdapter(VitAdapter):
     """Eva as blocks, stem and classifier. Its blocks are given the sines and cosines of every position."""
 
     block_axes = BlockAxes(EVA_ATTENTION, EVA_MLP)
-    block_types = (EvaBlock,)
-    attention_types = (EvaAttention, AttentionRope)
+    block_types = (EvaBlock, CompactEvaBlock)
+    attention_types = (EvaAttention, AttentionRope, CompactEvaAttention)
     plain_attention = "use timm's EvaAttention or AttentionRope"
     layer_scales = ("gamma_1", "gamma_2")
     compact_block = CompactEvaBlock
 
     def __init__(self, backbone: Any) -> None:
         super().__init__(backbone)
-        if any(block.attn.qkv is not None and block.attn.qkv.bias is None for block in backbone.blocks):
+        fused = [block.attn.qkv for block in backbone.blocks if has_attn(block) and is_fused(block.attn)]
+        if any(qkv.bias is None for qkv in fused):
             parted = {"attn.qkv.weight": ("attn.q_bias", None, "attn.v_bias")}
             self.block_axes = replace(self.block_axes, attn=replace(EVA_ATTENTION, parted_biases=parted))
         self._turns: tuple[Any, Tensor] | None = None  # of one device and precision
 
     def block_shape(self, block: Any) -> BlockShape:
-        shape = super().block_shape(block)
         if self.backbone.rope is None:
+            return super().block_shape(block)
+        shape = shape_of(0, self.backbone.embed_dim, block, unit=2)
+        if not shape.attn:
             return shape
-        return replace(shape, qk_order=pair_order(shape.head_dim, block.attn.rotate_half), qk_unit=2)
+        order = pair_order(block.attn.head_dim, block.attn.rotate_half)[: shape.head_dim]
+        places = {channel: place for place, channel in enumerate(sorted(order))}  # of those that a cut head has
+        return replace(shape, qk_order=tuple(places[channel] for channel in order))
 
     def _check(self, backbone: Any) -> None:
         super()._check(backbone)
@@ -93,7 +98,7 @@ class EvaAdapter(VitAdapter):
             raise refuse(backbone, "rope_type=mixed", "use a rotary embedding whose frequencies all blocks share")
         if getattr(backbone.rope, "aug_active", False):
             raise refuse(backbone, "rope_shift_coords, rope_jitter_coords or rope_rescale_coords", "leave them out")
-        for block in backbone.blocks:
+        for block in filter(has_attn, backbone.blocks):
             if getattr(block.attn, "num_kv_heads", block.attn.num_heads) != block.attn.num_heads:
                 raise refuse(backbone, "grouped queries (num_kv_heads)", "use as many heads of k and v as of q")
 
@@ -107,8 +112,9 @@ class EvaAdapter(VitAdapter):
 
     def attend(self, block: Any, params: Params, heads: HeadWidths, x: Tensor) -> Tensor:
         attn, rope = block.attn, self._rope()
-        if rope is not None and heads.qk_channels is not None:
-            rope = turns_of(rope, torch.tensor(heads.qk_channels, device=rope.device))
+        channels = turned_channels(attn, heads)
+        if rope is not None and channels is not None:
+            rope = turns_of(rope, torch.tensor(channels, device=rope.device))
 
         def norm_qk(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
             return norm(attn.q_norm, params, "attn.q_norm", q), norm(attn.k_norm, params, "attn.k_norm", k)
@@ -145,6 +151,8 @@ class EvaAdapter(VitAdapter):
 
     def compact_attention(self, block: Any, heads: HeadWidths) -> nn.Module:
         attn = block.attn
+        if isinstance(attn, CompactEvaAttention):
+            return CompactEvaAttention(attn, replace(heads, qk_channels=turned_channels(attn, heads)))
         width, stream = heads.number * attn.head_dim, (attn.qkv or attn.q_proj).in_features
         # timm's own wants heads as wide together as the stream, and takes the weight of a biased qkv without calling it
         own = type(attn) is EvaAttention and (width != stream or (attn.qkv is not None and attn.q_bias is not None))
@@ -156,6 +164,22 @@ class EvaAdapter(VitAdapter):
         elif attn.k_bias is not None:
             attn.k_bias = attn.k_bias[:width].clone()
         return attn  # type: ignore[no-any-return]
+
+
+def is_fused(attn: Any) -> bool:
+    """Whether q, k and v are one layer."""
+    return getattr(attn, "qkv", None) is not None
+
+
+def turned_channels(attn: Any, heads: HeadWidths) -> tuple[int, ...] | None:
+    """Which of the backbone's channels of a head those of q and k are; None: all of them.
+
+    attn: the backbone's, or a compact network's, which has some of them itself.
+    """
+    own = attn.heads.qk_channels if isinstance(attn, CompactEvaAttention) else None
+    if own is None or heads.qk_channels is None:
+        return own if heads.qk_channels is None else heads.qk_channels
+    return tuple(own[channel] for channel in heads.qk_channels)
 
 
 def projected(params: Params, x: Tensor) -> Projected:

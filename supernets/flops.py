@@ -194,7 +194,7 @@ class UnitFlops:
 def unit_flops(shape: BlockShape, costs: BlockCosts) -> UnitFlops:
     """What a block's MACs lose with one unit of each kind; they are linear in the number of each."""
     whole = identity_slice(shape)
-    v = (tuple(range(shape.head_dim)),) * (shape.num_heads - 1) + (tuple(range(shape.head_dim - 1)),)
+    v = (tuple(range(shape.v_dim)),) * (shape.num_heads - 1) + (tuple(range(shape.v_dim - 1)),)
     less = replace(whole, v_channels=v), replace(whole, hidden=shape.hidden - 1)
     full = block_flops(shape, costs, whole)
     return UnitFlops(*(full - block_flops(shape, costs, kept) for kept in less))

@@ -8,20 +8,27 @@ Orders are named "stream.<stage>", "<block>.heads" and "<block>.hidden"; order[i
 stands at i.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from search_spaces.errors import UserError
-from supernets.axes import unit_sizes
+from supernets.axes import qkv_rows, unit_sizes
 from supernets.supernet import Supernet
 
 Orders = Mapping[str, list[int]]
 
 
-def _axes(supernet: Supernet) -> Iterator[tuple[nn.Parameter, int, str, dict[str, int], dict[str, str]]]:
-    """Every sorted axis: parameter, dimension, its letters, the letters' sizes, and the order's name by letter."""
+Axis = tuple[nn.Parameter, int, slice, str, dict[str, int], dict[str, str]]
+
+
+def _axes(supernet: Supernet) -> Iterator[Axis]:
+    """Every sorted axis: parameter, dimension, rows, their letters and these' sizes, and the order's name by letter.
+
+    rows: all of the dimension; of fused q, k and v one part after the other.
+    """
     adapter = supernet.adapter
     for name, axes in adapter.outer_axes.items():
         p = adapter.backbone.get_parameter(name)
@@ -29,15 +36,20 @@ def _axes(supernet: Supernet) -> Iterator[tuple[nn.Parameter, int, str, dict[str
             if axis is not None:
                 letters, stage = axis
                 sizes = {"4": 4, "S": p.shape[dim] // 4 if letters == "4S" else p.shape[dim]}
-                yield p, dim, letters, sizes, {"S": f"stream.{stage}"}
+                yield p, dim, slice(None), letters, sizes, {"S": f"stream.{stage}"}
     for block_name, block, shape in zip(adapter.block_names, adapter.blocks(), supernet.shapes, strict=True):
         stream = f"stream.{shape.stage}"
         orders = {"S": stream, "R": stream, "H": f"{block_name}.heads", "M": f"{block_name}.hidden"}
         sizes = unit_sizes(shape)
         for name in adapter.block_parameters(block):
             for dim, letters in enumerate(adapter.block_axes[name]):
-                if letters != ".":
-                    yield block.get_parameter(name), dim, letters, sizes, orders
+                p = block.get_parameter(name)
+                if letters == "3HD":
+                    q, k, v = itertools.pairwise(itertools.accumulate(qkv_rows(shape), initial=0))
+                    for rows, part in ((q, "HD"), (k, "HD"), (v, "HV")):
+                        yield p, dim, slice(*rows), part, sizes, orders
+                elif letters != ".":
+                    yield p, dim, slice(None), letters, sizes, orders
 
 
 def group_scores(
@@ -49,25 +61,26 @@ def group_scores(
     of v inside a block's heads, over all of its heads: "<block>.qk" and "<block>.v", (d,).
     """
     totals: dict[str, Tensor] = {}
-    for p, dim, letters, sizes, orders in _axes(supernet):
+    for p, dim, rows, letters, sizes, orders in _axes(supernet):
         scores = weight_score(p)
         if scores is None:
             continue
-        factors = scores.detach().double().unflatten(dim, [sizes[letter] for letter in letters])
+        own = _rows(scores.detach(), dim, rows)
+        factors = own.double().unflatten(dim, [sizes[letter] for letter in letters])
         if inside and "H" in orders:
             block = orders["H"].removesuffix(".heads")
             orders = orders | {"D": f"{block}.qk", "V": f"{block}.v"}
         for offset, letter in enumerate(letters):
-            if letter not in orders:
-                continue
-            parts = [(letter, factors)]
-            if letters == "3HD" and letter == "D":  # of q and k, and of v
-                parts = [("D", factors.narrow(dim, 0, 2)), ("V", factors.narrow(dim, 2, 1))]
-            for unit, scored in parts:
+            if letter in orders:
                 others = [d for d in range(factors.dim()) if d != dim + offset]
-                group = scored.sum(others) if others else scored
-                totals[orders[unit]] = totals.get(orders[unit], 0) + group
+                group = factors.sum(others) if others else factors
+                totals[orders[letter]] = totals.get(orders[letter], 0) + group
     return totals
+
+
+def _rows(t: Tensor, dim: int, rows: slice) -> Tensor:
+    """A view of some rows of a dimension."""
+    return t[(slice(None),) * dim + (rows,)]
 
 
 def magnitude_scores(supernet: Supernet) -> dict[str, Tensor]:
@@ -87,7 +100,7 @@ def taylor_lost(supernet: Supernet, scores: Mapping[str, Tensor]) -> dict[str, T
     """
     lost = {}
     for name, shape in zip(supernet.adapter.block_names, supernet.shapes, strict=True):
-        for part in ("heads", "qk", "v", "hidden"):
+        for part in (*(("heads", "qk", "v") if shape.attn else ()), *(("hidden",) if shape.mlp else ())):
             own = scores[f"{name}.{part}"].cpu()
             own = own[list(shape.qk_order)] if part == "qk" and shape.qk_order else own
             tails = own.flip(0).cumsum(0).flip(0)
@@ -104,7 +117,7 @@ def orders_of(scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
 def check_orders(supernet: Supernet, orders: Orders) -> None:
     """UserError when the orders are another network's."""
     known: dict[str, int] = {}
-    for _, _, letters, sizes, names in _axes(supernet):
+    for _, _, _, letters, sizes, names in _axes(supernet):
         known |= {names[letter]: sizes[letter] for letter in letters if letter in names}
     for name, order in orders.items():
         if known.get(name) != len(order):
@@ -118,13 +131,16 @@ def check_orders(supernet: Supernet, orders: Orders) -> None:
 def permute(supernet: Supernet, orders: Orders) -> None:
     """Reorder the backbone's parameters in place. UserError when the orders are another network's."""
     check_orders(supernet, orders)
-    for p, dim, letters, sizes, names in _axes(supernet):
-        moved = p.detach().unflatten(dim, [sizes[letter] for letter in letters])
+    for p, dim, rows, letters, sizes, names in _axes(supernet):
+        if not any(names.get(letter) in orders for letter in letters):
+            continue
+        own = _rows(p.detach(), dim, rows)
+        moved = own.unflatten(dim, [sizes[letter] for letter in letters])
         for offset, letter in enumerate(letters):
             if letter in names and names[letter] in orders:
                 index = torch.tensor(orders[names[letter]], device=p.device)
                 moved = moved.index_select(dim + offset, index)
-        p.copy_(moved.flatten(dim, dim + len(letters) - 1))
+        own.copy_(moved.flatten(dim, dim + len(letters) - 1))
 
 
 def taylor_pass(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from search_spaces.slices import Kept, count
 from supernets.axes import HeadWidths, Params
-from supernets.rotated import StemNorm, StreamNorm
+from supernets.rotated import StemLayer, StemNorm, StreamNorm
 
 
 def norm(module: nn.Module, params: Params, name: str, x: Tensor) -> Tensor:
@@ -40,7 +40,13 @@ def norm(module: nn.Module, params: Params, name: str, x: Tensor) -> Tensor:
 
 
 def stem_norm(module: nn.Module, params: Params, name: str, x: Tensor) -> Tensor:
-    """A norm whose output is the stream: over the slice, or over all of x and then into a rotated slice."""
+    """A norm whose output is the stream: over the slice, or over all of x and then into a rotated slice.
+
+    Of a compact network, whose rotation is a layer by now, that layer's rows are what is sliced.
+    """
+    if isinstance(module, StemLayer):
+        x = norm(module.get_submodule("norm"), params, f"{name}.norm", x)
+        return linear(params, f"{name}.linear", x)
     if isinstance(module, StemNorm):
         return module.sliced(x, params[f"{name}.rotation"])
     return norm(module, params, name, x)
@@ -123,7 +129,7 @@ def attention(attn: Any, params: Params, heads: HeadWidths, x_BNS: Tensor, scale
 
     scale: of q k^T; by default that of heads as wide as the backbone's.
     """
-    if scale is None and heads.qk != attn.head_dim:
+    if scale is None and attn.scale != heads.qk**-0.5:
         scale = attn.scale
 
     def attend(q_BHND: Tensor, k_BHND: Tensor, v_BHNV: Tensor, _: Any) -> Tensor:

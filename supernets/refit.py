@@ -163,7 +163,7 @@ def bytes_held(supernet: Supernet, subnet: NetworkSlice) -> int:
     """What a refit holds of one image, at most: the large stream before and after a half, the subnet's, its units."""
     most = 0
     for shape, costs, kept in zip(supernet.shapes, supernet.adapter.costs.blocks, subnet.blocks, strict=True):
-        v = kept.v_channels if isinstance(kept.v_channels, int) else shape.head_dim
+        v = kept.v_channels if isinstance(kept.v_channels, int) else shape.v_dim
         units = max(costs.attn_tokens * count(kept.heads) * v, costs.mlp_tokens * count(kept.hidden))
         most = max(most, costs.mlp_tokens * (2 * shape.embed_dim + kept.stream) + units)
     return most * torch.float32.itemsize
@@ -235,7 +235,8 @@ class _Refit:
                 self._merge(stage)
             for half in self._halves(i):
                 before = self.large
-                self.large = [z + half.run(half.full, half.whole, z) for z in before]
+                if any(leaf in half.full for leaf in half.axes.axes):
+                    self.large = [z + half.run(half.full, half.whole, z) for z in before]
                 if any(leaf in half.small for leaf in half.axes.axes):
                     read = self._read(half, before)
                     values = read | self._write(replace(half, small=_with(half.small, read)))
@@ -257,7 +258,7 @@ class _Refit:
         return [
             _Half(
                 half,
-                None if half.norm is None else block.get_submodule(half.norm),
+                getattr(block, half.norm, None) if half.norm is not None else None,
                 partial(_run, run, block, shape),
                 full,
                 rows,

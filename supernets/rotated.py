@@ -128,6 +128,15 @@ class StemNorm(nn.Module):
         return norm  # type: ignore[no-any-return]
 
 
+class StemLayer(nn.Sequential):
+    """The norm that ends a stem, and the layer that takes what it gives to the narrowed stream."""
+
+    def __init__(self, norm: nn.Module, layer: nn.Module) -> None:
+        super().__init__()
+        self.add_module("norm", norm)
+        self.add_module("linear", layer)
+
+
 def centred(module: nn.Module) -> bool:
     """Whether a norm, or what stands for it, takes the mean over channels away."""
     return module.centred if isinstance(module, StreamNorm) else isinstance(module, nn.LayerNorm)

@@ -14,13 +14,14 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 
-from search_spaces.slices import BlockShape
 from supernets.adapter import OuterAxis, refuse
 from supernets.axes import HeadWidths, Params
+from supernets.compact_block import SkippedBlock
 from supernets.compact_swin import CompactWindowAttention, CompactWindowBlock
 from supernets.flops import NetworkCosts, PerWidth
 from supernets.layers import by_width, linear, norm, stem_norm
-from supernets.timm_block import TimmBlockAdapter, check_norm, num_params
+from supernets.rotated import StemLayer
+from supernets.timm_block import TimmBlockAdapter, check_compact, check_norm, has_attn, num_params, shape_of
 
 # W windows of one image, T tokens of a window; other letters as in layers.py
 
@@ -71,10 +72,15 @@ class FusedWindowAttention(WindowAttention):  # type: ignore[misc]
         return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]
 
 
+def placed(block: Any) -> Any:
+    """What knows the windows of a block with attention: the block itself, or a compact network's attention."""
+    return block.attn if isinstance(block.attn, CompactWindowAttention) else block
+
+
 def windowed(block: Any, x: Tensor, attend: Any) -> Tensor:
     """timm's SwinTransformerBlock._attn around `attend`: roll, pad, partition, attend, and back.
 
-    (B, H, W, S) -> (B, H, W, what attend gives of each token).
+    block: what knows the windows (`placed`). (B, H, W, S) -> (B, H, W, what attend gives of each token).
     """
     _, H, W, S = x.shape
     shift_h, shift_w = block.shift_size
@@ -102,32 +108,36 @@ class SwinAdapter(TimmBlockAdapter):
         for s, stage in enumerate(backbone.layers):
             H, W = stage.output_resolution
             for i, block in enumerate(stage.blocks):
-                attn = block.attn
-                head_dim = attn.proj.in_features // attn.num_heads
+                attn: Any = block.attn if has_attn(block) else None
                 if type(attn) is WindowAttention:
                     attn.__class__ = FusedWindowAttention
-                    attn.fused_attn, attn.head_dim = True, head_dim
-                win_h, win_w = block.window_size
+                    attn.fused_attn, attn.head_dim = True, attn.proj.in_features // attn.num_heads
+                win_h, win_w = (1, 1) if attn is None else placed(block).window_size
                 padded = (H + -H % win_h) * (W + -W % win_w)
                 names.append(f"layers.{s}.blocks.{i}")
-                shapes.append(BlockShape(s, block.dim, attn.num_heads, head_dim, block.mlp.fc1.out_features))
+                shapes.append(shape_of(s, block.dim, block))
                 costs.append(self.block_costs(block, shapes[-1], padded, win_h * win_w, H * W))
         self.block_names, self.shapes = tuple(names), tuple(shapes)
         dims = [stage.blocks[0].dim for stage in backbone.layers]
         merges = [stage.downsample for stage in backbone.layers[1:]]
         merged_tokens = [stage.output_resolution[0] * stage.output_resolution[1] for stage in backbone.layers[1:]]
+        if not isinstance(backbone.patch_embed.norm, nn.Identity):
+            self.stem_tokens, self.before_stem = backbone.patch_embed.num_patches, ("patch_embed.proj.",)
+            if isinstance(backbone.patch_embed.norm, StemLayer):
+                self.stem_layer = "patch_embed.norm"
+            else:
+                self.stem_norm = "patch_embed.norm"
         self.outer_axes = self._axes()
-        self.outer_norms = {"patch_embed.norm": ("S", 0), "norm": ("S", len(dims) - 1)}
+        self.outer_norms = {"norm": ("S", len(dims) - 1)}
+        self.outer_norms |= {} if self.stem_norm is None else {self.stem_norm: ("S", 0)}
         self.outer_norms |= {f"layers.{s}.downsample.norm": ("4S", s - 1) for s in range(1, len(dims))}
         embed, fc = backbone.patch_embed, backbone.head.fc
+        stem = [n for n, axes in self.outer_axes.items() if n.startswith("patch_embed.") and ("S", 0) in axes]
         classes = fc.out_features
         self.classifiers = ("head.fc",)
         self.outer_readers = {
             f"layers.{s}.downsample.norm": (f"layers.{s}.downsample.reduction",) for s in range(1, len(dims))
         } | {"norm": self.classifiers}
-        if not isinstance(backbone.patch_embed.norm, nn.Identity):
-            self.stem_norm, self.stem_tokens = "patch_embed.norm", backbone.patch_embed.num_patches
-            self.before_stem = ("patch_embed.proj.",)
         if backbone.global_pool not in ("avg", "fast", "fastavg"):
             self.unrotated = {
                 len(dims) - 1: f"global_pool={backbone.global_pool} takes maxima over tokens, channel by channel"
@@ -143,20 +153,21 @@ class SwinAdapter(TimmBlockAdapter):
             ),
             params=PerWidth(
                 constant=classes,
-                first=num_params(embed.proj, dims[0]) + num_params(embed.norm, dims[0]),
+                first=sum(backbone.get_parameter(name).numel() for name in stem) // dims[0],
                 last=classes + num_params(backbone.norm, dims[-1]),
                 merge_pair=(4,) * len(merges),
                 merge_in=tuple(num_params(m.norm, d) for m, d in zip(merges, dims, strict=False)),
             ),
         )
-        self.costs = self.stream_costs(network)
+        self.costs = self.stream_costs(self.with_stem_layer(network))
 
     def _axes(self) -> dict[str, tuple[OuterAxis, ...]]:
         swin = self.backbone
         last = len(swin.layers) - 1
         axes: dict[str, tuple[OuterAxis, ...]] = {}
         for name, p in swin.patch_embed.named_parameters():  # proj (E, C, p, p) and (E,); norm (E,)
-            axes[f"patch_embed.{name}"] = (("S", 0), *([None] * (p.dim() - 1)))
+            whole = self.stem_layer is not None and not name.startswith("norm.linear.")
+            axes[f"patch_embed.{name}"] = (None if whole else ("S", 0), *([None] * (p.dim() - 1)))
         for s in range(1, last + 1):
             for name, p in swin.layers[s].downsample.named_parameters():  # norm (4 E,); reduction (E', 4 E)
                 read: OuterAxis = ("4S", s - 1)
@@ -181,11 +192,13 @@ class SwinAdapter(TimmBlockAdapter):
         if not all(len(stage.blocks) for stage in backbone.layers):
             raise refuse(backbone, "a stage without blocks", "use depths of 1 or more")
         check_norm(backbone, backbone.norm, "norm")
-        for stage in backbone.layers:
-            for block in stage.blocks:
-                if type(block) is not SwinTransformerBlock:
+        for s, stage in enumerate(backbone.layers):
+            for i, block in enumerate(stage.blocks):
+                if type(block) not in (SwinTransformerBlock, CompactWindowBlock, SkippedBlock):
                     raise refuse(backbone, f"block type {type(block).__name__}", "use SwinTransformerBlock")
-                check_norm(backbone, block.norm1, "norm1")
+                check_compact(backbone, block, f"layers.{s}.blocks.{i}", block.dim)
+                if has_attn(block):
+                    check_norm(backbone, block.norm1, "norm1")
 
     def stem(self, params: Params, images: Tensor) -> Tensor:
         embed = self.backbone.patch_embed
@@ -203,14 +216,16 @@ class SwinAdapter(TimmBlockAdapter):
         return linear(params, f"layers.{stage}.downsample.reduction", x)
 
     def attend(self, block: Any, params: Params, heads: HeadWidths, x: Tensor) -> Tensor:
-        return windowed(block, x, partial(window_attention, block.attn, params, heads))
+        return windowed(placed(block), x, partial(window_attention, block.attn, params, heads))
 
     def pads_after_norm(self, block: Any) -> bool:
-        (H, W), (win_h, win_w) = block.input_resolution, block.window_size
+        if not has_attn(block):
+            return False
+        (H, W), (win_h, win_w) = placed(block).input_resolution, placed(block).window_size
         return bool(H % win_h or W % win_w)
 
     def compact_attention(self, block: Any, heads: HeadWidths) -> nn.Module:
-        super().compact_attention(block, heads)
+        block.attn.num_heads = heads.number
         return CompactWindowAttention(block, heads)
 
     def pool(self, params: Params, x: Tensor) -> Tensor:

@@ -6,13 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from search_spaces.slices import BlockShape
 from supernets.adapter import refuse
 from supernets.axes import HeadWidths, Params
 from supernets.flops import NetworkCosts, PerWidth
 from supernets.layers import attention, norm
 from supernets.t2t_tokens import TokenPerformer, token_macs
-from supernets.timm_block import TimmBlockAdapter, num_params
+from supernets.timm_block import TimmBlockAdapter, check_compact, num_params, shape_of
 
 PROJECT = "tokens_to_token.project"
 
@@ -31,9 +30,9 @@ class T2TAdapter(TimmBlockAdapter):
         num_tokens = tokens.num_patches + backbone.num_prefix_tokens
         self.input_size = (backbone.in_chans, *tokens.img_size)
         self.block_names = tuple(f"blocks.{i}" for i in range(len(backbone.blocks)))
-        self.shapes = tuple(
-            BlockShape(0, E, b.attn.num_heads, b.attn.head_dim, b.mlp.fc1.out_features) for b in backbone.blocks
-        )
+        for name, block in zip(self.block_names, backbone.blocks, strict=True):
+            check_compact(backbone, block, name, E)
+        self.shapes = tuple(shape_of(0, E, block) for block in backbone.blocks)
         self.outer_axes = {
             "cls_token": (None, None, ("S", 0)),  # (1, 1, E), as pos_embed (1, 1 + N, E)
             "pos_embed": (None, None, ("S", 0)),

@@ -12,9 +12,9 @@ from search_spaces.errors import UserError
 from search_spaces.slices import BlockShape, BlockSlice
 from supernets.adapter import Adapter, refuse
 from supernets.axes import BlockAxes, HalfAxes, HeadWidths, Params, head_widths
-from supernets.compact_block import not_scriptable
+from supernets.compact_block import CompactBlock, SkippedBlock, not_scriptable
 from supernets.layers import by_width, layer_scale, mlp, norm, on_channels
-from supernets.rotated import StemNorm, StreamNorm
+from supernets.rotated import StemLayer, StemNorm, StreamNorm
 
 ATTENTION = HalfAxes(
     axes={
@@ -62,10 +62,57 @@ PACKED = {"mlp.fc1.weight": ("2M", "R"), "mlp.fc1.bias": ("2M",)}  # of a GluMlp
 
 def with_packed_gates(axes: HalfAxes, blocks: Iterable[Any]) -> HalfAxes:
     """The axes of an MLP half for blocks that all have, or all have not, both sides of a GLU in one layer."""
-    packed = [isinstance(block.mlp, GluMlp) for block in blocks]
+    packed = [isinstance(block.mlp, GluMlp) for block in blocks if has_mlp(block)]
     if len(set(packed)) > 1:
         raise UserError("some MLPs are timm's GluMlp and some are not; blocks of one kind are expected")
-    return replace(axes, axes=dict(axes.axes) | PACKED) if all(packed) else axes
+    return replace(axes, axes=dict(axes.axes) | PACKED) if packed and all(packed) else axes
+
+
+def has_attn(block: nn.Module) -> bool:
+    """Whether a block has attention: one of a compact network may lack it."""
+    return not isinstance(block, SkippedBlock) and (not isinstance(block, CompactBlock) or block.has_attn)
+
+
+def has_mlp(block: nn.Module) -> bool:
+    """Whether a block has an MLP."""
+    return not isinstance(block, SkippedBlock) and (not isinstance(block, CompactBlock) or block.has_mlp)
+
+
+def heads_of(attn: Any) -> HeadWidths:
+    """How many heads attention has and how wide they are, timm's own or that of a compact network.
+
+    Heads whose v are of several widths are refused (`check_compact`).
+    """
+    found = getattr(attn, "heads", None)
+    if not isinstance(found, HeadWidths):
+        return HeadWidths(attn.num_heads, attn.head_dim, attn.head_dim)
+    return found if isinstance(found.v, int) else replace(found, v=found.v[0])
+
+
+def shape_of(stage: int, embed_dim: int, block: Any, unit: int = 1) -> BlockShape:
+    """The facts of a block from its modules; a missing half has one unit of each kind.
+
+    unit: channels of q and k that go together.
+    """
+    attn, mlp = has_attn(block), has_mlp(block)
+    heads = heads_of(block.attn) if attn else HeadWidths(1, unit, 1)
+    assert isinstance(heads.v, int)
+    hidden = block.mlp.fc2.in_features if mlp else 1
+    return BlockShape(stage, embed_dim, heads.number, heads.qk, hidden, qk_unit=unit, v_dim=heads.v, attn=attn, mlp=mlp)
+
+
+def check_compact(backbone: nn.Module, block: nn.Module, name: str, stage_width: int) -> None:
+    """Refuse a block of a compact network that free widths cannot describe."""
+    if isinstance(block, CompactBlock) and (block.stream != stage_width or block.mlp_index is not None):
+        raise refuse(
+            backbone, f"block {name} on {block.stream} of the stream's {stage_width} channels", "use equal widths"
+        )
+    if isinstance(block, CompactBlock) and block.has_mlp and block.mlp_stream != block.stream:
+        raise refuse(backbone, f"an MLP on {block.mlp_stream} of {block.stream} channels ({name})", "use all of them")
+    if has_attn(block):
+        v: Any = getattr(getattr(block.attn, "heads", None), "v", 1)
+        if not isinstance(v, int) and len(set(v)) > 1:
+            raise refuse(backbone, f"heads with several widths of v ({name})", "use equal widths")
 
 
 class TimmBlockAdapter(Adapter):
@@ -90,7 +137,7 @@ class TimmBlockAdapter(Adapter):
         return on_channels(after_norm, h_S, kept.mlp_stream, writes="mlp.fc2.weight" in params)
 
     def head_parts(self, block: Any) -> dict[str, str]:
-        taken = {}
+        taken: dict[str, str] = {}
         if not isinstance(block.attn.q_norm if hasattr(block.attn, "q_norm") else nn.Identity(), nn.Identity):
             taken["qk"] = "q and k are normalised inside the head (qk_norm)"
         if not isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity):
@@ -100,7 +147,8 @@ class TimmBlockAdapter(Adapter):
     def compact_attention(self, block: Any, heads: HeadWidths) -> nn.Module:
         attn = block.attn
         attn.num_heads, attn.attn_dim, attn.dim = heads.number, heads.v_total, attn.qkv.in_features
-        return attn if heads.qk == heads.v == attn.head_dim else NarrowAttention(attn, heads)
+        same = heads.qk == heads.v == attn.head_dim and not isinstance(attn, NarrowAttention)
+        return attn if same else NarrowAttention(attn, heads)
 
 
 class NarrowAttention(nn.Module):
@@ -113,10 +161,12 @@ class NarrowAttention(nn.Module):
     norm: Any
     proj: Any
     proj_drop: Any
+    fused_attn = True
 
     __prepare_scriptable__ = not_scriptable
 
     def __init__(self, attn: Any, heads: HeadWidths) -> None:
+        """attn: already cut, timm's or one of these, whose parameters and scale are taken over."""
         super().__init__()
         for name, child in attn.named_children():
             setattr(self, name, child)
@@ -154,5 +204,7 @@ def num_params(module: nn.Module | None, per: int) -> int:
 
 def check_norm(backbone: nn.Module, module: nn.Module, where: str) -> None:
     """Refuse norms that cannot be taken over a slice of channels."""
+    if isinstance(module, StemLayer):
+        module = module.get_submodule("norm")
     if not isinstance(module, nn.LayerNorm | RmsNorm | StreamNorm | StemNorm | nn.Identity):
         raise refuse(backbone, f"{where} of type {type(module).__name__}", "use LayerNorm or RmsNorm")

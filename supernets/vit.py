@@ -12,9 +12,20 @@ from torch import Tensor, nn
 from search_spaces.slices import BlockShape
 from supernets.adapter import OuterAxis, refuse
 from supernets.axes import HeadWidths, Params
+from supernets.compact_block import CompactBlock, SkippedBlock
 from supernets.flops import NetworkCosts, PerWidth
 from supernets.layers import attention, norm, stem_norm
-from supernets.timm_block import TimmBlockAdapter, check_norm, num_params, with_packed_gates
+from supernets.rotated import StemLayer
+from supernets.timm_block import (
+    NarrowAttention,
+    TimmBlockAdapter,
+    check_compact,
+    check_norm,
+    has_attn,
+    has_mlp,
+    shape_of,
+    with_packed_gates,
+)
 
 STREAM_VECTORS = ("cls_token", "dist_token", "reg_token", "pos_embed")  # (1, n, E)
 
@@ -25,8 +36,8 @@ class VitAdapter(TimmBlockAdapter):
     With dynamic_img_size the supernet runs at the size that the network was built for, which is that of its costs.
     """
 
-    block_types: tuple[type[nn.Module], ...] = (Block,)
-    attention_types: tuple[type[nn.Module], ...] = (Attention,)
+    block_types: tuple[type[nn.Module], ...] = (Block, CompactBlock)
+    attention_types: tuple[type[nn.Module], ...] = (Attention, NarrowAttention)
     plain_attention = "use timm's plain Attention"
 
     def __init__(self, backbone: Any) -> None:
@@ -40,15 +51,15 @@ class VitAdapter(TimmBlockAdapter):
         self.shapes = tuple(self.block_shape(block) for block in backbone.blocks)
         self.block_axes = replace(self.block_axes, mlp=with_packed_gates(self.block_axes.mlp, backbone.blocks))
         self.classifiers = tuple(name for name in ("head", "head_dist") if getattr(backbone, name, None) is not None)
+        self._describe_streams(num_tokens)
         self.outer_axes = {
             name: self._axes(name, p.dim()) for name, p in backbone.named_parameters() if not name.startswith("blocks.")
         }
-        self.outer_norms = dict.fromkeys(("patch_embed.norm", "norm_pre", "norm", "fc_norm"), ("S", 0))
-        self._describe_streams(num_tokens)
+        norms = ("patch_embed.norm", "norm_pre", "norm", "fc_norm")
+        self.outer_norms = {name: ("S", 0) for name in norms if not self._before_layer(f"{name}.")}
         E = backbone.embed_dim
         classifiers = [getattr(backbone, name) for name in self.classifiers]
-        vectors = [t for name in STREAM_VECTORS if (t := getattr(backbone, name, None)) is not None]
-        norms = (embed.norm, backbone.norm_pre, backbone.norm, backbone.fc_norm)
+        sliced = [name for name, axes in self.outer_axes.items() if ("S", 0) in axes]
         per_patch = embed.proj.weight[0].numel()
         classes = sum(c.out_features for c in classifiers)
         costs = NetworkCosts(
@@ -59,36 +70,44 @@ class VitAdapter(TimmBlockAdapter):
             flops=PerWidth(constant=0, first=num_patches * per_patch, last=classes),
             params=PerWidth(
                 constant=sum(c.bias.numel() for c in classifiers),
-                first=num_params(embed.proj, E)
-                + sum(t.shape[1] for t in vectors)
-                + sum(num_params(m, E) for m in norms),
+                first=sum(backbone.get_parameter(name).numel() for name in sliced) // E - classes,
                 last=classes,
             ),
         )
-        self.costs = self.stream_costs(costs)
+        self.costs = self.stream_costs(self.with_stem_layer(costs))
 
     def block_shape(self, block: Any) -> BlockShape:
         """The facts of a block."""
-        attn = block.attn
-        return BlockShape(0, self.backbone.embed_dim, attn.num_heads, attn.head_dim, block.mlp.fc2.in_features)
+        return shape_of(0, self.backbone.embed_dim, block)
 
     def _describe_streams(self, num_tokens: int) -> None:
         vit = self.backbone
         last = next((n for n in ("norm", "fc_norm") if not isinstance(getattr(vit, n), nn.Identity)), None)
         if last is not None:
             self.outer_readers = {last: self.classifiers}
+        stem = None
         if not isinstance(vit.norm_pre, nn.Identity):
-            self.stem_norm, self.stem_tokens = "norm_pre", num_tokens
+            stem, self.stem_tokens = "norm_pre", num_tokens
             self.before_stem = ("patch_embed.", *STREAM_VECTORS)
         elif not isinstance(vit.patch_embed.norm, nn.Identity):
-            self.stem_norm, self.stem_tokens = "patch_embed.norm", vit.patch_embed.num_patches
+            stem, self.stem_tokens = "patch_embed.norm", vit.patch_embed.num_patches
             self.before_stem = ("patch_embed.proj.",)
+        if stem is not None and isinstance(vit.get_submodule(stem), StemLayer):
+            self.stem_layer = stem
+        else:
+            self.stem_norm = stem
         if last is None:
             self.unrotated = {0: "the classifier reads the stream without a norm (final_norm=False)"}
         elif vit.global_pool in ("max", "avgmax"):
             self.unrotated = {0: f"global_pool={vit.global_pool} takes maxima over tokens, channel by channel"}
 
+    def _before_layer(self, name: str) -> bool:
+        """Whether a parameter lies before the layer that ends a compact network's stem: it is not sliced."""
+        return self.stem_layer is not None and name.startswith((*self.before_stem, f"{self.stem_layer}.norm."))
+
     def _axes(self, name: str, dims: int) -> tuple[OuterAxis, ...]:
+        if self._before_layer(name):
+            return (None,) * dims
         if name in STREAM_VECTORS:  # (1, n, E)
             return None, None, ("S", 0)
         if name.startswith(self.classifiers):  # weight (classes, E), bias (classes,)
@@ -110,16 +129,21 @@ class VitAdapter(TimmBlockAdapter):
             raise refuse(backbone, "a network without blocks", "use a depth of 1 or more")
         for where in ("norm", "fc_norm", "norm_pre"):
             check_norm(backbone, getattr(backbone, where), where)
-        for block in backbone.blocks:
+        for i, block in enumerate(backbone.blocks):
+            check_compact(backbone, block, f"blocks.{i}", backbone.embed_dim)
+            if isinstance(block, SkippedBlock):
+                continue
             if type(block) not in self.block_types:
                 names = " or ".join(cls.__name__ for cls in self.block_types)
                 raise refuse(backbone, f"block type {type(block).__name__}", f"use pre-norm blocks (timm's {names})")
-            if type(block.attn) not in self.attention_types or getattr(block.attn, "gate", None) is not None:
-                known = type(block.attn) in self.attention_types
-                raise refuse(backbone, "gated attention" if known else type(block.attn).__name__, self.plain_attention)
-            if type(block.mlp) not in (Mlp, GluMlp, SwiGLU):
+            attn = block.attn if has_attn(block) else None
+            if attn and (type(attn) not in self.attention_types or getattr(attn, "gate", None) is not None):
+                known = type(attn) in self.attention_types
+                raise refuse(backbone, "gated attention" if known else type(attn).__name__, self.plain_attention)
+            if has_mlp(block) and type(block.mlp) not in (Mlp, GluMlp, SwiGLU):
                 raise refuse(backbone, f"MLP type {type(block.mlp).__name__}", "use timm's Mlp, GluMlp or SwiGLU")
-            for where in ("norm1", "norm2", "attn.q_norm", "attn.k_norm"):
+            attention_norms = ("norm1", "attn.q_norm", "attn.k_norm") if attn else ()
+            for where in (*attention_norms, *(("norm2",) if has_mlp(block) else ())):
                 check_norm(backbone, block.get_submodule(where), where)
 
     def embed(self, params: Params, images: Tensor) -> Tensor:

@@ -259,12 +259,14 @@ def random_basis(net: Supernet, seed: int) -> Basis:
             streams[stage] = rotation(size, stage_is_centred(net.adapter, stage), generator)
             energy[stage] = torch.rand(size, generator=generator, dtype=torch.float64)
     for name, block, shape in zip(net.adapter.block_names, net.adapter.blocks(), net.shapes, strict=True):
-        against = net.adapter.head_parts(block)
-        for part, matrices in heads.items():
+        against = net.adapter.head_parts(block) if shape.attn else heads
+        for (part, matrices), width in zip(heads.items(), (shape.head_dim, shape.v_dim), strict=True):
             if part not in against:
-                matrices[name] = well_conditioned(shape.num_heads, shape.head_dim, generator)
-        orders[f"{name}.heads"] = torch.randperm(shape.num_heads, generator=generator).tolist()
-        orders[f"{name}.hidden"] = torch.randperm(shape.hidden, generator=generator).tolist()
+                matrices[name] = well_conditioned(shape.num_heads, width, generator)
+        if shape.attn:
+            orders[f"{name}.heads"] = torch.randperm(shape.num_heads, generator=generator).tolist()
+        if shape.mlp:
+            orders[f"{name}.hidden"] = torch.randperm(shape.hidden, generator=generator).tolist()
     return Basis(streams, energy, heads["qk"], heads["v"], orders)
 
 

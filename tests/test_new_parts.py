@@ -12,8 +12,9 @@ from nas.prices.table import PRICES
 from nas.searchers.options import SearchOptions
 from nas.searchers.searcher import Answer, Question, Run, Searcher
 from nas.searchers.table import SEARCHERS
+from nas.stages.asked import resolve
 from nas.stages.retrain import run_retrain
-from nas.stages.search import resolve, run_search
+from nas.stages.search import run_search
 from search_spaces.architecture import load_architecture
 from search_spaces.errors import UserError
 from search_spaces.method import Candidate, Method, Picks, Settings

@@ -4,13 +4,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from nas.machine.distributed import is_main
+from nas.networks.basis_file import streams_of
 from search_spaces.architecture import Architecture, save_architecture
 from search_spaces.errors import UserError
 from search_spaces.method import Picks, Settings, picks_of
 from search_spaces.registry import METHODS, get_space
 from search_spaces.slices import BlockShape, NetworkSlice, network_slice
 from search_spaces.space import block_slices
+from supernets.basis import install_stages
+from supernets.compact import shrink
 from supernets.supernet import Supernet
 
 
@@ -81,6 +86,13 @@ def slices_of(arch: Architecture, shapes: tuple[BlockShape, ...]) -> NetworkSlic
     )
     _check_stage_widths(arch, shapes, [b.stream for b in blocks])
     return NetworkSlice(tuple(blocks), arch.stage_widths)
+
+
+def cut_down(backbone: nn.Module, arch: Architecture) -> nn.Module:
+    """A timm model cut down to an architecture, in place: the modules of its compact network. Returns it."""
+    supernet = Supernet(backbone)
+    install_stages(supernet, streams_of(arch.basis))
+    return shrink(supernet.backbone, slices_of(arch, supernet.shapes))
 
 
 def _check_stage_widths(arch: Architecture, shapes: tuple[BlockShape, ...], streams: list[int]) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from nas.data.listing import few
 from nas.data.split_names import trained_before
 from nas.networks.adapting import adapted
+from nas.networks.architecture import cut_down
 from nas.networks.weights import load_weights
+from search_spaces.architecture import Architecture
 from search_spaces.errors import UserError, reason
 from supernets.families import ADAPTED
 
@@ -26,10 +28,14 @@ CONVERSION = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, 
 
 @dataclass(frozen=True)
 class TimmModel:
-    """A model by timm's name and the arguments of its constructor."""
+    """A model by timm's name and the arguments of its constructor.
+
+    cut: the architecture that it is cut down to, where it is the compact network of an earlier round (rounds.py).
+    """
 
     name: str
     kwargs: Mapping[str, Any]
+    cut: Architecture | None = None
 
 
 @dataclass(frozen=True)
@@ -92,19 +98,24 @@ def starting_backbone(
     start: Start,
     class_names: Sequence[str] | None = None,
     drop_path: float | None = None,
+    cut: Architecture | None = None,
 ) -> tuple[nn.Module, list[str], bool]:
     """The backbone with its starting weights, what is worth saying about them, and whether the classifier is new.
 
     A pretrained ImageNet classifier keeps the rows of the dataset's classes when these are ImageNet's
-    (section 2.8); any other classifier of the wrong size is made anew.
+    (section 2.8); any other classifier of the wrong size is made anew. cut: as in TimmModel, which starts from a
+    checkpoint.
     """
     extra: dict[str, Any] = {} if drop_path is None else {"drop_path_rate": drop_path}
     torch.manual_seed(start.seed)
-    if not start.given():
+    if not start.given() and cut is None:
         return build(model, model_kwargs, num_classes=num_classes, **extra), [], True
     if start.checkpoint is not None:
         backbone = build(model, model_kwargs, num_classes=num_classes, **extra)
+        backbone = backbone if cut is None else cut_down(backbone, cut)
         return backbone, *load_into(backbone, load_weights(start.checkpoint), str(start.checkpoint), class_names)
+    if cut is not None:
+        raise ValueError("a compact network starts from a checkpoint")
     source = build(model, model_kwargs, pretrained=True, **extra)
     state = dict(source.state_dict())
     backbone = build(model, model_kwargs, num_classes=num_classes, **extra)

@@ -12,14 +12,13 @@ from torch import nn
 
 from nas.data.listing import few
 from nas.machine.files import write_text
-from nas.networks.architecture import slices_of
+from nas.networks.architecture import cut_down, slices_of
 from nas.networks.backbone import build, classifier_names
 from nas.networks.basis_file import streams_of
 from nas.networks.weights import load_weights, save_weights
 from search_spaces.architecture import Architecture, load_architecture, save_architecture
 from search_spaces.errors import UserError
 from supernets.basis import install_stages
-from supernets.compact import shrink
 from supernets.supernet import Supernet
 
 WEIGHTS = "compact.safetensors"
@@ -98,14 +97,24 @@ def load_compact(
 
 def build_compact(arch: Architecture, num_classes: int, model_kwargs: Mapping[str, Any] | None = None) -> nn.Module:
     """The compact network's modules, with timm's initial weights cut to size."""
-    supernet = _uncut(arch, num_classes, model_kwargs or {})
-    return shrink(supernet.backbone, slices_of(arch, supernet.shapes))
+    arguments = dict(arch.model_kwargs) | dict(model_kwargs or {})
+    return cut_down(build(arch.model, arguments, num_classes=num_classes), arch)
 
 
-def _uncut(arch: Architecture, num_classes: int, model_kwargs: Mapping[str, Any]) -> Supernet:
-    supernet = Supernet(build(arch.model, dict(arch.model_kwargs) | dict(model_kwargs), num_classes=num_classes))
-    install_stages(supernet, streams_of(arch.basis))
-    return supernet
+def with_classes(arch: Architecture, num_classes: int) -> Architecture:
+    """The architecture with so many classes, and what it and its backbone cost then."""
+    with torch.device("meta"):
+        supernet = Supernet(build(arch.model, arch.model_kwargs, num_classes=num_classes))
+        install_stages(supernet, streams_of(arch.basis))
+    subnet = slices_of(arch, supernet.shapes)
+    return replace(
+        arch,
+        num_classes=num_classes,
+        flops=supernet.flops(subnet),
+        params=supernet.params(subnet),
+        backbone_flops=supernet.flops(),
+        backbone_params=supernet.params(),
+    )
 
 
 def described(compact: nn.Module, arch: Architecture) -> Architecture:
@@ -118,19 +127,10 @@ def described(compact: nn.Module, arch: Architecture) -> Architecture:
             " reset_classifier(num_classes), or keep its state_dict() yourself"
         )
     num_classes = classifiers[0].out_features
+    if num_classes != arch.num_classes:
+        arch = with_classes(arch, num_classes)
     with torch.device("meta"):
-        supernet = _uncut(arch, num_classes, {})
-        subnet = slices_of(arch, supernet.shapes)
-        if num_classes != arch.num_classes:
-            arch = replace(
-                arch,
-                num_classes=num_classes,
-                flops=supernet.flops(subnet),
-                params=supernet.params(subnet),
-                backbone_flops=supernet.flops(),
-                backbone_params=supernet.params(),
-            )
-        expected = _sizes(shrink(supernet.backbone, subnet))
+        expected = _sizes(build_compact(arch, num_classes))
     found = _sizes(compact)
     differ = [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
     if differ:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from nas.networks.architecture import cut_down
 from nas.networks.backbone import Start, TimmModel, build, check_family, starting_backbone
 from nas.networks.key_values import parse_key_values
 from nas.networks.options import NetworkOptions
@@ -35,8 +36,8 @@ def meta_supernet(model: TimmModel, num_classes: int, space: Space) -> Supernet:
     """The supernet on the meta device: shapes and costs without weights, in a moment."""
     with torch.device("meta"):
         backbone = build(model.name, model.kwargs, num_classes=num_classes)
-    check_family(backbone, space.family, model.name)
-    return Supernet(backbone)
+        check_family(backbone, space.family, model.name)
+        return Supernet(backbone if model.cut is None else cut_down(backbone, model.cut))
 
 
 def started_supernet(
@@ -48,7 +49,7 @@ def started_supernet(
     drop_path: float | None = None,
 ) -> tuple[Supernet, list[str], bool]:
     """The supernet with its starting weights, what is worth saying about them, and whether the classifier is new."""
-    arguments: tuple[Any, ...] = (model.name, model.kwargs, num_classes, start, class_names, drop_path)
+    arguments: tuple[Any, ...] = (model.name, model.kwargs, num_classes, start, class_names, drop_path, model.cut)
     backbone, lines, fresh = starting_backbone(*arguments)
     check_family(backbone, space.family, model.name)
     return Supernet(backbone), lines, fresh

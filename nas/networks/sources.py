@@ -34,8 +34,8 @@ def source_of(model: str | None) -> Source | None:
         raise UserError(f"--model {model}: no config.json as timm writes it ({reason(error)})") from None
     if name == TIMM_NAME:
         raise UserError(
-            f"--model {model} is a compact network of this toolkit, which cannot be compressed once more; give the"
-            " large network and a lower --budget (retrain.py --arch trains this one on)"
+            f"--model {model} is a compact network of this toolkit, no model of timm's; search.py --arch FOLDER"
+            " compresses it further, retrain.py --arch FOLDER trains it on"
         )
     overlay = {key: config[key] for key in PREPARATION if config.get(key) is not None}
     return Source(folder, name, dict(arguments or {}) | {"pretrained_cfg_overlay": overlay})

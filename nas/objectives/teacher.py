@@ -47,16 +47,21 @@ def make_teacher(options: TeacherOptions, prepared: Prepared, base: Start, asked
     mean, std = own_mean, own_std = prepared.loaders.stats()
     model, splits, start = prepared.model, prepared.splits, prepared.start
     named = options.teacher is not None or options.teacher_checkpoint is not None
+    cut = None if named else model.cut
+    own_name = model.name if cut is None else f"compact network of {model.name}"
     if not named and (start == base or not base.given()):
         if not start.given():
             raise UserError(f"{asked}: the original network is untrained; give --teacher-checkpoint, or --checkpoint")
-        name, network, fresh = model.name, copy.deepcopy(prepared.supernet.backbone), prepared.fresh_classifier
+        name, network, fresh = own_name, copy.deepcopy(prepared.supernet.backbone), prepared.fresh_classifier
     else:
-        name = options.teacher or model.name
+        name = options.teacher or own_name
         arguments = model.kwargs if options.teacher is None else parse_key_values(options.teacher_kwargs)
         if named:
             base = Start(options.teacher_checkpoint is None, options.teacher_checkpoint, start.seed)
-        network, lines, fresh = starting_backbone(name, arguments, splits.num_classes, base, splits.class_names)
+        model_name = options.teacher or model.name
+        network, lines, fresh = starting_backbone(
+            model_name, arguments, splits.num_classes, base, splits.class_names, cut=cut
+        )
         print("\n".join(f"teacher: {line}" for line in lines), end="\n" if lines else "")
         cfg = getattr(network, "pretrained_cfg", {}) if options.teacher is not None else {}
         if cfg.get("mean") and len(cfg["mean"]) == len(mean):

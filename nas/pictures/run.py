@@ -254,8 +254,9 @@ def _budget(summary: Mapping[str, Any], arch: Mapping[str, Any]) -> float | None
 
 def _backbone_gflops(summary: Mapping[str, Any], arch: Mapping[str, Any]) -> float | None:
     large = summary.get("large", summary.get("original"))
-    gflops = _value(large, "gflops") if isinstance(large, dict) else float("nan")
-    gflops = gflops if _number(gflops) else _value(arch, "backbone_flops") / 1e9
+    gflops = _value(arch, "backbone_flops") / 1e9
+    if not _number(gflops) and isinstance(large, dict):
+        gflops = _value(large, "gflops")
     return gflops if _number(gflops) else None
 
 

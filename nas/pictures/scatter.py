@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 BESIDE, NEAR = 12, 36  # points from a label to its point: without a leader; only to keep clear of a line
 Y_AXES = {"top1": "top-1 (%)", "top5": "top-5 (%)"}
-WHOLE = ("original", "large")  # roles of networks that nothing was cut from
+WHOLE = ("original", "previous", "large")  # roles of networks that nothing was cut from in their run
 ROLES = {
     "original": "original network, as it was",
+    "previous": "compact network of the round before",
     "large": "large network, trained",
     "subnet": "subnet, before retraining",
     "refitted": "compact, refitted, before retraining",
@@ -41,9 +42,9 @@ def pareto_figure(
     """Accuracy against cost: per configuration the mean of its rows, and bars to their lowest and highest.
 
     points: columns `x` (gflops in GFLOPs (MACs), params a count, images_per_s) and `y` (percent), and, where
-    known, space (marker and colour), role (original, large, subnet, refitted or compact), split (what the accuracy was
-    measured on), config (rows that agree in space, role, split and config differ in their seed; absent: every row
-    stands for itself), label (words beside the point), this (a row to put a ring around). uniform: the same
+    known, space (marker and colour), role (original, previous, large, subnet, refitted or compact), split (what the
+    accuracy was measured on), config (rows that agree in space, role, split and config differ in their seed; absent:
+    every row stands for itself), label (words beside the point), this (a row to put a ring around). uniform: the same
     columns, joined by a line: networks that compress every block alike. published: columns network, gflops,
     params_m, top1, in grey, never in a front. A front is drawn per split: accuracies on two splits are not to
     be compared. Rows that lack x or y are not drawn. Raises UserError for an unknown axis, or when no row has
@@ -138,7 +139,9 @@ def _this_run(rows: pd.DataFrame, marks: pd.DataFrame) -> pd.DataFrame:
 def _marker(i: int, role: str) -> dict[str, Any]:
     """The space decides marker and colour, the role how the marker is filled."""
     color, marker = PALETTE[i % 6], MARKERS[(i + i // 6) % 6]
-    fill = {"original": "right", "large": "left", "subnet": "none", "refitted": "bottom"}.get(role, "full")
+    fill = {"original": "right", "previous": "top", "large": "left", "subnet": "none", "refitted": "bottom"}.get(
+        role, "full"
+    )
     return {"color": color, "marker": marker, "fillstyle": fill, "markeredgecolor": color, "markersize": 8}
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ class Option:
 class PricedSpace:
     """options[l]: every option of block l, in the order of the product of its choices' candidates.
 
-    full: the price of the backbone, in the units of `price`.
+    full: the price of the backbone, in the units of `price`; whole: of the network that these are the blocks of, which
+    is less where that is a compact network of the backbone (nas/networks/rounds.py).
     """
 
     space: SearchSpace
@@ -38,6 +39,7 @@ class PricedSpace:
     price: Price
     options: tuple[tuple[Option, ...], ...]
     full: int
+    whole: int
     full_stage_width: bool
 
     def blocks_of(self, stage: int) -> list[int]:
@@ -126,7 +128,7 @@ class PricedSpace:
             merge_per_channel=per.merge_in,
             head_per_channel=per.last,
             fixed_widths=full if self.full_stage_width else None,
-            has_backbone=all(whole),
+            whole=self.whole if all(whole) else None,
         )
 
     def uniform(self) -> "SelectionProblem":
@@ -145,9 +147,8 @@ class EndsOnly(PricedSpace):
     def uniform(self) -> SelectionProblem:
         blocks = [{"end": torch.full((len(options),), 1.0 / len(options))} for options in self.options]
         ends = replace(self.space, candidates=tuple({"end": tuple(range(len(o)))} for o in self.options))
-        return PricedSpace(ends, self.network, self.price, self.options, self.full, self.full_stage_width).problem(
-            blocks
-        )
+        own = {f.name: getattr(self, f.name) for f in fields(PricedSpace)}
+        return PricedSpace(**own | {"space": ends}).problem(blocks)
 
 
 def joint_probability(weights: Mapping[str, Tensor], candidates: Mapping[str, tuple[object, ...]]) -> Tensor:
@@ -169,9 +170,15 @@ def block_options(space: SearchSpace, shape: BlockShape, choices: Choices) -> li
     return [(pick, space.method.block_slice(shape, space.settings, pick, {})) for pick in picks]
 
 
-def priced(space: SearchSpace, network: NetworkCosts, price: Price, full_stage_width: bool = False) -> PricedSpace:
-    """Price every option of every block; of a space too fine to list, the ends."""
-    full = price.network(space.shapes, network, network_slice(space.shapes, [identity_slice(s) for s in space.shapes]))
+def priced(
+    space: SearchSpace, network: NetworkCosts, price: Price, full_stage_width: bool = False, full: int | None = None
+) -> PricedSpace:
+    """Price every option of every block; of a space too fine to list, the ends.
+
+    full: of the backbone, where that is not the network whose blocks these are.
+    """
+    whole = price.network(space.shapes, network, network_slice(space.shapes, [identity_slice(s) for s in space.shapes]))
+    full = whole if full is None else full
     options = tuple(
         tuple(
             Option(picks, kept, price.block(shape, costs, kept)) for picks, kept in block_options(space, shape, choices)
@@ -179,5 +186,5 @@ def priced(space: SearchSpace, network: NetworkCosts, price: Price, full_stage_w
         for shape, costs, choices in zip(space.shapes, network.blocks, space.candidates, strict=True)
     )
     if not space.method.listed:
-        return EndsOnly(space, network, price, options, full, full_stage_width=not space.method.stage_choices)
-    return PricedSpace(space, network, price, options, full, full_stage_width)
+        return EndsOnly(space, network, price, options, full, whole, full_stage_width=not space.method.stage_choices)
+    return PricedSpace(space, network, price, options, full, whole, full_stage_width)

@@ -52,7 +52,7 @@ class SelectionProblem:
     merge_per_pair[s]: cost per (width of stage s) x (width of stage s + 1); merge_per_channel[s]: per channel of
     stage s, where it is merged.
     fixed_widths: the stage widths, where they do not follow the picks (`--stage-width full`).
-    has_backbone: whether one of the architectures is the backbone itself. Its cost here may be above its price: a
+    whole: the price of the network itself, where one of the architectures is that. Its cost here may be above it: a
     rotated stage counts as cut (section 2.7).
     """
 
@@ -64,7 +64,7 @@ class SelectionProblem:
     head_per_channel: int
     fixed_widths: tuple[int, ...] | None = None
     merge_per_channel: tuple[int, ...] = ()
-    has_backbone: bool = False
+    whole: int | None = None
 
     def __post_init__(self) -> None:
         if not self.blocks or not all(self.blocks) or len(self.blocks) != len(self.stages):
@@ -130,8 +130,8 @@ def check_budget(problem: SelectionProblem, full: int, budget: float, price: Pri
     if not 0 < budget <= 1:
         raise UserError(f"budget {budget:g}: expected a fraction of the backbone's {price.words}, above 0, at most 1")
     low, high = reachable_range(problem)
-    if problem.has_backbone:
-        high = min(high, full)  # no budget asks for more than the backbone
+    if problem.whole is not None:
+        high = min(high, problem.whole)  # no budget asks for more than the network
     if low > _exact(budget) * full:
         smallest = math.ceil(Fraction(low, full) * 10_000) / 10_000  # up: what we name must work
         raise UserError(

@@ -54,7 +54,8 @@ def model_card(folder: Path, arch: Architecture) -> str:
         parts.append(f"* dataset `{summary.get('dataset')}`, accuracies on its {summary.get('split', 'test split')}")
     parts += _training(summary, options)
     if arch.search:
-        parts.append(f"* searched: {', '.join(f'{k} {v}' for k, v in arch.search.items() if v not in (None, '', []))}")
+        said = {k: v["run"] if isinstance(v, dict) else v for k, v in arch.search.items() if v not in (None, "", [])}
+        parts.append(f"* searched: {', '.join(f'{k} {v}' for k, v in said.items())}")
     if speed:
         parts += ["", "## Speed", "", *_speed_table(speed)]
     parts += [
@@ -147,13 +148,15 @@ def _row(summary: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _whole(arch: Architecture, summary: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What the compact network is set beside: the large one, trained with it, or the original, as it was.
+    """What the compact network is set beside: the large one, trained with it, or as it was: the original, the previous.
 
     In older summaries a teacher of the original's size is it.
     """
     costs = {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9}
-    if "large" in summary:
-        return "large", costs | _row(summary, "large")
+    for name in ("large", "previous"):
+        if isinstance(summary.get(name), dict):
+            own = {k: summary[name][k] for k in costs if k in summary[name]}
+            return name, costs | own | _row(summary, name)
     teacher = summary.get("teacher")
     same = isinstance(teacher, dict) and all(teacher.get(k) == v for k, v in costs.items())
     return "original", costs | (_row(summary, "original") or (_row(summary, "teacher") if same else {}))

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from nas.machine.timing import Network
-from nas.networks.architecture import slices_of
+from nas.networks.architecture import cut_down, slices_of
 from nas.networks.backbone import build
 from nas.networks.basis_file import basis_of, streams_of
 from nas.networks.compact_file import WEIGHTS, load_compact
+from nas.networks.rounds import ROUND, large_model
 from nas.networks.weights import load_weights
 from nas.runs.folder import LARGE, SUPERNET
 from search_spaces.architecture import Architecture, load_architecture
@@ -27,8 +28,8 @@ LARGE_FILES = (LARGE, SUPERNET)
 class Opened:
     """A folder with an arch.json. supernet: None where no weights of the large network are there.
 
-    whole: what the large network is in the run's summary, large or original; None where it is nobody's result: a search
-    trained the weights for the subnet alone.
+    whole: what the large network is in the run's summary: large, original, or previous where it is the compact network
+    of an earlier round; None where it is nobody's result: a search trained the weights for the subnet alone.
     """
 
     folder: Path
@@ -39,7 +40,7 @@ class Opened:
     whole: str | None = "large"
 
     def networks(self) -> dict[str, Network]:
-        """Those there are weights of: large (or original), subnet, compact."""
+        """Those there are weights of: large (or as it was before), subnet, compact."""
         found: dict[str, Network] = {}
         supernet = self.supernet
         if supernet is not None:
@@ -49,9 +50,9 @@ class Opened:
 
     def costs(self, name: str) -> dict[str, float]:
         """Parameters, and GFLOPs (MACs), of one of the networks."""
-        large = name == self.whole
-        params = self.arch.backbone_params if large else self.arch.params
-        return {"params": params, "gflops": (self.arch.backbone_flops if large else self.arch.flops) / 1e9}
+        if name == self.whole and self.supernet is not None:
+            return {"params": self.supernet.params(), "gflops": self.supernet.flops() / 1e9}
+        return {"params": self.arch.params, "gflops": self.arch.flops / 1e9}
 
 
 def open_folder(path: Path, device: torch.device) -> Opened:
@@ -67,8 +68,9 @@ def open_folder(path: Path, device: torch.device) -> Opened:
     large = next((folder / name for name in LARGE_FILES if name in names), None)
     supernet, classes = None, arch.num_classes
     if large is not None:
-        weights = load_weights(large)
-        backbone = build(arch.model, arch.model_kwargs, num_classes=classes)
+        weights, model = load_weights(large), large_model(arch, folder)
+        backbone = build(model.name, model.kwargs, num_classes=classes)
+        backbone = backbone if model.cut is None else cut_down(backbone, model.cut)
         try:
             backbone.load_state_dict(weights)
         except RuntimeError as error:
@@ -81,17 +83,17 @@ def open_folder(path: Path, device: torch.device) -> Opened:
         supernet = supernet.to(device).eval()
     compact = load_compact(folder, device) if WEIGHTS in names else None
     shapes = (supernet or large_network(arch)).shapes
-    return Opened(folder, arch, slices_of(arch, shapes), supernet, compact, whole_of(folder))
+    return Opened(folder, arch, slices_of(arch, shapes), supernet, compact, whole_of(folder, ROUND in arch.search))
 
 
-def whole_of(folder: Path) -> str | None:
-    """`Opened.whole`, by summary.json; large where that does not say what the run trained."""
+def whole_of(folder: Path, further: bool = False) -> str | None:
+    """`Opened.whole`, by summary.json; large where that does not say what the run trained. further: of a round."""
     try:
         trained = json.loads((folder / "summary.json").read_text())["trained"]
     except (OSError, ValueError, KeyError, TypeError):
         return "large"
     if not trained:
-        return "original"
+        return "previous" if further else "original"
     return "large" if "large" in trained else None
 
 

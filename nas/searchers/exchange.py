@@ -80,8 +80,11 @@ class Program:
 
 
 def first_point(halves: Halves, budget: float) -> Point:
-    """All stages narrowed alike, by what was best on trained networks: the budget to the power 0.4."""
-    widths = []
+    """All stages narrowed alike, by what was best on trained networks: the budget to the power 0.4.
+
+    The budget as a share of the network whose stages they are.
+    """
+    widths, budget = [], budget * halves.priced.full / halves.priced.whole
     for stage in range(1 + halves.space.shapes[-1].stage):
         candidates = halves.widths(stage)
         widths.append(nearest(candidates, candidates[-1] * budget**NARROW))

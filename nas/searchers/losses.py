@@ -36,6 +36,9 @@ def losses_of(halves: Halves, names: Sequence[str], lost: Mapping[str, Tensor]) 
     parts = []
     for half in range(len(halves)):
         block, shape, options = names[half // 2], halves.space.shapes[half // 2], halves.options(half)
+        if not (shape.mlp if half % 2 else shape.attn):  # the network has none, so none is lost
+            parts.append(dict.fromkeys(PARTS[3:] if half % 2 else PARTS[:3], np.zeros(len(options))))
+            continue
         own = {part: lost[f"{block}.{part}"].double().numpy() for part in (PARTS[:3] if half % 2 == 0 else PARTS[3:])}
         rows = [_attention(shape, option, own) if half % 2 == 0 else _mlp(shape, option, own) for option in options]
         parts.append({part: np.array([row[part] for row in rows]) for part in own})

@@ -1,21 +1,25 @@
 """The options of what may be chosen, and of how an architecture is found."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from nas.objectives.options import LossOptions
 from nas.prices.options import PriceOptions
 from nas.training.options import LoopOptions
 from search_spaces.errors import UserError
-from search_spaces.registry import DEFAULT_SPACE
 
 
 @dataclass(frozen=True)
 class SpaceOptions:
     """Which space, and which candidates it offers."""
 
-    space: str = DEFAULT_SPACE
-    """<backbone>-<method>[-nano]; --list-spaces shows all"""
+    space: str | None = None
+    """<backbone>-<method>[-nano]; --list-spaces shows all. By default that of the embedded digits (docs/options.md),
+    with --arch the free widths of that run's family"""
+    arch: Path | None = None
+    """another round: the folder of a finished run, whose compact network is compressed further in free widths; a budget
+    stays a share of the timm model's own FLOPs. Model, classes and images are that run's unless given (docs/free.md)"""
     list_spaces: bool = False
     """print every space and stop"""
     width: Literal["stream", "inner"] = "stream"

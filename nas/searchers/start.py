@@ -115,7 +115,8 @@ def begin(run: Run, objective: Gradient) -> None:
         probabilities = at_budget(objective, found)
         images = calibration_images(options, prepared, min(PRICED_IMAGES, prepared.plan.images))
         prepared.supernet.eval()
-        lost, saved = objective.divergence(found.picks, (x for x, _ in images)), 1 - objective.share(found.picks)
+        whole = objective.costs.whole / objective.costs.full
+        lost, saved = objective.divergence(found.picks, (x for x, _ in images)), whole - objective.share(found.picks)
         solution = Solution(found.picks, probabilities, lost / max(saved, LEAST_SAVED))
         write_json(path, asdict(solution))
         return solution

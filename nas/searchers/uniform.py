@@ -86,7 +86,7 @@ def uniform_picks(space: SearchSpace) -> Iterator[list[Picks]]:
         [c for c in space.candidates[0][name] if all(c in block[name] for block in space.candidates)]
         for name in relative
     ]
-    shares = {c / max(block[name]) for block in space.candidates for name in counted for c in block[name]} or {1.0}
+    shares = {c / max(*block[name], 1) for block in space.candidates for name in counted for c in block[name]} or {1.0}
     for combination in itertools.product(*values):
         alike = dict(zip(relative, combination, strict=True))
         for share in sorted(shares, reverse=True):

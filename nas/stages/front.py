@@ -18,7 +18,7 @@ from nas.runs.folder import results_path
 from nas.searchers.searcher import Answer
 from nas.stages.afterwards import Afterwards
 from nas.stages.next_command import next_command
-from nas.stages.original import ORIGINAL_NETWORK
+from nas.stages.original import as_it_was
 from nas.training.evaluate import by_split, print_table, top_k
 from nas.training.prepared import Prepared
 from nas.training.refit import refitted
@@ -51,19 +51,19 @@ def conclude_front(config: SearchConfig, prepared: Prepared, members: Sequence[M
     if is_main():
         for member in members:
             save_architecture(member.arch, folder / member.file)
-    scores: dict[str, dict[str, float]] = {name: {} for name in (ORIGINAL_NETWORK, *(f"{m.budget:g}" for m in members))}
+    before = as_it_was(prepared.model)
+    scores: dict[str, dict[str, float]] = {name: {} for name in (before, *(f"{m.budget:g}" for m in members))}
     with after.part(f"measuring accuracy on the {loaders.reported}", together=True):
         if prepared.start.given() and not prepared.fresh_classifier:
-            scores[ORIGINAL_NETWORK] = accuracies(config, prepared, prepared.supernet.large)
+            scores[before] = accuracies(config, prepared, prepared.supernet.large)
         for member in members:
             subnet = slices_of(member.arch, prepared.supernet.shapes)
             with cut_like(config, prepared, subnet) as network:
                 scores[f"{member.budget:g}"] = accuracies(config, prepared, network)
     if not is_main():
         return
-    first = members[0].arch
-    whole = {"params": first.backbone_params, "gflops": first.backbone_flops / 1e9}
-    table = {ORIGINAL_NETWORK: whole | scores[ORIGINAL_NETWORK]}
+    first, supernet = members[0].arch, prepared.supernet
+    table = {before: {"params": supernet.params(), "gflops": supernet.flops() / 1e9} | scores[before]}
     rows: list[dict[str, Any]] = []
     for m in members:
         costs = {"params": m.arch.params, "gflops": m.arch.flops / 1e9}

@@ -1,10 +1,16 @@
 """The network as it was before a run: what the result is set beside where the run trains no large network."""
 
 from nas.machine.timing import Network
-from nas.networks.backbone import Start, starting_backbone
+from nas.networks.backbone import Start, TimmModel, starting_backbone
 from nas.training.prepared import Prepared
 
 LARGE_NETWORK, ORIGINAL_NETWORK = "large", "original"  # trained in this run; as it was before
+PREVIOUS_NETWORK = "previous"  # in the original's place where that is the compact network of an earlier round
+
+
+def as_it_was(model: TimmModel) -> str:
+    """What the large network is called as it was before the run."""
+    return ORIGINAL_NETWORK if model.cut is None else PREVIOUS_NETWORK
 
 
 def untouched(prepared: Prepared, start: Start) -> Network | None:
@@ -12,5 +18,7 @@ def untouched(prepared: Prepared, start: Start) -> Network | None:
     if not start.given():
         return None
     model, splits = prepared.model, prepared.splits
-    backbone, _, fresh = starting_backbone(model.name, model.kwargs, splits.num_classes, start, splits.class_names)
+    backbone, _, fresh = starting_backbone(
+        model.name, model.kwargs, splits.num_classes, start, splits.class_names, cut=model.cut
+    )
     return None if fresh else backbone.to(prepared.device).eval().requires_grad_(False)

@@ -1,7 +1,7 @@
 """The basis that a stage's network is to stand in, from its options, its space and its images."""
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 from nas.config import Common
 from nas.data.datasets import Splits
@@ -20,10 +20,14 @@ from supernets.supernet import Supernet
 
 @dataclass(frozen=True)
 class Cuts:
-    """stages: those of whose stream some block leaves a channel out. inside: whether some cuts inside its heads."""
+    """stages: those of whose stream some block leaves a channel out. inside: whether some cuts inside its heads.
+
+    fixed: stages that may not be rotated, and why (rounds.py).
+    """
 
     stages: Collection[int]
     inside: bool = False
+    fixed: Mapping[int, str] = field(default_factory=dict)
 
 
 def planned(
@@ -45,7 +49,14 @@ def planned(
             f" (from scratch, first: python retrain.py --space {space.name} --train plain)"
         )
     facts = Facts(
-        start.given(), len(splits.train), cuts.stages, cuts.inside, training.rotates, training.refits, measures
+        start.given(),
+        len(splits.train),
+        cuts.stages,
+        cuts.inside,
+        training.rotates,
+        training.refits,
+        measures,
+        cuts.fixed,
     )
     plan = plan_basis(config, backbone, facts)
     return replace(plan, labels=getattr(config, "labels", True), refits=training.refits)

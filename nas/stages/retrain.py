@@ -21,8 +21,9 @@ from nas.methods.table import check_owned, training_of
 from nas.networks.architecture import architecture_of, slices_of, write_architecture
 from nas.networks.backbone import Start, TimmModel
 from nas.networks.basis_file import basis_of, recorded, save_basis, streams_of
-from nas.networks.compact_file import save_compact
+from nas.networks.compact_file import save_compact, with_classes
 from nas.networks.opening import meta_supernet, model_of, start_of
+from nas.networks.rounds import ROUND, check_unchanged, copy_round, large_model
 from nas.networks.weights import save_weights
 from nas.objectives.options import TeacherOptions
 from nas.objectives.table import Kind, kind_of
@@ -30,7 +31,7 @@ from nas.objectives.teacher import Teacher, make_teacher
 from nas.pictures.run import plot_run
 from nas.runs.folder import LARGE, SUPERNET, results_path
 from nas.stages.afterwards import Afterwards
-from nas.stages.original import LARGE_NETWORK, ORIGINAL_NETWORK, untouched
+from nas.stages.original import LARGE_NETWORK, as_it_was, untouched
 from nas.stages.planned import Cuts, looked_at, planned
 from nas.stages.prepare import Beginning, compared, preparation, prepare
 from nas.training.basis import find_basis
@@ -121,6 +122,8 @@ def _retrain(
     print(headline(goal, origin))
     if goal.arch is not None:
         write_architecture(goal.arch, prepared.folder)
+    if goal.model.cut is not None:
+        on_main(lambda: copy_round(folder_of(config), prepared.folder))
     after = Afterwards(prepared.folder)
     train(goal, training, after, on_epoch)
     conclude(goal, prepared, training, teacher, after)
@@ -221,7 +224,9 @@ def check_unsearched(config: RetrainConfig, space: Space) -> None:
 
 def goal_of(config: RetrainConfig, space: Space, given: Architecture | None, splits: Splits) -> Goal:
     """The architecture that is trained: --arch's, with the dataset's classes, or the one factor of --alpha."""
-    model = model_of(config, space) if given is None else TimmModel(given.model, dict(given.model_kwargs))
+    model = model_of(config, space) if given is None else large_model(given, folder_of(config))
+    if model.cut is not None:
+        check_round(config, given)
     backbone = meta_supernet(model, splits.num_classes, space)
     if not kind_of(config.trained()).small:
         return Goal(config, space, model, backbone, backbone.identity(), None, given)
@@ -238,9 +243,11 @@ def goal_of(config: RetrainConfig, space: Space, given: Architecture | None, spl
         narrowed = {shape.stage for shape in backbone.shapes} - whole_stages(backbone.shapes, subnet)
         plan = planned(config, space, backbone, Cuts(narrowed), splits, original(config, given))
     elif config.arch is not None:
-        basis = basis_of(given, config.arch if config.arch.is_dir() else config.arch.parent)
+        basis = basis_of(given, folder_of(config))
         plan = looked_at(space, splits)
     install_stages(backbone, plan.streams or streams_of(arch.basis))
+    if model.cut is not None:  # the architecture is one of timm's model, whatever it was cut from
+        return Goal(config, space, model, backbone, subnet, with_classes(arch, splits.num_classes), given, plan, basis)
     arch = replace(
         arch,
         num_classes=splits.num_classes,
@@ -252,6 +259,24 @@ def goal_of(config: RetrainConfig, space: Space, given: Architecture | None, spl
     return Goal(config, space, model, backbone, subnet, arch, given, plan, basis)
 
 
+def folder_of(config: RetrainConfig) -> Path:
+    """The folder of --arch."""
+    assert config.arch is not None
+    return config.arch if config.arch.is_dir() else config.arch.parent
+
+
+def check_round(config: RetrainConfig, given: Architecture | None) -> None:
+    """Refuse a further round whose first weights are not what they were, or a training of its large network alone."""
+    assert given is not None
+    if not kind_of(config.trained()).small:
+        raise UserError(
+            f"--train {config.train} trains the large network alone, which here is the compact network of"
+            f" {given.search[ROUND]['run']}: train that on by --arch {given.search[ROUND]['run']}"
+        )
+    if config.checkpoint is None:
+        check_unchanged(given)
+
+
 def unfounded(arch: Architecture) -> bool:
     """Whether an architecture was picked without weights (a uniform one, by its price), so that its basis is open."""
     return not arch.basis and not arch.permutation and arch.search.get("searcher") == "uniform"
@@ -261,7 +286,7 @@ def origin_of(goal: Goal, num_classes: int) -> Origin:
     """Where the weights start: --init base or supernet (section 2.8), by default the latter where it fits."""
     config, searched = goal.config, None
     if config.arch is not None:
-        searched = (config.arch if config.arch.is_dir() else config.arch.parent) / SUPERNET
+        searched = folder_of(config) / SUPERNET
     fits = goal.given is not None and goal.given.num_classes == num_classes and config.checkpoint is None
     available = searched is not None and searched.is_file()
     if (config.init or ("supernet" if fits and available else "base")) == "base":
@@ -306,7 +331,7 @@ def rewritten(goal: Goal, origin: Origin, prepared: Prepared) -> Goal:
     if basis is not None:
         on_main(lambda: save_basis(basis, prepared.folder))
         rewrite(prepared.supernet, basis, again=origin.words == SEARCHED)
-        return replace(goal, arch=replace(arch, basis=recorded(basis)))
+        return replace(goal, arch=replace(arch, basis=recorded(basis) | {"streams": arch.basis["streams"]}))
     if arch.permutation and origin.words != SEARCHED:  # the search's weights are in that order already
         permute(prepared.supernet, arch.permutation)
     return goal
@@ -401,9 +426,9 @@ def beside_original(
     base = original(goal.config, goal.given)
     if "teacher" in networks and teacher is not None and not teacher.named and base.given():
         others = {name: network for name, network in networks.items() if name != "teacher"}
-        return {ORIGINAL_NETWORK: networks["teacher"]} | others
+        return {as_it_was(goal.model): networks["teacher"]} | others
     network = None if LARGE_NETWORK in networks else untouched(prepared, base)
-    return networks if network is None else {ORIGINAL_NETWORK: network} | networks
+    return networks if network is None else {as_it_was(goal.model): network} | networks
 
 
 def written(
@@ -415,8 +440,9 @@ def written(
     if teacher is not None and "teacher" in networks:
         table["teacher"] = {"params": teacher.params, "gflops": teacher.flops / 1e9}
     whole = {"params": goal.backbone.params(), "gflops": goal.backbone.flops() / 1e9}
-    if ORIGINAL_NETWORK in networks or (LARGE_NETWORK not in networks and teacher is None):
-        table[ORIGINAL_NETWORK] = dict(whole)
+    before = as_it_was(goal.model)
+    if before in networks or (LARGE_NETWORK not in networks and teacher is None):
+        table[before] = dict(whole)
     if LARGE_NETWORK in networks:
         table[LARGE_NETWORK] = dict(whole)
         if is_main():

@@ -1,7 +1,7 @@
 """Stage 1: search a supernet for an architecture, and write arch.json."""
 
 import shlex
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,73 +9,46 @@ from typing import Any
 import torch
 from torch import nn
 
-from nas.config import SearchConfig, with_defaults
-from nas.data.datasets import Splits
+from nas.config import SearchConfig
 from nas.data.loaders import open_data, report_unreadable
 from nas.machine.devices import amp_dtype, autocast, pick_device
-from nas.machine.distributed import is_main, joined, quiet_unless_main
+from nas.machine.distributed import is_main, joined, on_main, quiet_unless_main
 from nas.machine.files import write_json
 from nas.machine.timing import Network, timed
-from nas.methods.method import GAMMA
-from nas.methods.table import (
-    check_owned,
-    check_searcher,
-    foreign_to,
-    searcher_of,
-    training_of,
-    with_searcher,
-    without_foreign,
-)  # fmt: skip
+from nas.methods.table import foreign_to, training_of
 from nas.networks.architecture import architecture_of, slices_of, write_architecture
-from nas.networks.backbone import TimmModel
+from nas.networks.basis_file import recorded as recorded_basis
+from nas.networks.basis_file import save_basis
 from nas.networks.compact_file import save_compact
-from nas.networks.opening import meta_supernet, model_of, start_of
+from nas.networks.rounds import ROUND, check_resumed, save_round, with_stem
 from nas.networks.weights import save_weights
 from nas.pictures.run import plot_run
-from nas.prices.costs import priced
-from nas.prices.options import BAND, one_budget
-from nas.prices.table import price_of
+from nas.prices.options import BAND
 from nas.runs.folder import SUPERNET, open_run, results_path
 from nas.searchers.measured import Measured
-from nas.searchers.options import one_front
-from nas.searchers.searcher import Answer, Question, Run, Searcher
+from nas.searchers.searcher import Answer, Run
 from nas.stages.afterwards import Afterwards
+from nas.stages.asked import Asked, ask, dropped, headline, resolve, said, started_from
 from nas.stages.front import Member, conclude_front
 from nas.stages.next_command import data_words, next_command
-from nas.stages.original import LARGE_NETWORK, ORIGINAL_NETWORK, untouched
-from nas.stages.planned import cuts_of, planned
+from nas.stages.original import LARGE_NETWORK, as_it_was, untouched
 from nas.stages.prepare import Beginning, compared, preparation, prepare
+from nas.training.basis import Standing
 from nas.training.evaluate import by_split, print_table, top_k
 from nas.training.loop import OnEpoch
-from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
 from nas.training.refit import refitted
 from search_spaces.architecture import Architecture
-from search_spaces.registry import SPACES, Space, get_space
+from search_spaces.registry import SPACES, Space
 from search_spaces.slices import NetworkSlice, network_slice
-from search_spaces.space import make_space
-from supernets.basis import install_stages, timm_state
+from supernets.basis import Basis, timm_state
 from supernets.compact import cut
 from supernets.refit import written
-from supernets.supernet import Supernet
 
 RECORDED = (  # options of everybody's search that arch.json keeps
     "dataset", "val_fraction", "epochs", "band", "batch_size", "lr", "start", "arch_lr", "arch_data", "gamma", "seed",
     "stage_width", "alphas", "pretrained", "amp", "detach_teacher", "basis", "importance",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is searched for, known before any weight is loaded. backbone: on the meta device."""
-
-    config: SearchConfig
-    space: Space
-    model: TimmModel
-    backbone: Supernet
-    question: Question
-    searcher: Searcher
-    plan: BasisPlan
 
 
 def run_search(config: SearchConfig, on_epoch: OnEpoch | None = None) -> Path:
@@ -95,27 +68,47 @@ def _search(config: SearchConfig, space: Space, device: torch.device, on_epoch: 
     answer = asked.searcher.pick(config, asked.question)
     if answer is not None:
         return picked(asked, answer)
-    start = start_of(config, config.seed)
+    start = started_from(config)
     beginning = Beginning("search", space, asked.model, splits, start, device, asked.plan, asked.searcher.measures)
     held_out = config.arch_data == "val"
-    config, prepared = prepare(config, beginning, dropped(asked), start.name(), held_out)
+    config, prepared = prepare(config, beginning, said(asked), start.name(), held_out)
+    keep_earlier(asked, prepared)
     asked = replace(asked, config=replace(config, **training_of(space).resolved(config, prepared)))
     print(headline(asked))
     run, after = run_of(asked, prepared, on_epoch), Afterwards(prepared.folder)
     if isinstance(asked.searcher, Measured) and config.front:
-        answers = asked.searcher.front(run, config.front)
+        answers = [standing_in(asked, prepared, answer) for answer in asked.searcher.front(run, config.front)]
         write_supernet(prepared)
         members = [member_of(at(asked, b), answer) for b, answer in zip(config.front, answers, strict=True)]
         conclude_front(config, prepared, members, after)
         after.end()
         return prepared.folder
-    answer = asked.searcher.search(run)
+    answer = standing_in(asked, prepared, asked.searcher.search(run))
     arch = found(asked, answer)
     write_architecture(arch, prepared.folder)
     write_supernet(prepared)
     conclude(asked, answer, prepared, arch, after)
     after.end()
     return prepared.folder
+
+
+def keep_earlier(asked: Asked, prepared: Prepared) -> None:
+    """Write down which run the search goes on from; UserError where a resumed one went on from another."""
+    earlier, folder = asked.earlier, prepared.folder
+    if earlier is not None:
+        on_main(lambda: check_resumed(earlier, folder))
+        on_main(lambda: save_round(earlier, folder))
+
+
+def standing_in(asked: Asked, prepared: Prepared, answer: Answer) -> Answer:
+    """The answer, in a basis that changes nothing where arch.json needs one: to say that the stem ends in a layer."""
+    if asked.backbone.adapter.stem_layer is None:
+        return answer
+    if not answer.standing.basis:
+        as_it_is = Basis(orders={"stream.0": list(range(prepared.supernet.shapes[0].embed_dim))})
+        on_main(lambda: save_basis(as_it_is, prepared.folder))
+        answer = replace(answer, standing=Standing(basis=recorded_basis(as_it_is)))
+    return replace(answer, standing=Standing(basis=with_stem(answer.standing.basis, asked.backbone)))
 
 
 def write_supernet(prepared: Prepared) -> None:
@@ -136,59 +129,10 @@ def member_of(asked: Asked, answer: Answer) -> Member:
     return Member(budget, arch, answer, priced.network_cost(slices_of(arch, priced.space.shapes)) / priced.full)
 
 
-def resolve(config: SearchConfig) -> tuple[SearchConfig, Space]:
-    """Fill in the space's defaults and check every option that needs no data."""
-    space = get_space(config.space)
-    check_searcher(config, space)
-    config = with_searcher(one_front(config), space)
-    config = without_foreign(with_defaults(one_budget(config), space, "search"), space)
-    config = replace(config, dataset=config.dataset_name())
-    config.check()
-    check_owned(config, space)
-    training_of(space).check(config, space)
-    price_of(config.price)
-    return config, space
-
-
-def ask(config: SearchConfig, space: Space, splits: Splits) -> Asked:
-    """The choices over the backbone's blocks, their basis and price, the budget, and who is to answer."""
-    model = model_of(config, space)
-    backbone = meta_supernet(model, splits.num_classes, space)
-    choices = make_space(space.name, space.method, training_of(space).settings(config, space), backbone.shapes)
-    searcher, start = searcher_of(config, space), start_of(config, config.seed)
-    plan = planned(config, space, backbone, cuts_of(choices), splits, start, searcher.measures)
-    install_stages(backbone, plan.streams)
-    costs = priced(choices, backbone.adapter.costs, price_of(config.price), config.stage_width == "full")
-    budget = max(config.front) if config.front else config.fraction(costs.full)
-    question = Question(costs, budget, config.band)
-    searcher.check(config, question)
-    return Asked(config, space, model, backbone, question, searcher, plan)
-
-
 def run_of(asked: Asked, prepared: Prepared, on_epoch: OnEpoch | None) -> Run:
     """What the searcher works with: the method's objective among it, made when it is asked for."""
     objective = partial(training_of(asked.space).objective, asked.config, asked.question, prepared)
     return Run(asked.config, asked.question, prepared, objective, on_epoch)
-
-
-def dropped(asked: Asked) -> tuple[str, ...]:
-    """The candidates that were offered and are left out, in words."""
-    return tuple(f"{asked.space.name}: {line}" for line in asked.question.priced.space.dropped)
-
-
-def headline(asked: Asked) -> str:
-    """What is searched, in one line."""
-    choices, budget, backbone = asked.question.priced.space, asked.question.budget, asked.backbone
-    words = (
-        f"{asked.space.name} on {asked.config.dataset}: {choices.size():.3g} architectures, backbone {asked.model.name}"
-        f" {backbone.params() / 1e6:.2f} M parameters, {backbone.flops() / 1e9:.4g} GFLOPs (MACs)"
-    )
-    if asked.config.front:
-        return f"{words}, budgets {', '.join(f'{each:.4g}' for each in asked.config.front)}"
-    if budget is not None:
-        return f"{words}, budget {budget:.4g}"
-    gamma = GAMMA if asked.config.gamma is None else asked.config.gamma
-    return f"{words}, gamma {gamma:g}" if asked.config.adjoined else words
 
 
 def picked(asked: Asked, answer: Answer) -> Path:
@@ -212,14 +156,16 @@ def found(asked: Asked, answer: Answer) -> Architecture:
     config, space = asked.config, asked.question.priced.space
     picks, full = space.validated(answer.picks), config.stage_width == "full"
     name, model = asked.space.name, asked.model
-    arch = architecture_of(asked.backbone, name, model.name, model.kwargs, picks, config.width, answer.kept, full)
+    arch = architecture_of(asked.original, name, model.name, model.kwargs, picks, config.width, answer.kept, full)
     kept = recorded(asked)
     settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k in kept and v is not None}
     settings |= {"searcher": asked.searcher.name, "budget": asked.question.budget, "space_size": float(space.size())}
     settings |= answer.found
-    checkpoint = start_of(config, config.seed).checkpoint
+    checkpoint = started_from(config).checkpoint
     if checkpoint is not None:
         settings["checkpoint"] = str(checkpoint)
+    if asked.earlier is not None:
+        settings[ROUND] = asked.earlier.record()
     return replace(arch, permutation=answer.standing.permutation, basis=answer.standing.basis, search=settings)
 
 
@@ -240,7 +186,7 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
     subnet = slices_of(arch, supernet.shapes)
     precision = partial(autocast, config, prepared.device)
     full = network_slice(supernet.shapes, subnet.blocks, full_stage_width=True)
-    reference = LARGE_NETWORK if LARGE_NETWORK in answer.trained else ORIGINAL_NETWORK
+    reference = LARGE_NETWORK if LARGE_NETWORK in answer.trained else as_it_was(asked.model)
     networks: dict[str, Network] = {"subnet": partial(supernet.small, small=subnet)}
     with after.part("loading the original network"):
         networks = reference_network(prepared, answer, reference) | networks
@@ -260,7 +206,7 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
         results = {name: each for name, each in networks.items() if name != "subnet" or "compact" not in networks}
         scores = top_k(results, loaders.test, prepared.device, precision, words)
     small = {"params": arch.params, "gflops": arch.flops / 1e9}
-    table = {reference: {"params": arch.backbone_params, "gflops": arch.backbone_flops / 1e9}}
+    table = {reference: {"params": asked.backbone.params(), "gflops": asked.backbone.flops() / 1e9}}
     table |= {name: dict(small) for name in networks if name != reference}
     for name in networks:
         for k in ("top1", "top5"):
@@ -356,7 +302,8 @@ def finer_space(asked: Asked) -> str:
         words = ["--space", space.name, "--granularity", str(settings.granularity // 2)]
     else:
         return "this space has none finer"
-    start = start_of(config, config.seed)
+    start = started_from(config)
+    words += ["--arch", str(config.arch)] if config.arch else []
     words += ["--budget", f"{asked.question.budget:g}"] + (["--price", config.price] if config.price != "flops" else [])
     words += ["--model", config.model] if config.model else []
     words += ["--model-kwargs", *config.model_kwargs] if config.model_kwargs else []

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.runs.folder import open_run, results_path
+from nas.stages.continued import continued
 from nas.sweeps.options import SweepConfig
 from nas.sweeps.storage import Storage, storage_of
 from nas.sweeps.table import TrialTable
@@ -39,6 +40,7 @@ LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # as there, every process
 def run_sweep(config: SweepConfig, trials: Sequence[Trial]) -> int:
     """Run every trial that is not finished. Returns the exit code: 1 when a trial failed."""
     check_trials(trials)
+    config = continued(config)
     config = replace(config, dataset=config.dataset_name())
     config = open_run(config, f"sweep-{config.space}-{config.dataset}")
     sweep = config.output
@@ -62,7 +64,7 @@ def run_sweep(config: SweepConfig, trials: Sequence[Trial]) -> int:
 
 def check_trials(trials: Sequence[Trial]) -> None:
     """Refuse what a run would refuse, before anything starts. Values that need the data are left to the trial."""
-    from nas.stages.search import resolve
+    from nas.stages.asked import resolve
 
     for trial in trials:
         if trial.search.front:

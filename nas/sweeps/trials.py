@@ -15,7 +15,7 @@ from nas.config import Common, RetrainConfig, SearchConfig, with_defaults
 from nas.machine.launch import launched
 from nas.sweeps.options import SweepConfig
 from search_spaces.errors import UserError
-from search_spaces.registry import get_space
+from search_spaces.registry import get_space, space_of
 
 RETRAIN = "retrain."
 OWN = {f.name for f in fields(SweepConfig)} - {f.name for f in fields(SearchConfig)}
@@ -27,7 +27,7 @@ SHARED = (
     "checkpoint", "pretrained", "interpolation", "crop_pct", "mean", "std", "amp", "amp_dtype", "channels_last",
     "compile", "device", "workers", "threads", "seed", "keep", "tensorboard",
 )  # fmt: skip
-PATHS = ("data_dir", "checkpoint", "teacher_checkpoint", "class_map")
+PATHS = ("arch", "data_dir", "checkpoint", "teacher_checkpoint", "class_map")
 RANGES = {
     "uniform": 2, "quniform": 3, "loguniform": 2, "qloguniform": 3, "randint": 2, "qrandint": 3, "lograndint": 2,
 }  # fmt: skip  # Ray's samplers and the numbers they take; choice takes any
@@ -44,7 +44,8 @@ class Trial:
 
     def resolved(self) -> SearchConfig:
         """The options of its search, with the space's own for what was not given."""
-        return with_defaults(self.search, get_space(self.search.space), "search")
+        space, arch = space_of(self.search.space, self.search.arch), self.search.arch
+        return with_defaults(self.search, get_space(space), "search", trained=arch is not None)
 
     def words(self) -> str:
         """budget 0.2, seed 1"""
@@ -97,6 +98,10 @@ def make_trials(config: SweepConfig) -> list[Trial]:
 def make_trial(name: str, values: Mapping[str, Any], base: SearchConfig, with_retrain: bool) -> Trial:
     """Both stages' options, but for the folders, which the worker knows."""
     search = replace(base, **{k: v for k, v in values.items() if not k.startswith(RETRAIN)})
+    if search.arch is not None:
+        from nas.stages.continued import continued
+
+        search = continued(search)
     retrain = None
     if with_retrain:
         own = {k.removeprefix(RETRAIN): v for k, v in values.items() if k.startswith(RETRAIN)}

@@ -1,7 +1,7 @@
 """What is to be done to the network before it trains, known before any weight is loaded (section 2.7)."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from nas.training.options import TrainingOptions
@@ -40,7 +40,8 @@ class Facts:
 
     narrowed: the stages of whose stream some block leaves a channel out; inside: whether some block leaves channels of
     its heads out. rotates: whether the method allows a rotation; refits: whether candidates are refitted and measured,
-    on images of their own; measures: whether they are measured without.
+    on images of their own; measures: whether they are measured without. fixed: stages that may not be rotated, and why,
+    beside those of which the network itself says so.
     """
 
     trained: bool
@@ -50,6 +51,7 @@ class Facts:
     rotates: bool = True
     refits: bool = False
     measures: bool = False
+    fixed: Mapping[int, str] = field(default_factory=dict)
 
     def parts(self) -> tuple[int, int]:
         """As of `parts_of`."""
@@ -85,7 +87,7 @@ def plan_basis(options: TrainingOptions, backbone: Supernet, facts: Facts) -> Ba
 
 
 def _rotation(options: TrainingOptions, backbone: Supernet, facts: Facts) -> BasisPlan:
-    fixed, lines, streams = fixed_streams(backbone.adapter), [], []
+    fixed, lines, streams = fixed_streams(backbone.adapter) | dict(facts.fixed), [], []
     deciding, left = facts.parts()
     assert options.calibration_images is not None
     images = min(options.calibration_images, left)

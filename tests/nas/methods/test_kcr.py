@@ -21,7 +21,7 @@ from nas.objectives.adjoined import Adjoined
 from nas.objectives.kernel import KernelAdjoined, KernelTerm
 from nas.objectives.spectrum import kernel_complexity, spectrum
 from nas.searchers.channels import top_gate
-from nas.stages.search import resolve
+from nas.stages.asked import resolve
 from nas.training.loop import fit
 from nas.training.losses import cross_entropy
 from nas.training.objective import Objective, Step

@@ -24,8 +24,9 @@ from nas.prices.flops import FLOPS
 from nas.searchers.minimax import Minimax
 from nas.searchers.minimax_search import check_reach
 from nas.searchers.primal_dual import GATE_START
+from nas.stages.asked import resolve
 from nas.stages.retrain import run_retrain
-from nas.stages.search import resolve, run_search
+from nas.stages.search import run_search
 from nas.training.losses import cross_entropy
 from nas.training.objective import Step
 from search_spaces.architecture import load_architecture

@@ -106,7 +106,7 @@ def test_the_largest_uniform_factor_that_fits_is_priced_exactly(name: str) -> No
     """At budget 1 the backbone itself, though as a cut it would cost its stem's layer more."""
     supernet, costs = rotated(name)
     space = make_space("small-an", AN(), Settings(width="stream"), supernet.shapes)
-    an = PricedSpace(space, costs.network, costs.price, costs.options, costs.full, False)
+    an = PricedSpace(space, costs.network, costs.price, costs.options, costs.full, costs.full, False)
     assert smallest_alpha(an, 1.0) == 1
     half = network_slice(supernet.shapes, space.block_slices([{"alpha": 2}] * len(supernet.shapes)))
     share = exact(supernet, costs, half) / costs.full

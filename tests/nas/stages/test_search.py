@@ -21,8 +21,9 @@ import nas.training.make
 import nas.training.state
 from nas.config import RetrainConfig, SearchConfig
 from nas.networks.compact_file import load_compact
+from nas.stages.asked import resolve
 from nas.stages.retrain import run_retrain
-from nas.stages.search import resolve, run_search
+from nas.stages.search import run_search
 from search_spaces.architecture import load_architecture
 from search_spaces.errors import UserError
 from tests.nas.run_checks import assert_same_run, assert_whole, draw_pictures, log_rows, visible
