@@ -41,8 +41,8 @@ def search(space: str | None = None, **options: Any) -> Path:
     """Stage 1: search a space and return the run's folder, which holds arch.json.
 
     space: by default that of search.py, with arch= the free widths of that run's family. options: those of search.py,
-    by the fields of SearchConfig. Raises TypeError for a name that is none of them and UserError for a value that no run
-    can use.
+    by the fields of SearchConfig. Raises TypeError for a name that is none of them and UserError for a value that no
+    run can use.
     """
     return run_search(config_of(SearchConfig, "search", {"space": space} | options))
 

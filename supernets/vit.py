@@ -130,12 +130,12 @@ class VitAdapter(TimmBlockAdapter):
         for where in ("norm", "fc_norm", "norm_pre"):
             check_norm(backbone, getattr(backbone, where), where)
         for i, block in enumerate(backbone.blocks):
-            check_compact(backbone, block, f"blocks.{i}", backbone.embed_dim)
             if isinstance(block, SkippedBlock):
                 continue
             if type(block) not in self.block_types:
                 names = " or ".join(cls.__name__ for cls in self.block_types)
                 raise refuse(backbone, f"block type {type(block).__name__}", f"use pre-norm blocks (timm's {names})")
+            check_compact(backbone, block, f"blocks.{i}", backbone.embed_dim)
             attn = block.attn if has_attn(block) else None
             if attn and (type(attn) not in self.attention_types or getattr(attn, "gate", None) is not None):
                 known = type(attn) in self.attention_types
