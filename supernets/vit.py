@@ -133,16 +133,16 @@ class VitAdapter(TimmBlockAdapter):
             if isinstance(block, SkippedBlock):
                 continue
             if type(block) not in self.block_types:
-                names = " or ".join(cls.__name__ for cls in self.block_types)
-                raise refuse(backbone, f"block type {type(block).__name__}", f"use pre-norm blocks (timm's {names})")
+                own = self.block_types[0].__name__
+                raise refuse(backbone, f"block type {type(block).__name__}", f"use pre-norm blocks (timm's {own})")
             check_compact(backbone, block, f"blocks.{i}", backbone.embed_dim)
             attn = block.attn if has_attn(block) else None
-            if attn and (type(attn) not in self.attention_types or getattr(attn, "gate", None) is not None):
+            if attn is not None and (type(attn) not in self.attention_types or getattr(attn, "gate", None) is not None):
                 known = type(attn) in self.attention_types
                 raise refuse(backbone, "gated attention" if known else type(attn).__name__, self.plain_attention)
             if has_mlp(block) and type(block.mlp) not in (Mlp, GluMlp, SwiGLU):
                 raise refuse(backbone, f"MLP type {type(block.mlp).__name__}", "use timm's Mlp, GluMlp or SwiGLU")
-            attention_norms = ("norm1", "attn.q_norm", "attn.k_norm") if attn else ()
+            attention_norms = ("norm1", "attn.q_norm", "attn.k_norm") if attn is not None else ()
             for where in (*attention_norms, *(("norm2",) if has_mlp(block) else ())):
                 check_norm(backbone, block.get_submodule(where), where)
 
