@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 from nas.data.augmentation import check_augmentation, held, squared
 from nas.data.options import DataOptions
 from nas.machine.ranges import at_least_one, finite, not_negative
+from nas.methods.options import RecipeOptions
 from nas.networks.options import NetworkOptions
 from nas.objectives.options import LossOptions, StageTwoOptions
 from nas.searchers.options import SearchOptions
@@ -23,7 +24,7 @@ C = TypeVar("C", bound="Common")
 
 # A dataclass lists the fields of its last base first.
 @dataclass(frozen=True)
-class Common(LossOptions, LoopOptions, NetworkOptions, DataOptions):
+class Common(RecipeOptions, LossOptions, LoopOptions, NetworkOptions, DataOptions):
     """Options of both stages."""
 
     def check(self) -> None:
@@ -49,6 +50,8 @@ class SearchConfig(SearchOptions, Common):
         super().check()
         self.check_price()
         not_negative(self, "arch_lr")
+        self.check_mixture()
+        self.check_minimax()
         self.check_front()
         if self.arch_data == "val" and self.val_fraction == 0:
             raise UserError("--arch-data val needs a held-out part; set --val-fraction above 0")

@@ -109,7 +109,7 @@ class KernelAdjoined(Adjoined):
             supernet,
             subnet,
             kernel=kernel_term(options),
-            adjoined=options.adjoined,
+            adjoined=not options.alone(),
             loss=Loss.of(options),
             teacher=teacher,
             averaged=options.adjoined_teacher == "ema",

@@ -17,6 +17,7 @@ from nas.machine.distributed import is_main, joined, quiet_unless_main
 from nas.machine.files import write_json
 from nas.machine.timing import Network, timed
 from nas.methods.method import GAMMA
+from nas.methods.recipe import departures, recipe_lines, with_recipe
 from nas.methods.table import (
     check_owned,
     check_searcher,
@@ -98,7 +99,7 @@ def _search(config: SearchConfig, space: Space, device: torch.device, on_epoch: 
     start = start_of(config, config.seed)
     beginning = Beginning("search", space, asked.model, splits, start, device, asked.plan, asked.searcher.measures)
     held_out = config.arch_data == "val"
-    config, prepared = prepare(config, beginning, dropped(asked), start.name(), held_out)
+    config, prepared = prepare(config, beginning, (*recipe_of(asked), *dropped(asked)), start.name(), held_out)
     asked = replace(asked, config=replace(config, **training_of(space).resolved(config, prepared)))
     print(headline(asked))
     run, after = run_of(asked, prepared, on_epoch), Afterwards(prepared.folder)
@@ -140,8 +141,8 @@ def resolve(config: SearchConfig) -> tuple[SearchConfig, Space]:
     """Fill in the space's defaults and check every option that needs no data."""
     space = get_space(config.space)
     check_searcher(config, space)
-    config = with_searcher(one_front(config), space)
-    config = without_foreign(with_defaults(one_budget(config), space, "search"), space)
+    config = with_recipe(one_budget(one_front(config)), space, "search")
+    config = without_foreign(with_defaults(with_searcher(config, space), space, "search"), space)
     config = replace(config, dataset=config.dataset_name())
     config.check()
     check_owned(config, space)
@@ -176,6 +177,11 @@ def dropped(asked: Asked) -> tuple[str, ...]:
     return tuple(f"{asked.space.name}: {line}" for line in asked.question.priced.space.dropped)
 
 
+def recipe_of(asked: Asked) -> tuple[str, ...]:
+    """What a recipe has set, in words."""
+    return recipe_lines(asked.config, asked.space, "search")
+
+
 def headline(asked: Asked) -> str:
     """What is searched, in one line."""
     choices, budget, backbone = asked.question.priced.space, asked.question.budget, asked.backbone
@@ -188,14 +194,14 @@ def headline(asked: Asked) -> str:
     if budget is not None:
         return f"{words}, budget {budget:.4g}"
     gamma = GAMMA if asked.config.gamma is None else asked.config.gamma
-    return f"{words}, gamma {gamma:g}" if asked.config.adjoined else words
+    return words if asked.config.alone() else f"{words}, gamma {gamma:g}"
 
 
 def picked(asked: Asked, answer: Answer) -> Path:
     """Write what prices alone have answered: there are no weights, and nothing to measure."""
     config = open_run(asked.config, f"search-{asked.space.name}-{asked.config.dataset}")
     assert config.output is not None
-    for line in dropped(asked):
+    for line in (*recipe_of(asked), *dropped(asked)):
         print(line)
     arch = found(asked, answer)
     write_architecture(arch, config.output)
@@ -216,7 +222,9 @@ def found(asked: Asked, answer: Answer) -> Architecture:
     kept = recorded(asked)
     settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k in kept and v is not None}
     settings |= {"searcher": asked.searcher.name, "budget": asked.question.budget, "space_size": float(space.size())}
-    settings |= answer.found
+    settings |= dict(answer.found) | {"recipe": config.recipe}
+    if other := departures(config, asked.space, "search"):
+        settings["other_than_published"] = sorted(other)
     checkpoint = start_of(config, config.seed).checkpoint
     if checkpoint is not None:
         settings["checkpoint"] = str(checkpoint)

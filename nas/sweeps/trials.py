@@ -13,6 +13,7 @@ import tyro
 
 from nas.config import Common, RetrainConfig, SearchConfig, with_defaults
 from nas.machine.launch import launched
+from nas.methods.recipe import with_recipe
 from nas.sweeps.options import SweepConfig
 from search_spaces.errors import UserError
 from search_spaces.registry import get_space
@@ -25,7 +26,7 @@ FIXED_IN_RETRAIN = ("arch", "space", "alpha", "width", "model", "model_kwargs", 
 SHARED = (
     "dataset", "data_dir", "train_split", "val_split", "num_classes", "val_fraction", "class_map", "download",
     "checkpoint", "pretrained", "interpolation", "crop_pct", "mean", "std", "amp", "amp_dtype", "channels_last",
-    "compile", "device", "workers", "threads", "seed", "keep", "tensorboard",
+    "compile", "device", "workers", "threads", "seed", "keep", "tensorboard", "recipe",
 )  # fmt: skip
 PATHS = ("data_dir", "checkpoint", "teacher_checkpoint", "class_map")
 RANGES = {
@@ -44,7 +45,8 @@ class Trial:
 
     def resolved(self) -> SearchConfig:
         """The options of its search, with the space's own for what was not given."""
-        return with_defaults(self.search, get_space(self.search.space), "search")
+        space = get_space(self.search.space)
+        return with_defaults(with_recipe(self.search, space, "search"), space, "search")
 
     def words(self) -> str:
         """budget 0.2, seed 1"""
