@@ -14,6 +14,7 @@ from nas.machine.ranges import at_least_one, finite, not_negative
 from nas.methods.options import RecipeOptions
 from nas.networks.options import NetworkOptions
 from nas.objectives.options import LossOptions, StageTwoOptions
+from nas.pictures.literature import read_literature
 from nas.searchers.options import SearchOptions
 from nas.training.options import LoopOptions
 from search_spaces.errors import UserError
@@ -38,6 +39,8 @@ class Common(RecipeOptions, LossOptions, LoopOptions, NetworkOptions, DataOption
         self.check_teacher()
         self.check_kernel()
         self.check_run()
+        if self.literature is not None:
+            read_literature(self.literature)
         if self.mixes() and (self.batch_size or 64) % 2:
             raise UserError(f"--batch-size {self.batch_size}: mixup pairs the images of a batch; give an even number")
 

@@ -27,8 +27,9 @@ SHARED = (
     "dataset", "data_dir", "train_split", "val_split", "num_classes", "val_fraction", "class_map", "download",
     "checkpoint", "pretrained", "interpolation", "crop_pct", "mean", "std", "amp", "amp_dtype", "channels_last",
     "compile", "device", "workers", "threads", "seed", "keep", "tensorboard", "recipe",
+    "literature",
 )  # fmt: skip
-PATHS = ("data_dir", "checkpoint", "teacher_checkpoint", "class_map")
+PATHS = ("data_dir", "checkpoint", "teacher_checkpoint", "class_map", "literature")
 RANGES = {
     "uniform": 2, "quniform": 3, "loguniform": 2, "qloguniform": 3, "randint": 2, "qrandint": 3, "lograndint": 2,
 }  # fmt: skip  # Ray's samplers and the numbers they take; choice takes any
