@@ -53,6 +53,7 @@ class SearchConfig(SearchOptions, Common):
         super().check()
         self.check_price()
         not_negative(self, "arch_lr")
+        self.check_listing()
         self.check_mixture()
         self.check_minimax()
         self.check_front()

@@ -40,14 +40,13 @@ def with_recipe(options: R, space: Space, stage: Stage) -> R:
             chosen[name] = value
         elif given != value and name not in SCALE:
             raise UserError(
-                f"{_typed(name, given)}: --recipe published sets {_typed(name, value)} for {space.name};"
+                f"{typed(name, given)}: --recipe published sets {typed(name, value)} for {space.name};"
                 " leave one of them out"
             )
     for name in ("augment", "no_aug"):
         if "aa" in table and (given := getattr(options, name, None)):
             raise UserError(
-                f"{_typed(name, given)}: --recipe published sets the augmentation of {space.name};"
-                " leave one of them out"
+                f"{typed(name, given)}: --recipe published sets the augmentation of {space.name}; leave one of them out"
             )
     return replace(options, **chosen)
 
@@ -69,11 +68,11 @@ def recipe_lines(options: RecipeOptions, space: Space, stage: Stage) -> tuple[st
     if options.recipe != "published":
         return ()
     other = departures(options, space, stage)
-    said = [_typed(name, value) for name, value in _applied(options, space, stage).items() if name not in other]
+    said = [typed(name, value) for name, value in _applied(options, space, stage).items() if name not in other]
     own = f"; {space.name} keeps its own length, rate and batch" if space.nano else ""
     lines = [f"--recipe published sets {' '.join(said)}{own}"]
     if other:
-        words = (f"{_typed(name, getattr(options, name, None))} (published: {_word(v)})" for name, v in other.items())
+        words = (f"{typed(name, getattr(options, name, None))} (published: {_word(v)})" for name, v in other.items())
         lines.append(f"other than published: {', '.join(words)}")
     return tuple(lines)
 
@@ -88,7 +87,8 @@ def _default(options: RecipeOptions, name: str) -> Any:
     return next(field.default for field in fields(options) if field.name == name)
 
 
-def _typed(name: str, value: Any) -> str:
+def typed(name: str, value: Any) -> str:
+    """An option as it is typed."""
     if isinstance(value, bool):
         return flag(name) if value else flag(f"no_{name}")
     return f"{flag(name)} {_word(value)}"

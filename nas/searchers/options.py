@@ -19,6 +19,8 @@ class SpaceOptions:
     """<backbone>-<method>[-nano]; --list-spaces shows all"""
     list_spaces: bool = False
     """print every space and stop"""
+    verbose: bool = False
+    """with --list-spaces: the defaults of both stages too, and what --recipe published sets"""
     width: Literal["stream", "inner"] = "stream"
     """what a compression factor narrows (docs/method.md)"""
     alphas: tuple[int, ...] | None = None
@@ -27,6 +29,11 @@ class SpaceOptions:
     """candidate shares of the channels that an MLP reads and writes (1, 3/4, 1/2, 1/4)"""
     alpha: int | None = None
     """one compression factor for every block, where the space searches none"""
+
+    def check_listing(self) -> None:
+        """Refuse a flag that nothing reads."""
+        if self.verbose and not self.list_spaces:
+            raise UserError("--verbose goes with --list-spaces; leave it out")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from search_spaces.registry import get_space
 
 RETRAIN = "retrain."
 OWN = {f.name for f in fields(SweepConfig)} - {f.name for f in fields(SearchConfig)}
-FIXED = ("output", "resume", "list_spaces", "processes", *OWN)  # not a matter of one trial
+FIXED = ("output", "resume", "list_spaces", "verbose", "processes", *OWN)  # not a matter of one trial
 FIXED_IN_RETRAIN = ("arch", "space", "alpha", "width", "model", "model_kwargs", *FIXED)  # the search decides them
 # What stage 2 takes from stage 1's options: the data, the place, the seed. Training is the space's own, or retrain.X.
 SHARED = (

@@ -10,12 +10,13 @@ import torch
 
 from nas.cli import parse
 from nas.config import Common, RetrainConfig, SearchConfig
-from nas.methods.recipe import departures, published, recipe_lines, with_recipe
+from nas.methods.recipe import departures, published, recipe_lines, typed, with_recipe
 from nas.objectives.distill import distilled_terms, per_class
 from nas.runs.folder import saved_config
 from nas.searchers.gradient import Gradient
 from nas.searchers.primal_dual import AveragedSGD, Rates, Rules
 from nas.searchers.supernet_search import Mixing
+from nas.spaces import list_spaces, settings_of
 from nas.stages.retrain import resolve as resolve_retrain
 from nas.stages.search import resolve, run_search
 from nas.sweeps.options import SweepConfig
@@ -324,3 +325,49 @@ def test_damping_is_what_it_says() -> None:
         terms[damping] = float(objective(x, torch.zeros(2, dtype=torch.long), step)["penalty"])
     # (z + damping v) v, v = F/F_full - B = 0.5
     assert terms[3.0] / terms[0.0] == pytest.approx((1e-3 + 3 * 0.5) / 1e-3, rel=1e-4)
+
+
+PAPERS: dict[str, dict[str, dict[str, Any]]] = {  # what the papers' tables and text say of the full-size runs
+    "swin-an": {"retrain": dict(lr=1e-5, batch_size=64, epochs=50, sched="none")},
+    "swin-dan": {
+        "search": dict(lr=1e-5, batch_size=64, epochs=100, sched="none", alphas=(1, 2, 4, 8), pretrained=True),
+        "retrain": dict(lr=1e-5, batch_size=64, epochs=50, sched="none", train="adjoined"),
+    },
+    "t2t-dan": {
+        "search": dict(lr=1e-3, batch_size=128, epochs=100, sched="none", alphas=(1, 2, 3), pretrained=True),
+        "retrain": dict(lr=1e-3, batch_size=128, epochs=50, sched="none", train="adjoined"),
+    },
+    "vit-kcr": {
+        "retrain": dict(
+            epochs=300, opt="adamw", weight_decay=0.01, lr=1e-4, min_lr=1e-5, warmup_lr=1e-4, sched="cosine",
+            model_ema=True, model_ema_decay=0.9995, aa="rand-m9-mstd0.5", reprob=0.2, remode="pixel", smoothing=0.1,
+            batch_size=64, amp=True,
+        ),
+    },
+    "deit-uvc": {
+        "search": dict(
+            epochs=30, warmup_epochs=5, lr=1e-4, weight_decay=0.05, sched="cosine", batch_size=256, budget=0.5,
+            distill_weight=0.1, opt="adamw",
+        ),
+        "retrain": dict(epochs=120, weight_decay=0.05, opt="adamw"),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", ["", "published "])
+@pytest.mark.parametrize("name", PAPERS)
+def test_full_size_defaults_are_what_the_papers_say_and_are_printed(
+    name: str, recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nas.spaces.all_spaces", lambda: {name: get_space(name)})
+    list_spaces(verbose=True)
+    printed = dict(line.strip().split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": --" in line)
+    for stage, options in PAPERS[name].items():
+        assert settings_of(get_space(name))[recipe + stage].items() >= options.items()
+        words = f"{printed[recipe + stage]} "
+        assert [n for n, v in options.items() if f"{typed(n, v)} " not in words] == []
+
+
+def test_verbose_goes_with_the_list() -> None:
+    with pytest.raises(UserError, match="--verbose goes with --list-spaces"):
+        resolve(SearchConfig(verbose=True))
