@@ -1,7 +1,7 @@
 """What an arch.json stands for, block by block, as a table and as a picture.
 
     python -m nas.describe results/<run>/arch.json
-    python -m nas.describe --space swin-dan-nano --grammar
+    python -m nas.describe --space NAME --grammar
 
 prints for every block its choices, the stream channels, heads, channels inside the heads, MLP channels and hidden
 neurons that it keeps, its FLOPs and their share of the network's; then the stem, patch merging and the classifier. The

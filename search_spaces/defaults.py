@@ -59,7 +59,7 @@ SCALE = (
 
 CROP_AND_FLIP = dict(hflip=0.5, scale=(0.08, 1.0))
 
-# What the thesis ran for AN and DAN (sections 2.1 and 2.2); rates and batches are the families'.
+# What the thesis ran (sections 2.1 and 2.2); rates and batches are the families'.
 ADJOINED_PUBLISHED = Defaults(
     training=dict(
         AUTHORS, **CROP_AND_FLIP, opt="adamw", pretrained=True, sched="none", warmup_epochs=0, weight_decay=0.05,

@@ -35,7 +35,9 @@ def space_of(method: str) -> tuple[SearchSpace, Supernet]:
 
 def kept_of(space: SearchSpace, picks: list[Picks]) -> list[dict[str, list[int]]]:
     """The first units, as many as the picks say, where arch.json wants them by name."""
-    found = []
+    found: list[dict[str, list[int]]] = []
+    if not space.method.kept_names:  # prefixes
+        return [{} for _ in picks]
     for shape, s in zip(space.shapes, space.block_slices(picks), strict=True):
         widths = s.v_channels or [range(shape.head_dim)] * count(s.heads)
         channels = [h * shape.head_dim + c for h, kept in enumerate(widths) for c in kept]  # type: ignore[arg-type, union-attr]
