@@ -172,10 +172,30 @@ def space_defaults() -> str:
     return "\n".join([*legend, "", table])
 
 
+def published_recipes() -> str:
+    """What --recipe published sets: an option's values for the spaces whose runs are known."""
+    from nas.methods.recipe import published
+    from search_spaces.defaults import SCALE
+
+    names = ("swin-an", "swin-dan", "t2t-dan", "vit-kcr", "deit-uvc")
+    rows: dict[str, list[str]] = {}
+    for i, name in enumerate(names):
+        tables = {stage: published(SPACES[name], stage) for stage in ("search", "retrain")}
+        both = {o for o, v in tables["search"].items() if tables["retrain"].get(o, tables) == v}
+        for stage, table in tables.items():
+            for option, value in table.items():
+                words = "" if option in both else f" ({stage})"
+                mark = "*" if option in SCALE else ""
+                cell = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                rows.setdefault(f"`--{option.replace('_', '-')}`{mark}{words}", [""] * len(names))[i] = f"`{cell}`"
+    return markdown(["option", *names], [[option, *rows[option]] for option in sorted(rows)])
+
+
 def sections() -> dict[str, dict[str, str]]:
     """Page -> section -> its text."""
     return {
         "numbers.md": {"an": numbers(), "t2t": t2t_sum()},
+        "fidelity.md": {"published": published_recipes()},
         "options.md": {
             "both": options(Common),
             "search": options(SearchConfig, Common),

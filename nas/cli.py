@@ -20,7 +20,8 @@ OF_THE_MACHINE = (  # what a path or a disk can refuse, and no fault of the prog
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ENOTDIR,
     errno.ELOOP,
 )  # fmt: skip
-SPACES_FLAGS = ("pretrained", "amp", "model-ema")  # booleans whose default is the space's
+# booleans whose default is the space's, or which a recipe may set
+SPACES_FLAGS = ("pretrained", "amp", "model-ema", "model-ema-warmup", "adjoined", "stage-gates")
 
 
 def main(kind: type[C], run: Callable[[C], Any]) -> None:

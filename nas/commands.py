@@ -22,7 +22,7 @@ def start_search(config: SweepConfig) -> None:
     if config.list_spaces:
         from nas.spaces import list_spaces
 
-        list_spaces()
+        list_spaces(config.verbose)
         return
     from nas.sweeps.trials import make_trials, single_search
 

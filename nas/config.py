@@ -11,8 +11,10 @@ from typing import Literal, TypeVar
 from nas.data.augmentation import check_augmentation, held, squared
 from nas.data.options import DataOptions
 from nas.machine.ranges import at_least_one, finite, not_negative
+from nas.methods.options import RecipeOptions
 from nas.networks.options import NetworkOptions
 from nas.objectives.options import LossOptions, StageTwoOptions
+from nas.pictures.literature import read_literature
 from nas.searchers.options import SearchOptions
 from nas.training.options import LoopOptions
 from search_spaces.errors import UserError
@@ -23,7 +25,7 @@ C = TypeVar("C", bound="Common")
 
 # A dataclass lists the fields of its last base first.
 @dataclass(frozen=True)
-class Common(LossOptions, LoopOptions, NetworkOptions, DataOptions):
+class Common(RecipeOptions, LossOptions, LoopOptions, NetworkOptions, DataOptions):
     """Options of both stages."""
 
     def check(self) -> None:
@@ -37,6 +39,8 @@ class Common(LossOptions, LoopOptions, NetworkOptions, DataOptions):
         self.check_teacher()
         self.check_kernel()
         self.check_run()
+        if self.literature is not None:
+            read_literature(self.literature)
         if self.mixes() and (self.batch_size or 64) % 2:
             raise UserError(f"--batch-size {self.batch_size}: mixup pairs the images of a batch; give an even number")
 
@@ -49,6 +53,9 @@ class SearchConfig(SearchOptions, Common):
         super().check()
         self.check_price()
         not_negative(self, "arch_lr")
+        self.check_listing()
+        self.check_mixture()
+        self.check_minimax()
         self.check_front()
         if self.arch_data == "val" and self.val_fraction == 0:
             raise UserError("--arch-data val needs a held-out part; set --val-fraction above 0")

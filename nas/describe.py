@@ -1,11 +1,15 @@
 """What an arch.json stands for, block by block, as a table and as a picture.
 
     python -m nas.describe results/<run>/arch.json
+    python -m nas.describe --space NAME --grammar
 
 prints for every block its choices, the stream channels, heads, channels inside the heads, MLP channels and hidden
 neurons that it keeps, its FLOPs and their share of the network's; then the stem, patch merging and the classifier. The
 picture (architecture.png beside arch.json, or --output) sets what each block keeps beside what the backbone has. No
 weights are read.
+
+With --space and --grammar: what the space offers over its default model, as nni.mutable has it, a line for every
+choice; --output writes it as JSON.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nas.cli import errors
 from nas.pictures.architecture import (
@@ -28,6 +33,8 @@ from nas.pictures.architecture import (
 from nas.pictures.rows import rows_of
 from search_spaces.architecture import Architecture, load_architecture
 from search_spaces.errors import UserError
+from search_spaces.registry import get_space
+from search_spaces.space import spell
 
 
 def print_rows(arch: Architecture, rows: Sequence[Row]) -> None:
@@ -83,13 +90,46 @@ def show(path: Path, output: Path | None) -> Path:
     return save(architecture_figure(rows, title_of(arch, rows)), output or folder / PICTURE)[0]
 
 
+def grammar_of(name: str) -> dict[str, Any]:
+    """The nni space over a space's default model: its name and model, and {label: candidates} of every choice."""
+    from nas.spaces import costs_of
+
+    space = get_space(name)
+    choices = costs_of(space).space.mutable().simplify()
+    labels = {label: list(choice.values) for label, choice in choices.items()}
+    return {"space": space.name, "method": space.method.name, "model": space.model, "choices": labels}
+
+
+def show_grammar(name: str, output: Path | None) -> None:
+    """Print a line for every choice, by its label; write all of it as JSON where that is asked for."""
+    from nas.machine.files import write_json
+
+    grammar = grammar_of(name)
+    print(f"{grammar['space']} over {grammar['model']}: {len(grammar['choices'])} choices, as nni.mutable labels them")
+    for label, candidates in grammar["choices"].items():
+        print(f"{label}: {spell(candidates)}")
+    if output is not None:
+        write_json(output, grammar)
+        print(output)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; exit code 2 after one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m nas.describe", description="Show an architecture block by block.")
-    parser.add_argument("arch", type=Path, help="arch.json, or the folder of a run")
-    parser.add_argument("--output", type=Path, help="the picture, .png or .pdf (default: architecture.png beside it)")
+    parser.add_argument("arch", type=Path, nargs="?", help="arch.json, or the folder of a run")
+    parser.add_argument("--space", help="instead of arch.json: a space, with --grammar")
+    parser.add_argument("--grammar", action="store_true", help="what --space offers, as nni.mutable has it")
+    words = "the picture, .png or .pdf (default: architecture.png beside it); with --grammar a .json"
+    parser.add_argument("--output", type=Path, help=words)
     options = parser.parse_args(arguments)
     with errors(parser.prog):
+        if (options.space is None) == (options.arch is None) or options.grammar != (options.space is not None):
+            raise UserError("give an arch.json (or a run's folder), or --space NAME with --grammar")
+        if options.grammar:
+            if options.output is not None and options.output.suffix != ".json":
+                raise UserError(f"--output {options.output}: expected a name that ends in .json")
+            show_grammar(options.space, options.output)
+            return
         if options.output is not None and options.output.suffix not in (".png", ".pdf"):
             raise UserError(f"--output {options.output}: expected a name that ends in .png or .pdf")
         print(show(options.arch, options.output))

@@ -34,7 +34,7 @@ from supernets.supernet import Supernet
 
 __all__ = ["Architecture", "Supernet", "cut", "load", "pick", "retrain", "rewrite", "save", "search"]
 
-COMMAND_LINE = ("list_spaces", "processes")  # fields that are no options of a run
+COMMAND_LINE = ("list_spaces", "verbose", "processes")  # fields that are no options of a run
 
 
 def search(space: str | None = None, **options: Any) -> Path:

@@ -1,8 +1,10 @@
 """search.py --list-spaces: every space with its model, choices, size and FLOPs range."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from nas.config import SearchConfig, with_defaults
+from nas.methods.recipe import published, typed
 from nas.methods.table import training_of
 from nas.networks.backbone import TimmModel
 from nas.networks.opening import meta_supernet
@@ -13,8 +15,11 @@ from search_spaces.registry import Space, all_spaces
 from search_spaces.space import make_space, spell, uniform_alphas
 
 
-def list_spaces() -> None:
-    """Print the table; ranges are of stream width, the default, at the model's own number of classes."""
+def list_spaces(verbose: bool = False) -> None:
+    """Print the table; ranges are of stream width, the default, at the model's own number of classes.
+
+    verbose: below it, what every space fills in for options that are left open, and what its published recipe sets.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -27,6 +32,23 @@ def list_spaces() -> None:
         reach = f"{low / 1e9:.4g} to {high / 1e9:.4g}"
         table.add_row(space.name, space.method.name, space.model, words, f"{size:.3g}", reach)
     Console().print(table)
+    if verbose:
+        for space in all_spaces().values():
+            print(space.name)
+            for words, options in settings_of(space).items():
+                print(f"  {words}: {' '.join(typed(name, value) for name, value in options.items())}")
+
+
+def settings_of(space: Space) -> dict[str, dict[str, Any]]:
+    """Options by stage: the space's defaults, and what its method's authors ran where they are known."""
+    offered = {"alphas": space.alphas} if space.alphas and "alpha" in space.method.choice_names else {}
+    found: dict[str, dict[str, Any]] = {
+        "search": dict(space.training) | dict(space.search) | offered,
+        "retrain": dict(space.training) | dict(space.retrain),
+    }
+    if space.published is not None:
+        found |= {"published search": published(space, "search"), "published retrain": published(space, "retrain")}
+    return found
 
 
 def costs_of(space: Space) -> PricedSpace:

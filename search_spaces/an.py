@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from search_spaces.defaults import ADJOINED_PUBLISHED, Defaults, combined
 from search_spaces.method import Candidate, Method, Picks, Settings, divisors, whole
 from search_spaces.slices import BlockShape, BlockSlice, prefix_slice
 
@@ -12,6 +13,7 @@ class AN(Method):
     name = "an"
     choice_names = ("alpha",)
     uniform = True
+    published = combined(ADJOINED_PUBLISHED, Defaults(search=dict(searcher="uniform")))
 
     def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:
         return {"alpha": tuple(divisors(shape, settings))}, []

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from search_spaces.slices import Kept
 
 STEP = 8  # counts are multiples of this: what tensor cores and vector units take whole
-KERNEL = dict(eta_kc=5e-4, rho=0.3)  # docs/kcr.md says why
-NANO_KERNEL = dict(eta_kc=5e-3, rho=0.15)
+KERNEL = dict(adjoined=True, eta_kc=5e-4, rho=0.3)  # docs/kcr.md says why
+NANO_KERNEL = dict(adjoined=True, eta_kc=5e-3, rho=0.15)
 KEPT = "kept_channels"  # the indices' name in a block's entry of arch.json
 
 

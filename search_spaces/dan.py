@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from search_spaces.defaults import ADJOINED_PUBLISHED, Defaults, combined
 from search_spaces.method import Candidate, Method, Picks, Settings, alpha_candidates, whole
 from search_spaces.slices import BlockShape, BlockSlice, prefix_slice
 
@@ -11,6 +12,16 @@ class DAN(Method):
 
     name = "dan"
     choice_names = ("alpha",)
+    # tau is constant in the thesis, which does not say at what; 1 is a reading.
+    published = combined(
+        ADJOINED_PUBLISHED,
+        Defaults(
+            search=dict(
+                searcher="gradient", start="uniform", epochs=100, gamma=1e-12, budget=0.0, stage_gates=False,
+                arch_pace="constant", tau=(1.0,),
+            )
+        ),
+    )  # fmt: skip
 
     def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:
         candidates, dropped = alpha_candidates(shape, settings)

@@ -29,10 +29,11 @@ def combined(*parts: Defaults) -> Defaults:
 IMAGES = dict(calibration_images=2048, refit_images=2048)
 
 # The backbone authors' augmentation (Swin and DeiT share it); 100 epochs of search on ImageNet-100, 50 on ImageNet.
+AUTHORS = dict(aa="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, remode="pixel")
 EVERYBODY = Defaults(
     training=dict(
-        aa="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, remode="pixel", opt="adamw",
-        pretrained=True, sched="none", warmup_epochs=0, weight_decay=0.05, drop_path=0.1, **IMAGES,
+        AUTHORS, opt="adamw", pretrained=True, sched="none", warmup_epochs=0, weight_decay=0.05, drop_path=0.1,
+        **IMAGES,
     ),
     search=dict(epochs=100, arch_lr=1e-3),
     retrain=dict(epochs=50, train="adjoined", result="last"),
@@ -48,4 +49,25 @@ EVERYBODY_NANO = Defaults(
     ),
     search=dict(epochs=15, sched="none", lr=1e-3, arch_lr=2e-2, budget=0.5),
     retrain=dict(epochs=30, warmup_epochs=1, train="adjoined", result="last"),
+)  # fmt: skip
+
+# Of a published recipe, what belongs to a network's size, a run's length and its machine: a flag may say otherwise.
+SCALE = (
+    "pretrained", "epochs", "batch_size", "lr", "min_lr", "warmup_lr", "warmup_epochs", "budget", "alphas", "amp",
+    "model_ema_decay", "model_ema_warmup",
+)  # fmt: skip
+
+CROP_AND_FLIP = dict(hflip=0.5, scale=(0.08, 1.0))
+
+# What the thesis ran (sections 2.1 and 2.2); rates and batches are the families'.
+ADJOINED_PUBLISHED = Defaults(
+    training=dict(
+        AUTHORS, **CROP_AND_FLIP, opt="adamw", pretrained=True, sched="none", warmup_epochs=0, weight_decay=0.05,
+        drop_path=0.1,
+    ),
+    search=dict(basis="none"),
+    retrain=dict(
+        basis="none", epochs=50, train="adjoined", result="last", kl_schedule="thesis", small_ce=0.0,
+        adjoined_teacher="current",
+    ),
 )  # fmt: skip

@@ -43,7 +43,8 @@ class Method(ABC):
     uniform: one candidate serves all blocks, so that there is nothing to search inside one. listed: whether all
     combinations of a block's candidates are few enough to be listed; otherwise their ends stand for them.
     offers: the flags that offer candidates. models: where a family's default model is another one for this method.
-    defaults: of its full-size spaces; nano_defaults: of its -nano ones.
+    defaults: of its full-size spaces; nano_defaults: of its -nano ones; published: what its authors ran, None where it
+    is nobody's but this toolkit's.
     """
 
     name: ClassVar[str]
@@ -58,6 +59,7 @@ class Method(ABC):
     models: ClassVar[Mapping[str, str]] = {}
     defaults: ClassVar[Defaults] = Defaults()
     nano_defaults: ClassVar[Defaults] = Defaults()
+    published: ClassVar[Defaults | None] = None
 
     @abstractmethod
     def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 from search_spaces.an import AN
 from search_spaces.architecture import load_architecture
 from search_spaces.dan import DAN
-from search_spaces.defaults import EVERYBODY, EVERYBODY_NANO, combined
+from search_spaces.defaults import EVERYBODY, EVERYBODY_NANO, Defaults, combined
 from search_spaces.errors import UserError
 from search_spaces.families import FAMILIES, Family
 from search_spaces.free import Free
@@ -27,7 +27,8 @@ class Space:
     """A backbone family and a method, with the defaults that were published or measured for the pair.
 
     model, model_kwargs: arguments of timm.create_model. alphas: candidate factors, None for all divisors of the
-    heads up to 8. training: defaults of both stages' options; search and retrain: of one stage's.
+    heads up to 8. training: defaults of both stages' options; search and retrain: of one stage's. published: what the
+    method's authors ran, with the family's rate, batch and candidates.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Space:
     training: Mapping[str, Any] = field(default_factory=dict)
     search: Mapping[str, Any] = field(default_factory=dict)
     retrain: Mapping[str, Any] = field(default_factory=dict)
+    published: Defaults | None = None
 
 
 def _full(family: Family, method: Method) -> Space:
@@ -53,7 +55,16 @@ def _full(family: Family, method: Method) -> Space:
         training=defaults.training,
         search=defaults.search,
         retrain=defaults.retrain,
+        published=_published(family, method),
     )
+
+
+def _published(family: Family, method: Method) -> Defaults | None:
+    if method.published is None:
+        return None
+    searched = "alpha" in method.choice_names and not method.uniform and family.alphas is not None
+    candidates = Defaults(search=dict(alphas=family.alphas) if searched else {})
+    return combined(family.defaults, method.published, candidates)
 
 
 def _nano(family: Family, method: Method) -> Space:
@@ -68,6 +79,7 @@ def _nano(family: Family, method: Method) -> Space:
         training=defaults.training,
         search=defaults.search,
         retrain=defaults.retrain,
+        published=_published(family, method),
     )
 
 

@@ -5,7 +5,7 @@ The method of "Unified Visual Transformer Compression" (ICLR 2022). The residual
 
 from collections.abc import Mapping, Sequence
 
-from search_spaces.defaults import Defaults
+from search_spaces.defaults import CROP_AND_FLIP, Defaults
 from search_spaces.method import Candidate, Method, Picks, Settings, whole
 from search_spaces.slices import BlockShape, BlockSlice
 from search_spaces.units import KEPT_HIDDEN, KEPT_V
@@ -35,6 +35,20 @@ class UVC(Method):
         retrain=dict(epochs=120),
     )  # fmt: skip
     nano_defaults = Defaults(training=dict(importance="none", distill_weight=0.1), search=dict(arch_lr=GATES_LR))
+    # As the authors' code and its log of DeiT-Tiny have it: 5,005 steps an epoch, 25 epochs of them after the warm-up.
+    published = Defaults(
+        training=dict(
+            CROP_AND_FLIP, opt="adamw", pretrained=True, sched="cosine", warmup_epochs=5, weight_decay=0.05,
+            batch_size=256, clip_grad=1.0, clip_mode="norm", drop_path=0.0, aa="none", color_jitter=0.0, reprob=0.0,
+            mixup=0.8, cutmix=1.0, mixup_prob=0.8, mixup_switch_prob=0.5, smoothing=0.1, distill="soft",
+            distill_weight=0.1, distill_temperature=1.0, distill_reduction="mean",
+        ),
+        search=dict(
+            searcher="minimax", basis="none", prune=True, skip="block", epochs=30, lr=1e-4, arch_lr=0.1, budget=0.5,
+            gate_average="ramp", gate_flops="drawn", damping=0.0, reference_steps=125_125,
+        ),
+        retrain=dict(epochs=120, train="distill", result="last", lr=5e-5, min_lr=1e-5, warmup_lr=1e-6),
+    )  # fmt: skip
 
     def choices(self, shape: BlockShape, settings: Settings) -> tuple[dict[str, tuple[Candidate, ...]], list[str]]:
         sizes = (shape.num_heads, shape.num_heads * shape.head_dim, shape.hidden)

@@ -29,7 +29,17 @@ from tests.nas.finished import finished_run
 
 LINES = 300
 STARTED = ("--device", "cpu", "--workers", "0", "--threads", "1")
-NOT_TRIED = {"resume", "list_spaces", "processes", "sweep", "download", "compile", "tensorboard", "ray_address"}
+NOT_TRIED = {
+    "resume",
+    "list_spaces",
+    "verbose",
+    "processes",
+    "sweep",
+    "download",
+    "compile",
+    "tensorboard",
+    "ray_address",
+}
 NUMBERS = ("nan", "inf", "-inf", "-1", "0", "1e400", "-0.0", "1e-300", "99999999999999999999", "abc", "", "1,5", "0x10")
 WORDS = (
     "",

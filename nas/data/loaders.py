@@ -142,7 +142,7 @@ def make_loaders(
         options.mixup or 0.0,
         options.cutmix or 0.0,
         options.cutmix_minmax,
-        prob=options.mixup_prob,
+        prob=1.0 if options.mixup_prob is None else options.mixup_prob,
         switch_prob=options.mixup_switch_prob,
         mode=options.mixup_mode,
         smoothing=batching.smoothing,

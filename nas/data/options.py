@@ -75,8 +75,8 @@ class DataOptions:
     """alpha of CutMix; 0 switches it off"""
     cutmix_minmax: tuple[float, float] | None = None
     """bounds of the side that CutMix takes, instead of --cutmix's draw"""
-    mixup_prob: float = 1.0
-    """of mixup or cutmix, per batch, pair or element"""
+    mixup_prob: float | None = None
+    """of mixup or cutmix, per batch, pair or element (1)"""
     mixup_switch_prob: float = 0.5
     """of cutmix where both are on"""
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"

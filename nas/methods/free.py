@@ -20,6 +20,7 @@ class FreeTraining(MethodTraining):
     options: ClassVar[tuple[type, ...]] = (FreeOptions, ImportanceOptions)
     recorded = ("granularity", "keep_block", "fix", "score", "decide", "evals", "labels", "refit_images")
     refits = True
+    narrows = False  # a stage's width is a choice of its own
 
     def check(self, options: SearchOptions, space: Space) -> None:
         at_least_one(options, "evals")

@@ -16,6 +16,7 @@ class KCRTraining(KernelTraining):
 
     options: ClassVar[tuple[type, ...]] = (KernelOptions, ScoreOptions, SelectionOptions)
     trained: ClassVar[tuple[type, ...]] = options
+    narrows = False
 
     def check(self, options: SearchOptions, space: Space) -> None:
         super().check(options, space)
@@ -30,7 +31,7 @@ class KCRTraining(KernelTraining):
 
     def settings(self, options: SearchOptions, space: Space) -> Settings:
         settings = super().settings(options, space)
-        return settings if options.selection == "topk" else Settings(settings.width, settings.alphas, None)
+        return settings if options.selection != "bernoulli" else Settings(settings.width, settings.alphas, None)
 
     def search_kind(self, options: SearchOptions) -> type[KernelSearch]:
         return Bernoulli if options.selection == "bernoulli" else super().search_kind(options)

@@ -5,9 +5,10 @@ from typing import Any, ClassVar
 
 from nas.objectives.table import Make
 from nas.searchers.gradient import Gradient
+from nas.searchers.gumbel import TAU
 from nas.searchers.options import SearchOptions
 from nas.searchers.searcher import Question
-from nas.searchers.supernet_search import Search
+from nas.searchers.supernet_search import Mixing, Search
 from nas.training.optim import updates_per_epoch
 from nas.training.prepared import Prepared
 from search_spaces.method import FRACTIONS, Settings
@@ -24,7 +25,7 @@ class MethodTraining:
     beside everybody's. kernel_term: whether both stages have one.
     objectives: its own, where a way to train in stage 2 is another one for it. rotates: whether its
     networks may stand in a rotated basis. refits: whether they are refitted when they are cut (section 2.11), and when
-    they begin to be distilled.
+    they begin to be distilled. narrows: whether its blocks choose, by factors, how wide their stage is.
     """
 
     searchers: ClassVar[tuple[str, ...]] = ("gradient", "evolution", "random", "uniform")
@@ -34,6 +35,7 @@ class MethodTraining:
     objectives: ClassVar[Mapping[str, Make]] = {}
     rotates: ClassVar[bool] = True
     refits: ClassVar[bool] = False
+    narrows: ClassVar[bool] = True
 
     def check(self, options: SearchOptions, space: Space) -> None:
         """Refuse option values that a search of this method cannot use."""
@@ -66,4 +68,5 @@ def search_arguments(options: SearchOptions, question: Question, prepared: Prepa
         "total_steps": options.total_epochs() * updates_per_epoch(options, prepared.loaders.train),
         "smoothing": options.smoothing or 0.0,
         "detach_teacher": options.detach_teacher,
+        "mixing": Mixing(options.tau or TAU, options.arch_pace, options.stage_gates is not False),
     }

@@ -13,7 +13,7 @@ from nas.methods.kcr import KCRTraining
 from nas.methods.method import MethodTraining
 from nas.methods.uvc import UVCTraining
 from nas.prices.options import BAND
-from nas.searchers.options import LogitOptions, SearchOptions
+from nas.searchers.options import LogitOptions, MixtureOptions, SearchOptions
 from nas.searchers.searcher import Searcher
 from nas.searchers.table import SEARCHERS
 from search_spaces.errors import UserError
@@ -52,6 +52,9 @@ def check_searcher(options: SearchOptions, space: Space) -> None:
         raise UserError(
             f"--start {options.start} is of a search by {names}; {space.name} is searched by {searcher.name}"
         )
+    if options.stage_gates is not None and not training.narrows and MixtureOptions in searcher.owned(space.method):
+        typed = flag("stage_gates" if options.stage_gates else "no_stage_gates")
+        raise UserError(f"{typed}: {space.name} narrows no stage by factors; leave it out")
     if options.band != BAND and not searcher.banded:
         words = f"{space.name} is searched by {searcher.name}, which has no band"
         raise UserError(f"--band {options.band}: {words}; leave it out")

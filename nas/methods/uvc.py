@@ -6,11 +6,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from nas.methods.method import MethodTraining, search_arguments
-from nas.objectives.distill import distilled_terms
+from nas.objectives.distill import distilled_terms, per_class
 from nas.objectives.options import TeacherOptions
 from nas.objectives.teacher import Teacher, make_teacher
 from nas.searchers.minimax import Loss, Minimax
-from nas.searchers.options import GateOptions, SearchOptions
+from nas.searchers.options import GateOptions, MinimaxOptions, SearchOptions
+from nas.searchers.primal_dual import Rules
 from nas.searchers.searcher import Question
 from nas.training.losses import cross_entropy
 from nas.training.prepared import Prepared
@@ -23,8 +24,11 @@ class UVCTraining(MethodTraining):
 
     searchers = ("minimax",)
     rotates = False  # its own scores say which units go
-    options = (GateOptions, TeacherOptions)
-    recorded = ("prune", "skip", "distill", "distill_weight", "distill_temperature", "teacher", "warmup_epochs")
+    options = (GateOptions, MinimaxOptions, TeacherOptions)
+    recorded = (
+        "prune", "skip", "gate_average", "gate_flops", "damping", "reference_steps", "distill", "distill_weight",
+        "distill_temperature", "distill_reduction", "teacher", "warmup_epochs",
+    )  # fmt: skip
 
     def check(self, options: SearchOptions, space: Space) -> None:
         if not options.budget and options.gflops is None:
@@ -37,8 +41,11 @@ class UVCTraining(MethodTraining):
             )
         if options.gamma is not None:
             raise UserError(f"--gamma prices FLOPs where there is no budget; {space.name} always has one")
-        if options.arch_data == "val" and options.skip == "none":
+        if options.skip == "none" and options.arch_data == "val":
             raise UserError("--arch-data val trains gates; --skip none has none")
+        if options.skip == "none" and (options.gate_average or options.gate_flops):
+            name = "--gate-average" if options.gate_average else "--gate-flops"
+            raise UserError(f"{name} is about gates; --skip none has none")
 
     def resolved(self, options: SearchOptions, prepared: Prepared) -> Mapping[str, Any]:
         return {"distill": distillation(options, prepared)}
@@ -52,6 +59,7 @@ class UVCTraining(MethodTraining):
             teacher = make_teacher(options, prepared, prepared.start, f"--distill {options.distill}")
         loss = make_loss(options, teacher)
         kinds: dict[str, Any] = {"loss": loss, "skip": options.skip, "prune": options.prune, "warmup_steps": warmup}
+        kinds["rules"] = Rules.of(options)
         return Minimax(prepared.supernet, question.priced, **kinds, **arguments)
 
     def remarks(self, found: Mapping[str, Any]) -> str:
@@ -77,6 +85,7 @@ def make_loss(options: SearchOptions, teacher: Teacher | None) -> Loss:
         if teacher is None:
             return {"ce": cross_entropy(q, target, smoothing)}
         hard, weight = options.distill == "hard", options.teacher_share()
-        return distilled_terms(teacher(images), q, target, hard, weight, options.distill_temperature, smoothing)
+        terms = distilled_terms(teacher(images), q, target, hard, weight, options.distill_temperature, smoothing)
+        return per_class(terms, q) if options.over_classes() and not hard else terms
 
     return loss

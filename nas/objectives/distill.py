@@ -26,9 +26,10 @@ class Distilled(Objective):
         weight: float = 0.5,
         temperature: float = 1.0,
         smoothing: float = 0.0,
+        over_classes: bool = False,
     ) -> None:
         super().__init__(supernet)
-        self.subnet, self.smoothing = subnet, smoothing
+        self.subnet, self.smoothing, self.over_classes = subnet, smoothing, over_classes
         self.teacher, self.hard, self.weight, self.temperature = teacher, hard, weight, temperature
 
     @classmethod
@@ -45,11 +46,13 @@ class Distilled(Objective):
             weight=options.teacher_share(),
             temperature=options.distill_temperature,
             smoothing=options.smoothing or 0.0,
+            over_classes=options.over_classes(),
         )
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
         expert, q = self.teacher(images), self.supernet.small(images, self.subnet)
-        return distilled_terms(expert, q, target, self.hard, self.weight, self.temperature, self.smoothing)
+        terms = distilled_terms(expert, q, target, self.hard, self.weight, self.temperature, self.smoothing)
+        return per_class(terms, q) if self.over_classes and not self.hard else terms
 
     @property
     def may_leave_weights_unused(self) -> bool:
@@ -68,6 +71,11 @@ def distilled_terms(
     """(1 - w) CE(q) and w D(teacher, q). expert, q: logits (B, classes) of teacher and student."""
     term = cross_entropy(q, expert.argmax(dim=1)) if hard else soft_distillation(expert, q, temperature)
     return {"ce": (1 - weight) * cross_entropy(q, target, smoothing), "distill": weight * term}
+
+
+def per_class(terms: dict[str, Tensor], q: Tensor) -> dict[str, Tensor]:
+    """The terms with that of the teacher divided by the number of classes, as torch's kl_div has it under "mean"."""
+    return terms | {"distill": terms["distill"] / q.shape[1]}
 
 
 def soft_distillation(teacher_logits: Tensor, logits: Tensor, temperature: float) -> Tensor:

@@ -28,7 +28,6 @@ class KernelTerm(nn.Module):
         self.kernel: EpochKernel | None = None  # of the last epoch that ended
         self._moment: SecondMoment | None = None
         self._state: Mapping[str, Tensor] = {}  # a checkpoint's, until the features show their number
-        self._counted = -1
         self._place: Tensor
         self.register_buffer("_place", torch.empty(0), persistent=False)  # by which the device is known
 
@@ -37,8 +36,7 @@ class KernelTerm(nn.Module):
         features = features.flatten(1)
         self._begin(features.shape[1])
         assert self._moment is not None
-        if step.number != self._counted:  # a second forward of the same step is the logits' held-out batch
-            self._counted = step.number
+        if step.counted:  # every batch of an accumulated step is
             self._moment.update(features)
         if self._moment.previous_basis_Dr is None:
             return torch.zeros((), device=features.device)
@@ -50,7 +48,6 @@ class KernelTerm(nn.Module):
             self._begin(len(self._state["sum"]))
         assert self._moment is not None, "an epoch without a step"
         self.kernel = self._moment.finish(self.rho)
-        self._counted = -1
 
     def _begin(self, num_features: int) -> None:
         """The second moment, from a checkpoint's state where there is one."""
@@ -112,7 +109,7 @@ class KernelAdjoined(Adjoined):
             supernet,
             subnet,
             kernel=kernel_term(options),
-            adjoined=options.adjoined,
+            adjoined=not options.alone(),
             loss=Loss.of(options),
             teacher=teacher,
             averaged=options.adjoined_teacher == "ema",

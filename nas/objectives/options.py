@@ -40,6 +40,9 @@ class TeacherOptions:
     """share of the loss that is the teacher's (0.5; in a search 0.1)"""
     distill_temperature: float = 1.0
     """divides both networks' logits in distillation"""
+    distill_reduction: Literal["batchmean", "mean"] | None = None
+    """of soft distillation: the divergence of an image's two distributions (batchmean, the default), or, as torch's
+    mean has it, that divided by the number of classes"""
 
     def named(self) -> list[str]:
         """The flags given that name a teacher."""
@@ -54,6 +57,10 @@ class TeacherOptions:
         """The share of the loss that is the teacher's."""
         return 0.5 if self.distill_weight is None else self.distill_weight
 
+    def over_classes(self) -> bool:
+        """Whether soft distillation is divided by the number of classes."""
+        return self.distill_reduction == "mean"
+
     def check_teacher(self) -> None:
         """Refuse a teacher that nothing learns from, and weights and temperatures that make no loss."""
         given = self.named()
@@ -63,6 +70,10 @@ class TeacherOptions:
             raise UserError("--teacher-kwargs are arguments of --teacher; name the model too")
         if not 0 < self.teacher_share() <= 1:
             raise UserError(f"--distill-weight {self.distill_weight}; expected a share above 0 and up to 1")
+        if self.over_classes() and self.distill in ("hard", "none"):
+            raise UserError(
+                f"--distill-reduction mean is of soft distillation, --distill {self.distill} has none; drop one of them"
+            )
         if self.distill_temperature <= 0:
             raise UserError(f"--distill-temperature {self.distill_temperature}; expected more than 0")
 
@@ -71,12 +82,17 @@ class TeacherOptions:
 class KernelOptions:
     """The kernel term: the truncated nuclear norm of the small network's pooled features (section 2.3)."""
 
-    adjoined: bool = True
-    """of the spaces with a kernel term: train large and small together, or by --no-adjoined the small network alone"""
+    adjoined: bool | None = None
+    """of the spaces with a kernel term: train large and small together (the default), or by --no-adjoined the small
+    network alone"""
     eta_kc: float | None = None
     """weight of the kernel term, the truncated nuclear norm of the small network's pooled features"""
     rho: float | None = None
     """share of the features' spectrum that the kernel term leaves free"""
+
+    def alone(self) -> bool:
+        """Whether the small network is trained by itself."""
+        return self.adjoined is False
 
     def check_kernel(self) -> None:
         """Refuse values that no run can use."""

@@ -13,6 +13,7 @@ from nas.pictures.architecture import PICTURE, architecture_figure, title_of
 from nas.pictures.candidates import candidates_figure
 from nas.pictures.figures import DPI, choices_figure, curves_figure
 from nas.pictures.front import front_figure
+from nas.pictures.literature import literature, users_own
 from nas.pictures.rows import rows_of
 from nas.pictures.scatter import WHOLE, pareto_figure
 from nas.pictures.spectrum_figure import spectra, spectrum_figure
@@ -29,24 +30,24 @@ log = logging.getLogger(__name__)
 BASIS = "basis.safetensors"
 RUN_FILES = ("config.yaml", "summary.json", "log.csv")  # any of them makes a folder a run's
 SWEEP_FILE = "trials.csv"
-NAS = Path(__file__).resolve().parents[1]
-INSTALLED = NAS / "published" / "published.csv"  # where pyproject.toml puts a checkout's results/published.csv
-PUBLISHED = INSTALLED if INSTALLED.is_file() else NAS.parent / "results" / "published.csv"
 EARLIER = {"val": HELD_OUT, "test": "test split"}  # how older summaries named what they measured on
 # Options that say where a run ran, its seed and what it started from, not which configuration it is.
 INCIDENTAL = (
     "seed", "output", "resume", "device", "workers", "threads", "data_dir", "arch", "download", "checkpoint_every",
-    "log_every",
+    "log_every", "literature",
 )  # fmt: skip
 
 
-def plot_run(folder: Path, points: Sequence[Mapping[str, Any]] | None = None, x: str = "gflops") -> list[Path]:
+def plot_run(
+    folder: Path, points: Sequence[Mapping[str, Any]] | None = None, x: str = "gflops", behind: Path | None = None
+) -> list[Path]:
     """Draw what the files of a run allow, into its folder; the paths written, in order.
 
     points: rows of `run_points` of the runs to set it among in the Pareto picture, of which those on the same
     dataset are taken; None: of the runs in the folders beside it. x: that picture's cost, one of gflops,
-    params, images_per_s. A missing file, column or value leaves its part out. Raises UserError when a picture
-    cannot be written.
+    params, images_per_s. behind: a file of the literature instead of the run's own (--literature). A missing file,
+    column or value leaves its part out. Raises UserError when a picture cannot be written, or `behind` is not as it has
+    to be.
     """
     written: list[Path] = []
     summary, arch = _json(folder / "summary.json"), _json(folder / "arch.json")
@@ -80,12 +81,13 @@ def plot_run(folder: Path, points: Sequence[Mapping[str, Any]] | None = None, x:
     if (folder / BASIS).is_file():
         figure = spectrum_figure(*spectra(folder / BASIS), title)
         written += save(figure, folder / "basis.png") if figure is not None else []
-    own = [p for p in run_points(folder) if _drawable(p, x)]
-    if own:
+    here = [p for p in run_points(folder) if _drawable(p, x)]
+    if here:
         if points is None:
             points = [p for f in folder.resolve().parent.glob("*/summary.json") for p in run_points(f.parent)]
-        others = [p for p in points if p["dataset"] == own[0]["dataset"] and p["run"] != own[0]["run"]]
-        written += _draw_points([p | {"this": True} for p in own] + others, folder / "pareto", title, x)
+        others = [p for p in points if p["dataset"] == here[0]["dataset"] and p["run"] != here[0]["run"]]
+        published = _published(folder, here[0]["dataset"], behind)
+        written += _draw_points([p | {"this": True} for p in here] + others, folder / "pareto", title, x, published)
     return written
 
 
@@ -170,20 +172,38 @@ def find_runs(root: Path) -> list[Path]:
     return sorted(f for f in folders if not (f / SWEEP_FILE).exists())
 
 
-def plot_together(folder: Path, points: Sequence[Mapping[str, Any]], x: str) -> list[Path]:
-    """A Pareto picture of all these points into the folder; one for each dataset."""
+def plot_together(folder: Path, points: Sequence[Mapping[str, Any]], x: str, behind: Path | None = None) -> list[Path]:
+    """A Pareto picture of all these points into the folder; one for each dataset. behind: as in `plot_run`."""
     written: list[Path] = []
     drawn = [p for p in points if _drawable(p, x)]
     datasets = sorted({p["dataset"] for p in drawn})
     for dataset in datasets:
         name = "pareto" if len(datasets) == 1 else f"pareto-{dataset.replace('/', '-')}"
         chosen = [p for p in drawn if p["dataset"] == dataset]
-        written += _draw_points(chosen, folder / name, f"{folder.resolve().name}: all runs on {dataset}", x)
+        title = f"{folder.resolve().name}: all runs on {dataset}"
+        written += _draw_points(chosen, folder / name, title, x, _published(folder, dataset, behind))
     return written
 
 
-def _draw_points(rows: Sequence[Mapping[str, Any]], path: Path, title: str, x: str) -> list[Path]:
-    """Split the rows into points and the line of uniform alpha, fetch the literature, draw."""
+def _published(folder: Path, dataset: str, behind: Path | None) -> pd.DataFrame:
+    """The literature on a data set, with a user's file: this one, or the one that the folder's run was given.
+
+    What has become of a run's file since is no reason not to draw: then without it.
+    """
+    if behind is not None:
+        return literature(dataset, behind)
+    given = _yaml(folder / "config.yaml").get("literature")
+    try:
+        return literature(dataset, Path(given) if given else users_own())
+    except UserError as error:
+        log.warning("%s; drawn without it", error)
+        return literature(dataset)
+
+
+def _draw_points(
+    rows: Sequence[Mapping[str, Any]], path: Path, title: str, x: str, published: pd.DataFrame
+) -> list[Path]:
+    """Split the rows into points and the line of uniform alpha, draw."""
     import pandas as pd
 
     frame = pd.DataFrame([{"this": False, **row} for row in rows])
@@ -191,7 +211,6 @@ def _draw_points(rows: Sequence[Mapping[str, Any]], path: Path, title: str, x: s
     on_line = methods.map(_uniform) & ~frame["role"].isin(WHOLE) & frame["this"].ne(True)
     line = frame[on_line] if frame[on_line]["alpha"].nunique() > 1 else None
     others = frame.drop(line.index) if line is not None else frame
-    published = _csv(PUBLISHED) if frame["dataset"].eq("imagenet").any() else None
     name = path if x == "gflops" else path.with_name(f"{path.name}-{x}")
     return plot_pareto(others, name, title, x=x, uniform=line, published=published)
 

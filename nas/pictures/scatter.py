@@ -5,6 +5,7 @@ Drawn as nas/pictures/figures.py draws: readable in greyscale, no global state.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BESIDE, NEAR = 12, 36  # points from a label to its point: without a leader; only to keep clear of a line
+SOURCE_WIDTH = 48  # letters of a line of sources in the legend
 Y_AXES = {"top1": "top-1 (%)", "top5": "top-5 (%)"}
 WHOLE = ("original", "previous", "large")  # roles of networks that nothing was cut from in their run
 ROLES = {
@@ -46,9 +48,9 @@ def pareto_figure(
     accuracy was measured on), config (rows that agree in space, role, split and config differ in their seed; absent:
     every row stands for itself), label (words beside the point), this (a row to put a ring around). uniform: the same
     columns, joined by a line: networks that compress every block alike. published: columns network, gflops,
-    params_m, top1, in grey, never in a front. A front is drawn per split: accuracies on two splits are not to
-    be compared. Rows that lack x or y are not drawn. Raises UserError for an unknown axis, or when no row has
-    both.
+    params_m, top1, source, in grey, never in a front, their sources in the legend. A front is drawn per split:
+    accuracies on two splits are not to be compared. Rows that lack x or y are not drawn. Raises UserError for an
+    unknown axis, or when no row has both.
     """
     import pandas as pd
 
@@ -68,7 +70,8 @@ def pareto_figure(
     if costs.min() > 0 and costs.max() > 20 * costs.min():
         _log_axis(axes)
     if len(grey):
-        axes.plot(grey["x"], grey["y"], "o", color=GREY, ms=3.5, zorder=1, label="published results")
+        words = "\n".join(textwrap.wrap(f"the literature: {'; '.join(dict.fromkeys(grey['source']))}", SOURCE_WIDTH))
+        axes.plot(grey["x"], grey["y"], "o", color=GREY, ms=3.5, zorder=1, label=words)
     if len(alike):
         axes.plot(alike["x"], alike["y"], "x:", color="#444444", lw=1.3, zorder=2, label="every block alike")
         _bars(axes, alike, "#444444")
@@ -114,7 +117,9 @@ def _published_rows(published: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     if not {"network", *columns} <= set(published.columns):
         return pd.DataFrame({"x": [], "y": [], "label": []}, dtype=float)
     costs, scores = (pd.to_numeric(published[c], errors="coerce") for c in columns)
-    return pd.DataFrame({"x": costs, "y": scores, "label": published["network"]}).dropna(subset=["x", "y"])
+    source = published.get("source", "no source given")
+    rows = pd.DataFrame({"x": costs, "y": scores, "label": published["network"], "source": source})
+    return rows.dropna(subset=["x", "y"])
 
 
 def _over_seeds(rows: pd.DataFrame) -> pd.DataFrame:

@@ -25,7 +25,7 @@ C = TypeVar("C", bound=RunOptions)
 SWEEP_PLACE = ("ray_address", "cpus_per_trial", "gpus_per_trial", "procs_per_trial", "max_concurrent")
 # may differ between a run and its resumption
 OFTEN = ("checkpoint_every", "log_every", "on_nan")
-PLACE = ("output", "resume", "device", "workers", "threads", "processes", *OFTEN, *SWEEP_PLACE)
+PLACE = ("output", "resume", "device", "workers", "threads", "processes", "literature", *OFTEN, *SWEEP_PLACE)
 
 
 def plain(config: RunOptions) -> dict[str, Any]:

@@ -25,6 +25,9 @@ class RunOptions:
     """go on with the run in --output; --resume auto: begin it where there is none yet"""
     checkpoint_every: str = "30m"
     """how often to write a checkpoint inside an epoch: a time or a number of steps (90s, 30m, 2h, 500steps)"""
+    literature: Path | None = None
+    """CSV file of networks to be drawn behind one's own in every Pareto picture, where they are of the same data set
+    (docs/numbers.md); results/literature.csv where it is there"""
     keep: int = 0
     """keep the checkpoints of the last so many epochs, besides the last two and the best"""
     log_every: str = "1m"

@@ -8,7 +8,7 @@ counts. The mask is hard in the scores, its gradient goes through sigmoid(a).
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from nas.prices.costs import PricedSpace
 from nas.prices.selection import Selection, check_budget, cost_band
 from nas.searchers.choices import gates, mixture_of
 from nas.searchers.gradient import Gradient
-from nas.searchers.gumbel import gumbel_noise, step_generator, temperature
+from nas.searchers.gumbel import gumbel_noise, step_generator
 from nas.searchers.supernet_search import Draw, Search
 from nas.training.losses import adjoined_weight
 from nas.training.objective import Step
@@ -37,7 +37,8 @@ class KernelSearch(Search):
     """CE(p) + lambda(t) (KL(p || q) + penalty) + eta_kc TNN; what both forms of channel selection share.
 
     flops_weight: w of the authors' own objective CE(q) + w E[F]/F_full + eta_kc TNN on the small network alone
-    (--no-adjoined); None for the adjoined one.
+    (--no-adjoined); None for the adjoined one. mask_warmup: share of the steps in which every channel is kept, and
+    what is chosen stands still.
     """
 
     def __init__(
@@ -47,18 +48,20 @@ class KernelSearch(Search):
         *,
         kernel: KernelTerm,
         flops_weight: float | None = None,
+        mask_warmup: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(supernet, costs, **options)
-        self.kernel, self.flops_weight = kernel, flops_weight
+        self.kernel, self.flops_weight, self.mask_warmup = kernel, flops_weight, mask_warmup
         # After importance order (section 2.7) the first channels are the stage's best: the order to start from.
         self.scores = nn.ParameterList(
             nn.Parameter(torch.linspace(SCORE_SPREAD, -SCORE_SPREAD, shape.embed_dim)) for shape in supernet.shapes
         )
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
-        draw = self.draw(step)
-        q, features = self.supernet.small_with_features(images, self.mixtures(draw), self.costs.stage_gates(draw))
+        draw, masked = self.draw(step), step.t >= self.mask_warmup
+        mixtures = self.mixtures(draw, masked)
+        q, features = self.supernet.small_with_features(images, mixtures, self.stage_gates(draw))
         lam = adjoined_weight(step.t)
         task = Task(self.supernet, self.smoothing, self.detach_teacher, adjoined=self.flops_weight is None)
         terms = task.terms(images, target, q, lam)
@@ -66,14 +69,20 @@ class KernelSearch(Search):
             terms["penalty"] = lam * self.penalty(draw)
         else:
             terms["penalty"] = self.flops_weight * self.expected_fraction()
+        terms["penalty"] = masked * terms["penalty"]
         return terms | {"tnn": self.kernel(features, step)}
 
     def pace(self, step: Step) -> float:
-        """lambda(t) where factors are chosen too; 1 for counts alone, which lose by waiting (docs/kcr.md).
+        """None before the masks are there."""
+        return super().pace(step) if step.t >= self.mask_warmup else 0.0
 
-        1, too, where the small network is trained by itself: there lambda is in no gradient.
+    @property
+    def own_pace(self) -> Literal["lambda", "constant"]:
+        """Lambda(t) where factors are chosen too; constant for counts alone, which lose by waiting (docs/kcr.md).
+
+        Constant, too, where the small network is trained by itself: there lambda is in no gradient.
         """
-        return super().pace(step) if self.factors and self.flops_weight is None else 1.0
+        return "lambda" if self.factors and self.flops_weight is None else "constant"
 
     @property
     def trains_large(self) -> bool:
@@ -88,15 +97,18 @@ class KernelSearch(Search):
     def channel_gate(self, block: int, drawn: Mapping[str, Tensor], stream: int) -> Tensor:
         """The step's mask over the first `stream` channels of a block: (stream,)."""
 
-    def mixtures(self, draw: Draw) -> list[BlockMixture]:
-        """A mixture of factors where the space has them, else the whole block; each MLP under its mask."""
+    def mixtures(self, draw: Draw, masked: bool = True) -> list[BlockMixture]:
+        """A mixture of factors where the space has them, else the whole block; each MLP under its mask, if masked."""
         space, mixtures = self.costs.space, []
         for i, (shape, costs, drawn) in enumerate(zip(space.shapes, self.costs.network.blocks, draw, strict=True)):
             terms: tuple[Term, ...] = (Term(identity_slice(shape)),)
             if "alpha" in drawn:
                 slices = [prefix_slice(shape, int(a), space.settings.width) for a in space.candidates[i]["alpha"]]
                 terms = mixture_of(slices, drawn["alpha"], costs).terms
-            gated = [replace(t, channel_gate=self.channel_gate(i, drawn, t.slice.stream)) for t in terms]
+            channel_gates = [self.channel_gate(i, drawn, t.slice.stream) for t in terms]
+            if not masked:
+                channel_gates = [torch.ones_like(gate) + 0.0 * gate for gate in channel_gates]  # a gradient of zero
+            gated = [replace(t, channel_gate=gate) for t, gate in zip(terms, channel_gates, strict=True)]
             mixtures.append(BlockMixture(tuple(gated)))
         return mixtures
 
@@ -151,7 +163,7 @@ class Bernoulli(KernelSearch):
 
     def draw(self, step: Step) -> Draw:
         """One hard gate per channel: sigma((a + e1 - e2)/tau) > 1/2, its gradient straight through."""
-        generator, tau = step_generator(self.seed, step.number), temperature(step.t)
+        generator, tau = step_generator(self.seed, step.number), self.tau(step)
         draw: Draw = []
         for scores in self.scores:
             noise = gumbel_noise(len(scores), generator) - gumbel_noise(len(scores), generator)

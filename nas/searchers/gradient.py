@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nas.prices.costs import PricedSpace, joint_probability
 from nas.prices.selection import Selection, cost_band, finalists
 from nas.searchers.choices import ChoiceLogits, mixture_of
-from nas.searchers.gumbel import step_generator, temperature
+from nas.searchers.gumbel import step_generator
 from nas.searchers.supernet_search import Draw, Search
 from nas.training.losses import adjoined_weight, cross_entropy, kl_divergence
 from nas.training.objective import Step
@@ -69,7 +69,7 @@ class Gradient(Search):
         return self.costs.network_cost(self.subnet_of([dict(pick) for pick in picks])) / self.costs.full
 
     def draw(self, step: Step) -> Draw:
-        return self.choices.sample(temperature(step.t), step_generator(self.seed, step.number))
+        return self.choices.sample(self.tau(step), step_generator(self.seed, step.number))
 
     def mixtures(self, draw: Draw) -> list[BlockMixture]:
         return [
@@ -81,7 +81,7 @@ class Gradient(Search):
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
         draw = self.draw(step)
-        p, q = self.supernet(images, self.mixtures(draw), self.costs.stage_gates(draw))
+        p, q = self.supernet(images, self.mixtures(draw), self.stage_gates(draw))
         lam = adjoined_weight(step.t)
         return {
             "ce": cross_entropy(p, target, self.smoothing),

@@ -1,14 +1,17 @@
 """Gumbel-softmax choices and the schedules that t drives. t: optimiser steps done over all steps, in [0, 1]."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-TAU_START, TAU_END = 5.0, 0.1
+TAU = (5.0, 0.1)  # of the toolkit's own schedule; the thesis has a constant
 
 
-def temperature(t: float) -> float:
-    """tau = 5 * (0.1/5)^t (section 2.2)."""
-    return float(TAU_START * (TAU_END / TAU_START) ** t)
+def temperature(t: float, tau: Sequence[float] = TAU) -> float:
+    """tau = 5 * (0.1/5)^t (section 2.2), or between two others, or the only one there is."""
+    start, end = tau[0], tau[-1]
+    return float(start * (end / start) ** t)
 
 
 def gumbel_noise(n: int, generator: torch.Generator) -> Tensor:

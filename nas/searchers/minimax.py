@@ -17,6 +17,7 @@ from nas.searchers.primal_dual import (
     AveragedSGD,
     Prices,
     Rates,
+    Rules,
     ascend,
     constraint,
     damped_price,
@@ -47,8 +48,9 @@ Loss = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]  # images, logits q
 class Minimax(Search):
     """L_distill(W, gates) + z w_g (F/F_full - B) for weights and gates; s, r and the duals step after it.
 
-    loss: of the gated network. skip: what gates skip (search_spaces/units.py). prune: whether s and r move.
-    warmup_steps: for so long gates stand at one half and s, r and the duals as they began.
+    loss: of the gated network. skip: what gates skip (search_spaces/units.py). prune: whether s and r move. rules:
+    where paper and authors' code differ. warmup_steps: for so long gates stand at one half and s, r and the duals as
+    they began.
     """
 
     def __init__(
@@ -60,13 +62,15 @@ class Minimax(Search):
         skip: str,
         prune: bool,
         warmup_steps: int,
+        rules: Rules | None = None,
         **options: Any,
     ) -> None:
         super().__init__(supernet, costs, **options)
         assert self.budget is not None
         self.loss, self.skip, self.prune, self.warmup_steps = loss, skip, prune, warmup_steps
         self.total_steps: int = options["total_steps"]
-        self.rates = Rates(self.total_steps - warmup_steps)
+        self.rules = rules or Rules()
+        self.rates = Rates(self.total_steps - warmup_steps, self.rules.steps)
         shapes = supernet.shapes
         self.prices = [unit_prices(*pair) for pair in zip(shapes, costs.network.blocks, strict=True)]
         self.outer = costs.network.flops.at(supernet.identity().stage_widths)
@@ -93,7 +97,7 @@ class Minimax(Search):
         """Move 4."""
         if not self.architecture_parameters():
             return None
-        return AveragedSGD([self.gates], self.rates.gates(lr), 0.9, self.rates.gate_window)
+        return AveragedSGD([self.gates], self.rates.gates(lr), 0.9, self.rates.gate_window, self.rules.ramp)
 
     @property
     def trains_large(self) -> bool:
@@ -145,8 +149,8 @@ class Minimax(Search):
         terms = self.loss(images, self.supernet.small(images, self.mixtures(draw)), target)
         if step.number >= self.warmup_steps and SKIPS[self.skip]:
             assert self.budget is not None
-            violation = constraint(self.expected_fraction(), self.budget)
-            price = damped_price(self.multiplier, violation)
+            violation = constraint(self.fraction(self.counted(draw)), self.budget)
+            price = damped_price(self.multiplier, violation, self.rules.damping)
             terms["penalty"] = self.rates.gate_weight(self.budget) * price * violation
         return terms
 
@@ -167,18 +171,31 @@ class Minimax(Search):
         return flops(self.prices, self.outer, heads, parts, hidden, keep, order)
 
     def drawn_cost(self, draw: Draw) -> Tensor:
-        keep = torch.stack([drawn["keep"] for drawn in draw])
+        return self.macs(kept_halves(draw))
+
+    def macs(self, keep: Tensor) -> Tensor:
+        """F at ceil(s), ceil(r) and gates g1 of both halves, (L, 2)."""
         return self.flops_at(self.removed_heads, self.removed_channels, self.removed_hidden, keep)
+
+    def fraction(self, keep: Tensor) -> Tensor:
+        """The same as a share of the backbone's FLOPs."""
+        return self.macs(keep) / self.costs.full
+
+    def decided(self) -> Tensor:
+        """The gates of both halves as they would be decided now, straight through: (L, 2)."""
+        return self.halves(hard(self.probabilities()))
+
+    def counted(self, draw: Draw) -> Tensor:
+        """The gates by which the constraint counts a step's FLOPs, (L, 2)."""
+        return kept_halves(draw) if self.rules.drawn else self.decided()
 
     def expected_fraction(self) -> Tensor:
         """F/F_full at ceil(s), ceil(r) and the gates as they would be decided now, straight through."""
-        keep = self.halves(hard(self.probabilities()))
-        return self.flops_at(self.removed_heads, self.removed_channels, self.removed_hidden, keep) / self.costs.full
+        return self.fraction(self.decided())
 
     def soft_fraction(self) -> Tensor:
         """F/F_full with every half counted by the probability that it is kept."""
-        keep = self.halves(self.probabilities())
-        return self.flops_at(self.removed_heads, self.removed_channels, self.removed_hidden, keep) / self.costs.full
+        return self.fraction(self.halves(self.probabilities()))
 
     def pace(self, step: Step) -> float:
         """1: its rates are its own, and its warm-up comes before them."""
@@ -191,10 +208,11 @@ class Minimax(Search):
             of_heads = [shares(channels.sum(-1)) for channels, _ in scores]
             of_hidden = [shares(hidden) for _, hidden in scores]
             of_channels = [shares(channels) for channels, _ in scores]
+            keep = self.counted(self.draw(step)).detach()
             if self.prune:
                 self._shrink(of_heads, of_channels, of_hidden)
-                self._count(of_heads, of_channels, of_hidden)
-            self._ascend(of_heads, of_channels, of_hidden)
+                self._count(of_heads, of_channels, of_hidden, keep)
+            self._ascend(of_heads, of_channels, of_hidden, keep)
         every = max(1, self.total_steps // RECORDS)
         if (step.number + 1) % every == 0:
             self._record(step.number + 1)
@@ -212,16 +230,15 @@ class Minimax(Search):
             neurons = shrink_smallest(of_hidden[b], self.removed_hidden[b].ceil(), lr, self.dual_hidden[b])
             of_neurons.mul_(neurons)
 
-    def _count(self, of_heads: list[Tensor], of_channels: list[Tensor], of_hidden: list[Tensor]) -> None:
-        """Move 3: gradient y (score of the next group) + z dF/ds; what is skipped keeps its counts."""
+    def _count(self, of_heads: list[Tensor], of_channels: list[Tensor], of_hidden: list[Tensor], keep: Tensor) -> None:
+        """Move 3: gradient y (score of the next group) + z dF/ds; what is skipped keeps its counts. keep: (L, 2)."""
         assert self.budget is not None
-        keep = self.halves(hard(self.probabilities())).detach()  # (L, 2)
         with torch.enable_grad():
             counts = [
                 t.clone().requires_grad_() for t in (self.removed_heads, self.removed_hidden, self.removed_channels)
             ]
             fraction = self.flops_at(counts[0], counts[2], counts[1], keep) / self.costs.full
-            price = damped_price(self.multiplier, constraint(fraction, self.budget))
+            price = damped_price(self.multiplier, constraint(fraction, self.budget), self.rules.damping)
             slopes = torch.autograd.grad(price * fraction, counts)
         removed = self.removed_channels.ceil().split(self.num_heads)
         sizes, units, following = self._lists(of_heads, of_channels, of_hidden, removed)
@@ -254,8 +271,8 @@ class Minimax(Search):
         return sizes, units, [share * size for share, size in zip(following, sizes, strict=True)]
 
     @torch.no_grad()
-    def _ascend(self, of_heads: list[Tensor], of_channels: list[Tensor], of_hidden: list[Tensor]) -> None:
-        """Move 5."""
+    def _ascend(self, of_heads: list[Tensor], of_channels: list[Tensor], of_hidden: list[Tensor], keep: Tensor) -> None:
+        """Move 5. keep: (L, 2)."""
         assert self.budget is not None
         removed = self.removed_channels.ceil().split(self.num_heads)
         sums = {
@@ -270,7 +287,7 @@ class Minimax(Search):
         for name, value in sums.items():
             dual = self.get_buffer(f"dual_{name}")
             dual.copy_(ascend(dual, value, self.rates.duals))
-        violation = self.expected_fraction() - self.budget
+        violation = self.fraction(keep) - self.budget
         self.multiplier.copy_(ascend(self.multiplier, violation, self.rates.budget))
 
     @torch.no_grad()
@@ -374,6 +391,11 @@ class Minimax(Search):
         """Rows of steps.csv since the last call: z, F/F_full, and by block shares removed and P(keep)."""
         rows, self._rows = self._rows, []
         return rows
+
+
+def kept_halves(draw: Draw) -> Tensor:
+    """g1 of attention and MLP of every block at a draw, (L, 2)."""
+    return torch.stack([drawn["keep"] for drawn in draw])
 
 
 def unit_prices(shape: BlockShape, costs: BlockCosts) -> Prices:

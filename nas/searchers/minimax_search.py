@@ -9,12 +9,17 @@ from nas.searchers.options import SearchOptions
 from nas.searchers.searcher import Question
 from nas.searchers.trained import Trained
 from search_spaces.errors import UserError
+from search_spaces.method import Method
 
 
 class MinimaxSearch(Trained):
     """Counts, gates and multipliers; its FLOPs are those of single units, so they are its only price."""
 
     name, starts = "minimax", False
+
+    def owned(self, method: Method) -> tuple[type, ...]:
+        """None: its gates have a temperature and a pace of their own."""
+        return ()
 
     def check(self, options: SearchOptions, question: Question) -> None:
         if question.priced.price.name != "flops":

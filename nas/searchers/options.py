@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from nas.machine.ranges import at_least_one, not_negative
 from nas.objectives.options import LossOptions
 from nas.prices.options import PriceOptions
 from nas.training.options import LoopOptions
@@ -22,6 +23,8 @@ class SpaceOptions:
     stays a share of the timm model's own FLOPs. Model, classes and images are that run's unless given (docs/free.md)"""
     list_spaces: bool = False
     """print every space and stop"""
+    verbose: bool = False
+    """with --list-spaces: the defaults of both stages too, and what --recipe published sets"""
     width: Literal["stream", "inner"] = "stream"
     """what a compression factor narrows (docs/method.md)"""
     alphas: tuple[int, ...] | None = None
@@ -30,6 +33,11 @@ class SpaceOptions:
     """candidate shares of the channels that an MLP reads and writes (1, 3/4, 1/2, 1/4)"""
     alpha: int | None = None
     """one compression factor for every block, where the space searches none"""
+
+    def check_listing(self) -> None:
+        """Refuse a flag that nothing reads."""
+        if self.verbose and not self.list_spaces:
+            raise UserError("--verbose goes with --list-spaces; leave it out")
 
 
 @dataclass(frozen=True)
@@ -138,11 +146,33 @@ class LogitOptions:
 
 
 @dataclass(frozen=True)
+class MixtureOptions:
+    """A search by gradient: what its mixture of candidates feels, and how fast it becomes a choice (section 2.2)."""
+
+    tau: tuple[float, ...] | None = None
+    """of a search by gradient: temperature of the Gumbel-softmax, constant, or from the first number to the second by
+    a constant factor a step (5 0.1)"""
+    arch_pace: Literal["lambda", "constant"] | None = None
+    """of a search by gradient: multiply the rate of the architecture logits (and of a budget's multiplier) by
+    lambda(t), or not; by default the former where factors or free widths are chosen adjoined (docs/method.md)"""
+    stage_gates: bool | None = None
+    """of a search by gradient for factors: let the mixture feel how wide its stages will be, or run it at full stage
+    width (true)"""
+
+    def check_mixture(self) -> None:
+        """Refuse temperatures that no search can use."""
+        if self.tau is not None and (len(self.tau) not in (1, 2) or min(self.tau) <= 0):
+            given = " ".join(f"{each:g}" for each in self.tau)
+            raise UserError(f"--tau {given}; expected one temperature above 0, or two: the first and the last")
+
+
+@dataclass(frozen=True)
 class SelectionOptions:
     """A search for how many channels to keep."""
 
-    selection: Literal["topk", "bernoulli"] = "topk"
-    """of channels: choose a count and keep those of highest score, or let every channel be drawn by itself"""
+    selection: Literal["topk", "bernoulli"] | None = None
+    """of channels: choose a count and keep those of highest score (topk, the default), or let every channel be drawn
+    by itself"""
 
 
 @dataclass(frozen=True)
@@ -151,6 +181,8 @@ class ScoreOptions:
 
     flops_weight: float | None = None
     """weight w of E[F]/F_full under --no-adjoined (0.2)"""
+    mask_warmup: float | None = None
+    """of a search for channels: share of its steps in which every channel is kept and nothing is chosen yet (0)"""
 
 
 @dataclass(frozen=True)
@@ -164,10 +196,32 @@ class GateOptions:
     nothing"""
 
 
+@dataclass(frozen=True)
+class MinimaxOptions:
+    """A minimax search: where its paper and its authors' code differ, and what this toolkit adds (docs/uvc.md)."""
+
+    gate_average: Literal["mean", "ramp"] | None = None
+    """of a minimax search: gates step on the mean of a window's gradients (default), or on the mean of each times its
+    place in the window, from 0"""
+    gate_flops: Literal["decided", "drawn"] | None = None
+    """of a minimax search: its constraint counts blocks by the gates as they would be decided now (default), or as
+    the step has drawn them"""
+    damping: float | None = None
+    """of a minimax search: what counts and gates pay for FLOPs is the multiplier plus so much of the violation (3)"""
+    reference_steps: int | None = None
+    """of a minimax search: learning steps of the run that its step sizes are those of, and are scaled from (62500)"""
+
+    def check_minimax(self) -> None:
+        """Refuse values that no search can use."""
+        not_negative(self, "damping")
+        at_least_one(self, "reference_steps")
+
+
 # A dataclass lists the fields of its last base first.
 @dataclass(frozen=True)
 class SearchOptions(
     SearcherOptions,
+    MixtureOptions,
     LogitOptions,
     FrontOptions,
     PriceOptions,
@@ -175,6 +229,7 @@ class SearchOptions(
     DecideOptions,
     EvolutionOptions,
     RandomOptions,
+    MinimaxOptions,
     GateOptions,
     ScoreOptions,
     SelectionOptions,

@@ -17,30 +17,60 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nas.searchers.options import MinimaxOptions
+
 TAU = 0.5  # of the gates' Gumbel-softmax, constant
 GATE_START = (-1.0, 1.0)  # logits of skipping and of keeping
 DUAL_START = 1e-3
 CLAMP = 0.5
 PUBLISHED_STEPS = 62_500  # 25 of the 30 epochs, ImageNet at batch 512
+PUBLISHED_WINDOW = 50  # steps that a gate's gradient is averaged over
 PUBLISHED_SIZE = 768  # neurons of a DeiT-Tiny block
 PUBLISHED_PRICE = 6e-5  # share of DeiT-Tiny's FLOPs that one of them costs
 DAMPING = 3.0  # critical for counts and z at these rates, where a multiplier alone would swing about the budget
 
 
 @dataclass(frozen=True)
+class Rules:
+    """Where paper and authors' code differ, and what is this toolkit's own (docs/uvc.md).
+
+    ramp: whether a gate's gradients are weighed by their places in the window. drawn: whether F counts blocks by the
+    gates as a step has drawn them, or as they would be decided now. damping: of the multiplier's swings. steps:
+    learning steps of the run that the step sizes are those of.
+    """
+
+    ramp: bool = False
+    drawn: bool = False
+    damping: float = DAMPING
+    steps: int = PUBLISHED_STEPS
+
+    @classmethod
+    def of(cls, options: MinimaxOptions) -> "Rules":
+        """As the options ask for them."""
+        own = cls()
+        return cls(
+            options.gate_average == "ramp",
+            options.gate_flops == "drawn",
+            own.damping if options.damping is None else options.damping,
+            options.reference_steps or own.steps,
+        )
+
+
+@dataclass(frozen=True)
 class Rates:
-    """Step sizes, scaled from the published run to one of `steps` learning steps.
+    """Step sizes, scaled from the published run, of `reference` learning steps, to one of `steps`.
 
     s and r are stepped as shares of their list, scores count as multiples of their list's mean, and dF/ds as
-    multiples of the price of the list's unit: one rate then serves lists of any length and price. At 62,500 steps
+    multiples of the price of the list's unit: one rate then serves lists of any length and price. At `reference` steps
     a list of 768 units moves as published.
     """
 
     steps: int
+    reference: int = PUBLISHED_STEPS
 
     @property
     def scale(self) -> float:
-        return PUBLISHED_STEPS / max(self.steps, 1)
+        return self.reference / max(self.steps, 1)
 
     @property
     def weights(self) -> float:
@@ -69,12 +99,12 @@ class Rates:
     @property
     def gate_window(self) -> int:
         """Steps that a gate's gradient is averaged over (published: 50)."""
-        return max(1, round(50 / self.scale))
+        return max(1, round(PUBLISHED_WINDOW / self.scale))
 
     def gates(self, lr: float) -> float:
         """lr of one of the gates' updates: as much in all of them as `lr` has in the published run's."""
         updates = max(1, self.steps // self.gate_window)
-        return lr * (PUBLISHED_STEPS / 50) / updates
+        return lr * (self.reference / PUBLISHED_WINDOW) / updates
 
 
 def ceil(s: Tensor) -> Tensor:
@@ -195,11 +225,21 @@ def step_counts(counts: Tensor, gradient: Tensor, sizes: Tensor, rate: float) ->
 
 
 class AveragedSGD(torch.optim.SGD):
-    """Move 4: SGD on the mean gradient of every `window` calls."""
+    """Move 4: SGD on the mean gradient of every `window` calls.
 
-    def __init__(self, params: Any, lr: float, momentum: float, window: int) -> None:
+    ramp: on the mean of each gradient times its place in the published window, from 0 to 49: 24.5 of an even one.
+    """
+
+    def __init__(self, params: Any, lr: float, momentum: float, window: int, ramp: bool = False) -> None:
         super().__init__(params, lr=lr, momentum=momentum)
-        self.window = window
+        self.window, self.ramp = window, ramp
+
+    def weight(self, seen: int) -> float:
+        """Of a gradient that so many came before in its window; the mean is that of the published window."""
+        mean = (PUBLISHED_WINDOW - 1) / 2
+        if not self.ramp:
+            return 1.0
+        return mean if self.window == 1 else 2 * mean * seen / (self.window - 1)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -209,8 +249,9 @@ class AveragedSGD(torch.optim.SGD):
                 if p.grad is None:
                     continue
                 state = self.state[p]
-                total = state.get("total", torch.zeros_like(p)) + p.grad
-                seen = int(state.get("seen", 0)) + 1
+                before = int(state.get("seen", 0))
+                total = state.get("total", torch.zeros_like(p)) + self.weight(before) * p.grad
+                seen = before + 1
                 state["total"], state["seen"] = total, seen
                 p.grad = None
                 if seen == self.window:

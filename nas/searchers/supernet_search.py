@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from nas.prices.costs import PricedSpace
 from nas.prices.options import BAND
 from nas.prices.selection import Selection
-from nas.searchers.gumbel import temperature
+from nas.searchers.gumbel import TAU, temperature
 from nas.searchers.primal_dual import ascend, damped_price
 from nas.training.losses import adjoined_weight
 from nas.training.objective import Objective, Step
@@ -21,6 +22,19 @@ from supernets.supernet import Supernet
 
 Draw = list[dict[str, Tensor]]  # per block, choice name -> what one step drew for it
 DAMPING = 10.0  # large enough beside the multiplier's rate that E[F] settles at the budget within a run of 300 steps
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How a mixture of candidates becomes a choice (section 2.2).
+
+    tau: temperature, constant or from the first to the last. pace: of the choices' rate, None for the method's own.
+    stage_gates: whether the mixture feels the stage widths that its draw implies.
+    """
+
+    tau: tuple[float, ...] = TAU
+    pace: Literal["lambda", "constant"] | None = None
+    stage_gates: bool = True
 
 
 class Search(Objective, ABC):
@@ -42,8 +56,10 @@ class Search(Objective, ABC):
         smoothing: float = 0.0,
         detach_teacher: bool = False,
         band: float = BAND,
+        mixing: Mixing | None = None,
     ) -> None:
         super().__init__(supernet)
+        self.mixing = mixing or Mixing()
         self.costs, self.smoothing, self.detach_teacher = costs, smoothing, detach_teacher
         self.budget, self.band, self.gamma, self.seed = budget, band, gamma, seed
         self.multiplier_rate = 60.0 / max(total_steps, 1)
@@ -93,12 +109,25 @@ class Search(Objective, ABC):
         return damped_price(self.multiplier, fraction - self.budget, DAMPING).clamp_min(0.0) * fraction
 
     def pace(self, step: Step) -> float:
-        """lambda(t): it is in their gradients, but Adam divides it out again.
+        """lambda(t), unless it is to be constant: lambda is in their gradients, but Adam divides it out again.
 
         Unscaled, they would be settled while lambda has hardly let the small network learn: by what a slice does
         before any training, which of a trained network is least harm, the widest and the narrowest of all.
         """
-        return adjoined_weight(step.t)
+        return adjoined_weight(step.t) if (self.mixing.pace or self.own_pace) == "lambda" else 1.0
+
+    @property
+    def own_pace(self) -> Literal["lambda", "constant"]:
+        """The pace unless another is asked for."""
+        return "lambda"
+
+    def tau(self, step: Step) -> float:
+        """The temperature at a step."""
+        return temperature(step.t, self.mixing.tau)
+
+    def stage_gates(self, draw: Draw) -> list[Tensor] | None:
+        """Per stage (E,): how much of each channel exists at a draw; None where the mixture is as wide as the stage."""
+        return self.costs.stage_gates(draw) if self.mixing.stage_gates else None
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
@@ -132,7 +161,7 @@ class Search(Objective, ABC):
         price = self.costs.price
         return {
             "lam": adjoined_weight(step.t),
-            "tau": temperature(step.t),
+            "tau": self.tau(step),
             "multiplier": float(self.multiplier),
             f"expected_{price.column}": float(self.expected_fraction()) * self.costs.full / price.scale,
             "selected_gflops": self.supernet.flops(self.current_subnet()) / 1e9,

@@ -3,7 +3,7 @@
 from nas.machine.devices import autocast
 from nas.machine.ranges import at_least_one
 from nas.searchers.decide import decide
-from nas.searchers.options import DecideOptions, ImportanceOptions, SearchOptions
+from nas.searchers.options import DecideOptions, ImportanceOptions, MixtureOptions, SearchOptions
 from nas.searchers.searcher import Answer, Question, Run, Searcher
 from nas.searchers.start import begin, to_begin
 from nas.training.basis import find_basis
@@ -20,8 +20,8 @@ class Trained(Searcher):
     name, starts, banded = "gradient", True, True
 
     def owned(self, method: Method) -> tuple[type, ...]:
-        """Where it may begin at a solution that is measured."""
-        return (DecideOptions, ImportanceOptions) if method.halves else ()
+        """Its mixture's, and those of a solution where it may begin at one that is measured."""
+        return (MixtureOptions, DecideOptions, ImportanceOptions) if method.halves else (MixtureOptions,)
 
     def check(self, options: SearchOptions, question: Question) -> None:
         at_least_one(options, "epochs")

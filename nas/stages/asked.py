@@ -7,6 +7,7 @@ from fractions import Fraction
 from nas.config import SearchConfig, with_defaults
 from nas.data.datasets import Splits
 from nas.methods.method import GAMMA
+from nas.methods.recipe import recipe_lines, with_recipe
 from nas.methods.table import check_owned, check_searcher, searcher_of, training_of, with_searcher, without_foreign
 from nas.networks.backbone import Start, TimmModel
 from nas.networks.basis_file import streams_of
@@ -55,9 +56,9 @@ def resolve(config: SearchConfig) -> tuple[SearchConfig, Space]:
     assert config.space is not None
     space = get_space(config.space)
     check_searcher(config, space)
-    config = with_searcher(one_front(config), space)
+    config = with_recipe(one_budget(one_front(config)), space, "search")
     trained = config.arch is not None
-    config = without_foreign(with_defaults(one_budget(config), space, "search", trained), space)
+    config = without_foreign(with_defaults(with_searcher(config, space), space, "search", trained), space)
     config = replace(config, dataset=config.dataset_name())
     config.check()
     check_owned(config, space)
@@ -111,8 +112,8 @@ def check_smaller(earlier: Round, question: Question) -> None:
 
 
 def said(asked: Asked) -> tuple[str, ...]:
-    """What is worth saying before the search: what an earlier run has decided, and what is left out."""
-    return (*continued_words(asked.config), *dropped(asked))
+    """What is worth saying before the search: what a recipe and an earlier run have decided, and what is left out."""
+    return (*recipe_lines(asked.config, asked.space, "search"), *continued_words(asked.config), *dropped(asked))
 
 
 def dropped(asked: Asked) -> tuple[str, ...]:
@@ -138,4 +139,4 @@ def headline(asked: Asked) -> str:
     if budget is not None:
         return f"{words}, budget {budget:.4g}"
     gamma = GAMMA if asked.config.gamma is None else asked.config.gamma
-    return f"{words}, gamma {gamma:g}" if asked.config.adjoined else words
+    return words if asked.config.alone() else f"{words}, gamma {gamma:g}"

@@ -10,6 +10,7 @@ from nas.runs.folder import results_path
 def next_command(config: SearchConfig, folder: Path, arch: str = "arch.json") -> str:
     """What to type for stage 2, quoted for the shell."""
     words = ["python", "retrain.py", "--arch", f"{results_path(folder)}/{arch}"]
+    words += ["--recipe", config.recipe] if config.recipe != "toolkit" else []
     return shlex.join(words + data_words(config))
 
 

@@ -17,6 +17,7 @@ from nas.machine.devices import pick_device
 from nas.machine.distributed import is_main, joined, on_main, quiet_unless_main
 from nas.machine.files import write_csv, write_json
 from nas.machine.timing import Network, images_per_second
+from nas.methods.recipe import recipe_lines, with_recipe
 from nas.methods.table import check_owned, training_of
 from nas.networks.architecture import architecture_of, slices_of, write_architecture
 from nas.networks.backbone import Start, TimmModel
@@ -108,7 +109,7 @@ def _retrain(
     goal = goal_of(config, space, given, splits)
     origin = origin_of(goal, splits.num_classes)
     beginning = Beginning("retrain", space, goal.model, splits, origin.start, device, goal.plan)
-    config, prepared = prepare(config, beginning, seen_by=origin.seen_by)
+    config, prepared = prepare(config, beginning, recipe_lines(config, space, "retrain"), seen_by=origin.seen_by)
     goal = replace(goal, config=config)
     teacher = teacher_of(goal, prepared)
     goal = rewritten(goal, origin, prepared)
@@ -166,6 +167,7 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture |
     else:
         assert config.space is not None
         space = get_space(config.space)
+    config = with_recipe(config, space, "retrain")
     alpha, lr, config = config.alpha, config.lr, with_defaults(config, space, "retrain", started(given))
     kind = kind_of(config.trained())
     if kind.small and ((training_of(space).refits and kind.teacher) or config.brings_weights() or started(given)):
@@ -189,7 +191,7 @@ def check_objective(config: RetrainConfig, kind: Kind) -> None:
     given = config.adjoined_flag()
     if given is not None and kind.name != "adjoined":
         raise UserError(f"{given} goes with --train adjoined, not with --train {config.train}")
-    if given is not None and not config.adjoined:
+    if given is not None and config.alone():
         raise UserError(f"{given}: --no-adjoined trains the small network alone; drop one of them")
     if config.named() and not kind.teacher and not frozen:
         raise UserError(

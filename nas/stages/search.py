@@ -15,6 +15,7 @@ from nas.machine.devices import amp_dtype, autocast, pick_device
 from nas.machine.distributed import is_main, joined, on_main, quiet_unless_main
 from nas.machine.files import write_json
 from nas.machine.timing import Network, timed
+from nas.methods.recipe import departures
 from nas.methods.table import foreign_to, training_of
 from nas.networks.architecture import architecture_of, slices_of, write_architecture
 from nas.networks.basis_file import recorded as recorded_basis
@@ -28,7 +29,7 @@ from nas.runs.folder import SUPERNET, open_run, results_path
 from nas.searchers.measured import Measured
 from nas.searchers.searcher import Answer, Run
 from nas.stages.afterwards import Afterwards
-from nas.stages.asked import Asked, ask, dropped, headline, resolve, said, started_from
+from nas.stages.asked import Asked, ask, headline, resolve, said, started_from
 from nas.stages.front import Member, conclude_front
 from nas.stages.next_command import data_words, next_command
 from nas.stages.original import LARGE_NETWORK, as_it_was, untouched
@@ -139,7 +140,7 @@ def picked(asked: Asked, answer: Answer) -> Path:
     """Write what prices alone have answered: there are no weights, and nothing to measure."""
     config = open_run(asked.config, f"search-{asked.space.name}-{asked.config.dataset}")
     assert config.output is not None
-    for line in dropped(asked):
+    for line in said(asked):
         print(line)
     arch = found(asked, answer)
     write_architecture(arch, config.output)
@@ -160,7 +161,9 @@ def found(asked: Asked, answer: Answer) -> Architecture:
     kept = recorded(asked)
     settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k in kept and v is not None}
     settings |= {"searcher": asked.searcher.name, "budget": asked.question.budget, "space_size": float(space.size())}
-    settings |= answer.found
+    settings |= dict(answer.found) | {"recipe": config.recipe}
+    if other := departures(config, asked.space, "search"):
+        settings["other_than_published"] = sorted(other)
     checkpoint = started_from(config).checkpoint
     if checkpoint is not None:
         settings["checkpoint"] = str(checkpoint)

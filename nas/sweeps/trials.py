@@ -13,21 +13,23 @@ import tyro
 
 from nas.config import Common, RetrainConfig, SearchConfig, with_defaults
 from nas.machine.launch import launched
+from nas.methods.recipe import with_recipe
 from nas.sweeps.options import SweepConfig
 from search_spaces.errors import UserError
 from search_spaces.registry import get_space, space_of
 
 RETRAIN = "retrain."
 OWN = {f.name for f in fields(SweepConfig)} - {f.name for f in fields(SearchConfig)}
-FIXED = ("output", "resume", "list_spaces", "processes", *OWN)  # not a matter of one trial
+FIXED = ("output", "resume", "list_spaces", "verbose", "processes", *OWN)  # not a matter of one trial
 FIXED_IN_RETRAIN = ("arch", "space", "alpha", "width", "model", "model_kwargs", *FIXED)  # the search decides them
 # What stage 2 takes from stage 1's options: the data, the place, the seed. Training is the space's own, or retrain.X.
 SHARED = (
     "dataset", "data_dir", "train_split", "val_split", "num_classes", "val_fraction", "class_map", "download",
     "checkpoint", "pretrained", "interpolation", "crop_pct", "mean", "std", "amp", "amp_dtype", "channels_last",
-    "compile", "device", "workers", "threads", "seed", "keep", "tensorboard",
+    "compile", "device", "workers", "threads", "seed", "keep", "tensorboard", "recipe",
+    "literature",
 )  # fmt: skip
-PATHS = ("arch", "data_dir", "checkpoint", "teacher_checkpoint", "class_map")
+PATHS = ("arch", "data_dir", "checkpoint", "teacher_checkpoint", "class_map", "literature")
 RANGES = {
     "uniform": 2, "quniform": 3, "loguniform": 2, "qloguniform": 3, "randint": 2, "qrandint": 3, "lograndint": 2,
 }  # fmt: skip  # Ray's samplers and the numbers they take; choice takes any
@@ -44,8 +46,9 @@ class Trial:
 
     def resolved(self) -> SearchConfig:
         """The options of its search, with the space's own for what was not given."""
-        space, arch = space_of(self.search.space, self.search.arch), self.search.arch
-        return with_defaults(self.search, get_space(space), "search", trained=arch is not None)
+        arch = self.search.arch
+        space = get_space(space_of(self.search.space, arch))
+        return with_defaults(with_recipe(self.search, space, "search"), space, "search", trained=arch is not None)
 
     def words(self) -> str:
         """budget 0.2, seed 1"""

@@ -13,11 +13,16 @@ from supernets.supernet import Supernet
 
 @dataclass(frozen=True)
 class Step:
-    """Where in the run a step stands. t: steps done over all steps. number: steps done."""
+    """Where in the run a step stands. t: steps done over all steps. number: steps done.
+
+    counted: whether its batch is one of the training set that is passed over, so that an objective may add it up; not
+    so a held-out batch for the architecture parameters, or a trial before the run.
+    """
 
     t: float
     number: int
     total: int
+    counted: bool = True
 
 
 class Objective(nn.Module, ABC):

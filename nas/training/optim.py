@@ -95,7 +95,7 @@ def make_ema(options: TrainingOptions, backbone: nn.Module) -> Any:
         raise UserError(f"--model-ema-decay {decay}; expected between 0 and 1")
     from timm.utils import ModelEmaV3
 
-    return ModelEmaV3(backbone, decay=decay, use_warmup=options.model_ema_warmup)
+    return ModelEmaV3(backbone, decay=decay, use_warmup=options.model_ema_warmup is not False)
 
 
 def make_clip(options: TrainingOptions, backbone: nn.Module) -> Callable[[], None] | None:

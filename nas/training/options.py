@@ -70,8 +70,8 @@ class TrainingOptions:
     """keep an exponential moving average of the weights; evaluate it and give it as the result"""
     model_ema_decay: float | None = None
     """decay of the average, per step"""
-    model_ema_warmup: bool = True
-    """let the average's memory grow with the run (timm's default is off, made for long runs)"""
+    model_ema_warmup: bool | None = None
+    """let the average's memory grow with the run (true; timm's default is off, made for long runs)"""
     channels_last: bool = False
     """NHWC memory format for images and convolutions"""
     compile: bool = False

@@ -107,7 +107,7 @@ def _after(
 ) -> float:
     """The loss on the judging images after a few steps at a rate; infinite where it is not finite."""
     optimizer = make_optimizer(replace(options, lr=rate), objective.supernet.backbone)
-    step = Step(t=1.0, number=-1, total=1)  # of no run: nothing that an objective adds up may count it
+    step = Step(t=1.0, number=-1, total=1, counted=False)  # of no run
     objective.train()
     for i, (images, target) in enumerate(batches):
         for group in optimizer.param_groups:

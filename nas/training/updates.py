@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -97,8 +98,9 @@ def update_choices(training: Training, batch: Batch, step: Step, meter: Meter) -
     """One step of the architecture parameters alone, on a held-out batch (--arch-data val)."""
     assert training.arch_optimizer is not None
     images, target = training.place(batch)
+    held_out = replace(step, counted=False)
     with training.autocast():
-        terms = weighted(training.objective(images, target, step), len(images), training.device)
+        terms = weighted(training.objective(images, target, held_out), len(images), training.device)
     meter.add(step, [terms], counted=False)
     parameters = training.objective.architecture_parameters()
     loss = torch.stack([v.float() for v in terms.values()]).sum()

@@ -177,7 +177,7 @@ def test_kernel_term_is_the_tail_outside_the_last_epochs_eigenvectors() -> None:
     for i, (x, y) in enumerate(epoch):
         terms = objective(x, y, Step(0.5, i, 16))
         assert float(terms["tnn"]) == 0.0  # no V yet
-        objective(-x, y, Step(0.5, i, 16))  # the logits' held-out batch of the same step is no training image
+        objective(-x, y, Step(0.5, i, 16, counted=False))  # the logits' held-out batch is no training image
     objective.after_epoch()
     eigenvalues, vectors = torch.linalg.eigh(features.T @ features / len(features))
     r = math.ceil(0.25 * 48)
@@ -193,6 +193,44 @@ def test_kernel_term_is_the_tail_outside_the_last_epochs_eigenvectors() -> None:
     fc1 = supernet.backbone.get_parameter("blocks.0.mlp.fc1.weight").grad
     outside = sorted(set(range(48)) - set(subnet.blocks[0].mlp_stream))  # type: ignore[arg-type]
     assert fc1 is not None and float(fc1.abs().sum()) > 0 and float(fc1[:, outside].abs().sum()) == 0
+
+
+@pytest.mark.parametrize("kind", ["search", "retrain"])
+@pytest.mark.parametrize("k", [2, 4])
+def test_accumulated_batches_have_the_kernel_complexity_of_one(kind: str, k: int, tmp_path: Path) -> None:
+    """k batches of n/k images a step give KC, TNN and weights of one batch of n."""
+    logs, weights = {}, {}
+    small = batches(8, size=4)  # the same 32 images an epoch, two steps of 16 or 4 of 8
+    for accumulated in (1, k):
+        groups = [small[i : i + k // accumulated] for i in range(0, 8, k // accumulated)]
+        loader = type(small)(tuple(map(torch.cat, zip(*group, strict=True))) for group in groups)
+        objective: Objective = search_of(tiny_vit(), "kcr", eta_kc=0.5)
+        if kind == "retrain":
+            subnet = subnet_of(objective, [{"channels": 24}] * 2, full_stage_width=False)  # type: ignore[arg-type]
+            objective = KernelAdjoined(objective.supernet, subnet, kernel=KernelTerm(0.5, 0.3), adjoined=True)
+        training = training_of(objective, tmp_path / f"{accumulated}", dict)
+        training.folder.mkdir()
+        training.train_loader, training.accum_steps = loader, accumulated
+        training.optimizer = torch.optim.SGD(objective.supernet.backbone.parameters(), lr=1e-2)
+        fit(training, False, "test")
+        logs[accumulated] = training.rows
+        weights[accumulated] = torch.cat([p.detach().flatten() for p in objective.supernet.backbone.parameters()])
+    for one, several in zip(logs[1], logs[k], strict=True):
+        for name in ("kc", "kc_normalised", "tnn", "trace", "loss_tnn", "loss"):
+            assert several[name] == pytest.approx(one[name], rel=1e-4), name
+    assert logs[1][-1]["loss_tnn"] > 0
+    torch.testing.assert_close(weights[1], weights[k], rtol=1e-3, atol=1e-5)
+
+
+def test_a_trial_of_learning_rates_is_counted_in_no_epoch() -> None:
+    supernet = Supernet(tiny_vit())
+    subnet = subnet_of(search_of(supernet.backbone, "kcr"), [{"channels": 24}] * 2, full_stage_width=False)
+    objective = KernelAdjoined(supernet, subnet, kernel=KernelTerm(0.5, 0.25), adjoined=True)
+    (x, y), *_ = batches(1)
+    objective(x, y, Step(1.0, -1, 1, counted=False))
+    assert int(objective.process_state()["n"]) == 0
+    objective(x, y, Step(0.0, 0, 1))
+    assert int(objective.process_state()["n"]) == len(x)
 
 
 def test_kernel_term_takes_the_features_of_both_classifiers() -> None:

@@ -133,14 +133,14 @@ def test_a_label_without_a_leader_is_nearest_to_its_own_point():
 
 
 def test_published_points_are_grey_and_never_in_the_front():
-    (axes,) = pareto_figure(random_points(), "run", published=PUBLISHED).axes
-    grey = lines(axes)["published results"]
+    (axes,) = pareto_figure(random_points(), "run", published=PUBLISHED.assign(source="a table")).axes
+    grey = lines(axes)["the literature: a table"]
     np.testing.assert_allclose(grey.get_xydata(), PUBLISHED[["gflops", "top1"]])
     red, green, blue = (int(grey.get_color()[i : i + 2], 16) for i in (1, 3, 5))
     assert red == green == blue
     assert not set(PUBLISHED.gflops) & set(lines(axes)["front"].get_xdata())
-    (axes,) = pareto_figure(random_points(), "run", x="params", published=PUBLISHED).axes
-    np.testing.assert_allclose(lines(axes)["published results"].get_xdata(), PUBLISHED.params_m.dropna())
+    (axes,) = pareto_figure(random_points(), "run", x="params", published=PUBLISHED.assign(source="a table")).axes
+    np.testing.assert_allclose(lines(axes)["the literature: a table"].get_xdata(), PUBLISHED.params_m.dropna())
 
 
 def test_costs_decades_apart_get_a_log_axis_with_plain_numbers():
