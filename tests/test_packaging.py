@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nas.pictures.run import PUBLISHED
+from nas.pictures.literature import PUBLISHED
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -64,7 +64,9 @@ def test_a_wheel_installed_elsewhere_is_whole(tmp_path: Path) -> None:
     install = ["uv", "pip", "install", "--no-deps", "--python", sys.executable, "--target", site, wheel]
     subprocess.run(install, check=True, capture_output=True)
     elsewhere = dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True)
-    found = subprocess.run([sys.executable, "-c", "import nas.pictures.run as r; print(r.PUBLISHED)"], **elsewhere)
+    found = subprocess.run(
+        [sys.executable, "-c", "import nas.pictures.literature as r; print(r.PUBLISHED)"], **elsewhere
+    )
     assert found.stdout.strip() == str(site / "nas/published/published.csv"), found.stderr
     assert (site / "nas/published/published.csv").read_bytes() == PUBLISHED.read_bytes()
     for name in SCRIPTS:
