@@ -1,6 +1,6 @@
 """The methods' trainings, by the methods' names: which searchers and which options go with which."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, replace
 from typing import Any, TypeVar
 
@@ -94,6 +94,10 @@ def without_foreign(options: S, space: Space) -> S:
     return replace(options, **{f.name: default_of(f) for record in records for f in given_of(record, options)})
 
 
+# What is so where nothing is given: config.yaml says it of runs of any method that began when these were defaults.
+AS_EVER: Mapping[str, Any] = {"adjoined": True, "selection": "topk"}
+
+
 def check_owned(options: Any, space: Space, shared: tuple[type, ...] = ()) -> None:
     """Refuse options that belong to other methods. shared: records that anybody's may be in this stage."""
     own = (*training_of(space).options, *shared)
@@ -108,8 +112,9 @@ def check_owned(options: Any, space: Space, shared: tuple[type, ...] = ()) -> No
 
 
 def given_of(record: type, options: Any) -> list["Field[Any]"]:
-    """The options of a record that are not as they are when nothing is given."""
-    return [f for f in fields(record) if getattr(options, f.name, default_of(f)) != default_of(f)]
+    """The options of a record that are not as they are when nothing is given, said or not (`AS_EVER`)."""
+    values = {f.name: getattr(options, f.name, default_of(f)) for f in fields(record)}
+    return [f for f in fields(record) if values[f.name] not in (default_of(f), AS_EVER.get(f.name, default_of(f)))]
 
 
 def alternatives(names: Sequence[str]) -> str:

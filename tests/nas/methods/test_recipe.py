@@ -192,6 +192,16 @@ def test_from_a_checkpoint_augmentation_and_rate_stay_published(tmp_path: Path) 
     assert resolve_retrain(RetrainConfig(**options))[0].lr is None  # the toolkit's own tries rates
 
 
+@pytest.mark.parametrize("name", ["swin-dan-nano", "vit-uvc-nano", "vit-kcr-nano", "vit-free-nano"])
+def test_what_is_so_anyway_may_be_said_as_earlier_runs_have_it_in_their_options(name: str, tmp_path: Path) -> None:
+    said: dict[str, Any] = dict(adjoined=True, selection="topk", mixup_prob=1.0, model_ema_warmup=True)
+    checkpoint = tmp_path / "mine.safetensors"
+    config, _ = resolve(SearchConfig(space=name, checkpoint=checkpoint, **said))
+    assert not config.alone()
+    with pytest.raises(UserError, match="--no-adjoined goes with" if "kcr" not in name else "--flops-weight"):
+        resolve(SearchConfig(space=name, adjoined=False, flops_weight=-1.0, checkpoint=checkpoint))
+
+
 def test_the_toolkits_recipe_is_the_default_and_changes_nothing() -> None:
     for name in ("swin-dan", "vit-kcr-nano", "deit-uvc", "swin-joint"):
         config, space = resolve(SearchConfig(space=name))
