@@ -147,8 +147,10 @@ def run_points(folder: Path) -> list[dict[str, Any]]:
             continue
         values = {k: _value(found, k) for k in ("params", "gflops", "top1", "top5", "held_out_top1")}
         values["images_per_s"] = _value(found, "images_per_s_32")
-        # The large network is the same whatever the small one's budget; runs are its seeds.
-        alone = f"{role} {values['gflops']} {summary.get('train', 'adjoined')}"
+        # Whole, a network is the same whatever the small one's budget, and runs are its seeds; trained, it is another
+        # one after each stage.
+        stage = summary.get("stage") if role == "large" else ""
+        alone = f"{role} {values['gflops']} {summary.get('train', 'adjoined')} {stage}"
         config = alone if role in WHOLE else _configuration(folder, summary, arch)
         label = "" if role in WHOLE else _label(summary, arch)
         rows.append(facts | values | {"role": role, "config": config, "label": label, "alpha": _alpha(arch)})

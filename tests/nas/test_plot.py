@@ -168,6 +168,17 @@ def test_runs_share_a_configuration_when_only_their_seed_differs(tmp_path):
     assert [p["split"] for p in run_points(runs[0])] == ["validation split"] * 2
 
 
+def test_a_large_network_of_two_stages_is_two_networks_and_not_two_seeds_of_one(tmp_path):
+    search, retrain = make_run(tmp_path / "search"), make_run(tmp_path / "retrain")
+    for role, alike in (("large", False), ("original", True)):
+        for folder, stage in ((search, "search"), (retrain, "retrain")):
+            summary = json.loads((folder / "summary.json").read_text())
+            whole = summary.pop("large", None) or summary.pop("original")
+            (folder / "summary.json").write_text(json.dumps(summary | {"stage": stage, role: whole}))
+        one, two = ([p["config"] for p in run_points(run) if p["role"] == role] for run in (search, retrain))
+        assert (one == two) == alike and one
+
+
 @pytest.mark.parametrize(("gflops", "drawn"), [(2e-6, ["original", "compact"]), (3e-6, ["compact"])])
 def test_a_teacher_of_an_older_run_is_the_original_where_the_small_one_was_cut_from_it(
     gflops: float, drawn: list[str], tmp_path: Path
