@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nas.networks.backbone import classifier_names
 from nas.training.options import TrainingOptions
-from search_spaces.errors import UserError
+from search_spaces.errors import UserError, reason
 from supernets.supernet import Gates, Small, Supernet
 
 
@@ -28,7 +28,8 @@ def make_optimizer(options: TrainingOptions, backbone: nn.Module) -> torch.optim
 
     name = options.opt or "adamw"
     own = {"eps": options.opt_eps, "betas": options.opt_betas, "layer_decay": options.layer_decay}
-    own["fused"] = True if has_fused(name) else None
+    own["fused"] = True if "fused" in parameters_of(name) else None
+    check_betas(options, name)
     try:
         return create_optimizer_v2(  # type: ignore[no-any-return]
             backbone,
@@ -38,19 +39,36 @@ def make_optimizer(options: TrainingOptions, backbone: nn.Module) -> torch.optim
             momentum=options.momentum,
             **{name: value for name, value in own.items() if value is not None},
         )
-    except (AssertionError, ValueError, TypeError) as error:
-        raise UserError(f"--opt {options.opt}: timm cannot make this optimiser ({error})") from None
+    except (AssertionError, ValueError, TypeError, LookupError) as error:
+        raise UserError(f"--opt {name}: timm cannot make this optimiser ({reason(error)})") from None
 
 
-def has_fused(optimizer: str) -> bool:
-    """Whether an optimiser of timm's name is torch's own, with all its weights' updates in one kernel."""
+def parameters_of(optimizer: str) -> Mapping[str, inspect.Parameter]:
+    """The constructor's arguments of timm's optimiser of a name; none where it has no such, which is another's to say.
+
+    "fused" is among those of torch's own, of which one kernel updates all weights.
+    """
     from timm.optim import get_optimizer_class
 
     try:
-        kind = get_optimizer_class(optimizer, bind_defaults=False)
+        return inspect.signature(get_optimizer_class(optimizer, bind_defaults=False)).parameters
     except ValueError:
-        return False  # unknown, which is another's to say
-    return isinstance(kind, type) and "fused" in inspect.signature(kind).parameters
+        return {}
+
+
+def check_betas(options: TrainingOptions, optimizer: str) -> None:
+    """UserError for --opt-betas that an optimiser would leave unused, or fail on at its first step."""
+    betas, parameters = options.opt_betas, parameters_of(optimizer)
+    if betas is None or not parameters:
+        return
+    given = f"--opt {optimizer} --opt-betas {' '.join(map(str, betas))}"
+    if "betas" not in parameters:
+        raise UserError(f"{given}: this optimiser has no betas; leave them out")
+    default = parameters["betas"].default
+    wrong = isinstance(default, tuple) and len(default) != len(betas)
+    if wrong or not all(0 <= beta < 1 for beta in betas):
+        number = f"{len(default)} numbers" if isinstance(default, tuple) else "numbers"
+        raise UserError(f"{given}; expected {number} from 0 to below 1")
 
 
 def make_scheduler(options: TrainingOptions, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:

@@ -97,6 +97,14 @@ def test_optimizer_options_arrive_and_layer_decay_scales_a_constant_rate(tmp_pat
         make_optimizer(tiny.config(tmp_path, opt="nonsense"), tiny.supernet().backbone)
 
 
+@pytest.mark.parametrize("opt", ["adamw", "adam", "lamb", "lion", "adan", "sgd", "radam"])
+def test_betas_that_an_optimizer_cannot_take_are_refused_by_their_value(tmp_path, opt):
+    backbone = tiny.supernet().backbone
+    for betas in ((0.9,), (0.9, 2.0), (1e-300,)):
+        with pytest.raises(UserError, match=f"--opt {opt} --opt-betas {' '.join(map(str, betas))}"):
+            make_optimizer(tiny.config(tmp_path, opt=opt, opt_betas=betas), backbone)
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),  # the rate before updates 0, 4, 8, ... of an epoch of four
     [
