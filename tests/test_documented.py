@@ -49,7 +49,8 @@ FEWER = {  # run with less than they measure by default, and why
     "benchmarks/threads.py": "--busy 0 --settings one --epochs 1",
     "benchmarks/training_flags.py": "--options float32 bf16 channels-last",  # torch.compile takes ten minutes
 }
-NAMED = {"python -m nas.export", "python -m nas.kernel_complexity"}  # named without arguments: their --help is run
+# named without arguments: their --help is run
+NAMED = {"python -m nas.export", "python -m nas.kernel_complexity", "python -m nas.plot"}
 # What benchmarks take as their model. compact_speed's own nets are of full size, and so are all by default.
 SMALL_NETS = {
     "search_step": "--nets nano", "training_flags": "--nets nano", "compact_speed": "--nets nano",
