@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from nas.config import SearchConfig, with_defaults
-from nas.methods.recipe import published, typed
+from nas.machine.ranges import as_given
+from nas.methods.recipe import published
 from nas.methods.table import training_of
 from nas.networks.backbone import TimmModel
 from nas.networks.opening import meta_supernet
@@ -36,7 +37,7 @@ def list_spaces(verbose: bool = False) -> None:
         for space in all_spaces().values():
             print(space.name)
             for words, options in settings_of(space).items():
-                print(f"  {words}: {' '.join(typed(name, value) for name, value in options.items())}")
+                print(f"  {words}: {' '.join(as_given(name, value) for name, value in options.items())}")
 
 
 def settings_of(space: Space) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,20 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def as_given(name: str, value: Any) -> str:
+    """An option with its value as they are typed: --no-exif, --scale 0.5 1."""
+    if isinstance(value, bool):
+        return flag(name) if value else flag(f"no_{name}")
+    return f"{flag(name)} {number_words(value)}"
+
+
+def number_words(value: Any) -> str:
+    """An option's value as it is typed; several with blanks between them."""
+    if isinstance(value, tuple | list):
+        return " ".join(map(number_words, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def at_least_one(options: Any, *names: str) -> None:
     """Whole numbers from 1."""
     _check(options, names, lambda v: v >= 1, "at least 1")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar
 
-from nas.machine.ranges import flag
+from nas.machine.ranges import as_given, number_words
 from nas.methods.options import RecipeOptions
 from search_spaces.defaults import SCALE
 from search_spaces.errors import UserError
@@ -40,13 +40,14 @@ def with_recipe(options: R, space: Space, stage: Stage) -> R:
             chosen[name] = value
         elif given != value and name not in SCALE:
             raise UserError(
-                f"{typed(name, given)}: --recipe published sets {typed(name, value)} for {space.name};"
+                f"{as_given(name, given)}: --recipe published sets {as_given(name, value)} for {space.name};"
                 " leave one of them out"
             )
     for name in ("augment", "no_aug"):
         if "aa" in table and (given := getattr(options, name, None)):
             raise UserError(
-                f"{typed(name, given)}: --recipe published sets the augmentation of {space.name}; leave one of them out"
+                f"{as_given(name, given)}: --recipe published sets the augmentation of {space.name};"
+                " leave one of them out"
             )
     return replace(options, **chosen)
 
@@ -68,11 +69,14 @@ def recipe_lines(options: RecipeOptions, space: Space, stage: Stage) -> tuple[st
     if options.recipe != "published":
         return ()
     other = departures(options, space, stage)
-    said = [typed(name, value) for name, value in _applied(options, space, stage).items() if name not in other]
+    said = [as_given(name, value) for name, value in _applied(options, space, stage).items() if name not in other]
     own = f"; {space.name} keeps its own length, rate and batch" if space.nano else ""
     lines = [f"--recipe published sets {' '.join(said)}{own}"]
     if other:
-        words = (f"{typed(name, getattr(options, name, None))} (published: {_word(v)})" for name, v in other.items())
+        words = (
+            f"{as_given(name, getattr(options, name, None))} (published: {number_words(v)})"
+            for name, v in other.items()
+        )
         lines.append(f"other than published: {', '.join(words)}")
     return tuple(lines)
 
@@ -85,16 +89,3 @@ def _applied(options: RecipeOptions, space: Space, stage: Stage) -> Mapping[str,
 
 def _default(options: RecipeOptions, name: str) -> Any:
     return next(field.default for field in fields(options) if field.name == name)
-
-
-def typed(name: str, value: Any) -> str:
-    """An option as it is typed."""
-    if isinstance(value, bool):
-        return flag(name) if value else flag(f"no_{name}")
-    return f"{flag(name)} {_word(value)}"
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return " ".join(map(_word, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)

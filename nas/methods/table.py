@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, replace
 from typing import Any, TypeVar
 
-from nas.machine.ranges import flag
+from nas.machine.ranges import as_given, flag
 from nas.methods.an import ANTraining
 from nas.methods.dan import DANTraining
 from nas.methods.free import FreeTraining
@@ -53,8 +53,8 @@ def check_searcher(options: SearchOptions, space: Space) -> None:
             f"--start {options.start} is of a search by {names}; {space.name} is searched by {searcher.name}"
         )
     if options.stage_gates is not None and not training.narrows and MixtureOptions in searcher.owned(space.method):
-        typed = flag("stage_gates" if options.stage_gates else "no_stage_gates")
-        raise UserError(f"{typed}: {space.name} narrows no stage by factors; leave it out")
+        words = as_given("stage_gates", options.stage_gates)
+        raise UserError(f"{words}: {space.name} narrows no stage by factors; leave it out")
     if options.band != BAND and not searcher.banded:
         words = f"{space.name} is searched by {searcher.name}, which has no band"
         raise UserError(f"--band {options.band}: {words}; leave it out")
@@ -135,6 +135,4 @@ def default_of(field: "Field[Any]") -> Any:
 def as_typed(field: "Field[Any]", options: Any) -> str:
     """An option as it was typed: --no-prune, --skip halves, --eta-kc."""
     value = getattr(options, field.name)
-    if isinstance(value, bool):
-        return flag(field.name) if value else flag(f"no_{field.name}")
-    return f"{flag(field.name)} {value}" if isinstance(value, str) else flag(field.name)
+    return as_given(field.name, value) if isinstance(value, bool | str) else flag(field.name)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nas.config import SearchConfig
+from nas.machine.ranges import as_given, flag
 from nas.runs.folder import read_options, results_path, typed
 from search_spaces.errors import UserError
 from search_spaces.registry import space_of
@@ -28,7 +29,7 @@ def continued(config: S) -> S:
     given = next((name for name in OF_THE_RUN if getattr(config, name)), None)
     if given is not None:
         raise UserError(
-            f"--{given.replace('_', '-')} names a network, and so does --arch {config.arch}, whose compact network is"
+            f"{flag(given)} names a network, and so does --arch {config.arch}, whose compact network is"
             " compressed; drop one of them"
         )
     own = config.dataset is not None or config.data_dir is not None
@@ -59,9 +60,5 @@ def continued_words(config: SearchConfig) -> tuple[str, ...]:
         return ()
     folder = folder_of(config.arch)
     shared = {name: v for name, v in images_of_run(folder).items() if getattr(config, name) == v}
-    words = ", ".join(f"--{name.replace('_', '-')} {_typed(value)}" for name, value in shared.items())
+    words = ", ".join(as_given(name, value) for name, value in shared.items())
     return (f"as in {results_path(folder)}: {words}",) if words else ()
-
-
-def _typed(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

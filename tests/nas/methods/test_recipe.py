@@ -10,7 +10,8 @@ import torch
 
 from nas.cli import parse
 from nas.config import Common, RetrainConfig, SearchConfig
-from nas.methods.recipe import departures, published, recipe_lines, typed, with_recipe
+from nas.machine.ranges import as_given
+from nas.methods.recipe import departures, published, recipe_lines, with_recipe
 from nas.objectives.distill import distilled_terms, per_class
 from nas.runs.folder import saved_config
 from nas.searchers.gradient import Gradient
@@ -86,6 +87,14 @@ def asked(stage: str, **options: Any) -> Common:
     return (SearchConfig if stage == "search" else RetrainConfig)(recipe="published", **options)
 
 
+def refusal(line: str) -> str:
+    """What a search says of a command line that it refuses."""
+    config = parse(SearchConfig, line.split(), "search.py")
+    with pytest.raises(UserError) as error:
+        resolve(config)
+    return str(error.value)
+
+
 @pytest.mark.parametrize(("name", "stage"), TABLES)
 def test_the_recipe_sets_exactly_the_table(name: str, stage: Any) -> None:
     space, table = get_space(name), TABLES[name, stage]
@@ -133,10 +142,7 @@ def test_what_a_table_sets_can_be_told_from_what_was_not_given(name: str, stage:
     ],
 )
 def test_a_flag_that_contradicts_is_refused_by_name(name: str, line: str, says: str) -> None:
-    config = parse(SearchConfig, f"--space {name} --recipe published {line}".split(), "search.py")
-    with pytest.raises(UserError) as error:
-        resolve(config)
-    assert says in str(error.value)
+    assert says in refusal(f"--space {name} --recipe published {line}")
 
 
 def test_stage_two_refuses_too() -> None:
@@ -166,10 +172,7 @@ def test_stage_two_refuses_too() -> None:
     ],
 )
 def test_switches_where_they_do_nothing_are_refused(name: str, line: str, says: str) -> None:
-    config = parse(SearchConfig, f"--space {name} {line}".split(), "search.py")
-    with pytest.raises(UserError) as error:
-        resolve(config)
-    assert says in str(error.value)
+    assert says in refusal(f"--space {name} {line}")
 
 
 def test_size_and_length_may_be_ones_own_and_are_said_to_be() -> None:
@@ -375,7 +378,7 @@ def test_full_size_defaults_are_what_the_papers_say_and_are_printed(
     for stage, options in PAPERS[name].items():
         assert settings_of(get_space(name))[recipe + stage].items() >= options.items()
         words = f"{printed[recipe + stage]} "
-        assert [n for n, v in options.items() if f"{typed(n, v)} " not in words] == []
+        assert [n for n, v in options.items() if f"{as_given(n, v)} " not in words] == []
 
 
 def test_verbose_goes_with_the_list() -> None:
