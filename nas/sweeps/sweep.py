@@ -25,16 +25,6 @@ from search_spaces.errors import UserError
 
 RESTARTS = 5  # deaths of its process or node that a trial survives
 OBJECT_STORE = 128 * 2**20  # bytes; rows of a table are all that passes through it
-QUIET = {  # Ray's own settings, read when it is imported
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` it would run workers in an uploaded copy of this folder
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-}
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # as there, every process of Ray binds to 127.0.0.1 alone
 
 
 def run_sweep(config: SweepConfig, trials: Sequence[Trial]) -> int:
@@ -84,9 +74,6 @@ def run_trials(
     table: TrialTable,
 ) -> None:
     """Hand the trials to Ray Tune and follow them."""
-    os.environ.update(QUIET)
-    if config.ray_address in (None, "local"):
-        os.environ.update(LOOPBACK)
     import ray
 
     connect(config)
