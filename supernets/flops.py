@@ -24,7 +24,8 @@ class BlockCosts:
     each of them attends to. mlp_tokens: tokens of the MLP. attn_weights, mlp_weights: entries of each half's weight
     matrices, which are its MACs per token; attn_params, mlp_params: entries of all its parameters. Letters as in
     axes.py, but Q and V for the channels of q and of v in all heads. norm_after_gate: a norm stands behind the gates
-    of heads or neurons, so that nested slices in one gated pass are not their sum.
+    of heads or neurons, so that nested slices in one gated pass are not their sum. shifted: whether attention's
+    windows are, which costs no MAC but time.
     """
 
     attn_tokens: int
@@ -35,6 +36,7 @@ class BlockCosts:
     attn_params: Products
     mlp_params: Products
     norm_after_gate: bool
+    shifted: bool = False
 
 
 def block_costs(
@@ -111,6 +113,24 @@ class PerWidth:
     last: int
     merge_pair: tuple[int, ...] = ()
     merge_in: tuple[int, ...] = ()
+
+    @property
+    def num_stages(self) -> int:
+        """Of the network; mergings stand between them."""
+        return 1 + len(self.merge_pair)
+
+    def per_channel(self, stage: int) -> int:
+        """What each channel of a stage costs in stem, merging and classifier."""
+        first, last = self.first * (stage == 0), self.last * (stage == len(self.merge_pair))
+        return first + last + (self.merge_in[stage] if stage < len(self.merge_pair) else 0)
+
+    def of_stage(self, stage: int, width: int) -> int:
+        """What a stage's width costs by itself."""
+        return self.per_channel(stage) * width
+
+    def of_merging(self, stage: int, width: int, after: int) -> int:
+        """What the widths of a stage and of the next one cost together, in the merging between them."""
+        return self.merge_pair[stage] * width * after
 
     def at(self, widths: Sequence[int]) -> int:
         """The cost at the given stage widths."""

@@ -1,5 +1,6 @@
 """timm's SwinTransformer as a backbone: shifted windows, relative positions, patch merging."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -114,9 +115,11 @@ class SwinAdapter(TimmBlockAdapter):
                     attn.fused_attn, attn.head_dim = True, attn.proj.in_features // attn.num_heads
                 win_h, win_w = (1, 1) if attn is None else placed(block).window_size
                 padded = (H + -H % win_h) * (W + -W % win_w)
+                shifted = attn is not None and any(placed(block).shift_size)
                 names.append(f"layers.{s}.blocks.{i}")
                 shapes.append(shape_of(s, block.dim, block))
-                costs.append(self.block_costs(block, shapes[-1], padded, win_h * win_w, H * W))
+                counted = self.block_costs(block, shapes[-1], padded, win_h * win_w, H * W)
+                costs.append(replace(counted, shifted=shifted))
         self.block_names, self.shapes = tuple(names), tuple(shapes)
         dims = [stage.blocks[0].dim for stage in backbone.layers]
         merges = [stage.downsample for stage in backbone.layers[1:]]

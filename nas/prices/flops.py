@@ -11,6 +11,7 @@ class Flops(Price):
     """MACs."""
 
     name, words, scale, unit, column = "flops", "FLOPs", 1e9, "GFLOPs", "gflops"
+    flag, affine = "gflops", True
 
     def block(self, shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
         return block_flops(shape, costs, kept)

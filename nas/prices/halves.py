@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nas.prices.costs import EndsOnly, PricedSpace, Probabilities, joint_probability
 from nas.prices.selection import KnapsackItem, SelectionProblem
-from search_spaces.errors import UserError
 from search_spaces.method import Candidate, Picks
 from search_spaces.slices import BlockSlice
 
@@ -37,6 +36,7 @@ class Halves:
 
     def __init__(self, priced: PricedSpace) -> None:
         self.priced, self.space = priced, priced.space
+        self.others = [Halves(bound.priced) for bound in priced.bounds]  # the same options, by other prices
         numbers: dict[Any, int] = {}
         self.kinds = [numbers.setdefault(self._kind(half), len(numbers)) for half in range(len(self))]
         self._options: dict[int, tuple[tuple[HalfOption, ...], Costs]] = {}
@@ -78,17 +78,10 @@ class Halves:
         return self._costs[key]
 
     def affine(self, half: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """`costs` of any width: (options,) without a channel of the stream, and (options,) more with each.
-
-        UserError where the price is not affine in the width, by three of them.
-        """
+        """`costs` of any width, of an affine price: (options,) without a channel of the stream, and more with each."""
         widths = self.widths(self.stage(half))
-        first, middle, last = (self.costs(half, widths[k]) for k in (0, len(widths) // 2, -1))
-        more = widths[-1] - widths[0]
-        if np.any((middle - first) * more != (last - first) * (widths[len(widths) // 2] - widths[0])):
-            name = self.priced.price.name
-            raise UserError(f"--price {name}: a half's is not affine in the stage's width, nor is its expectation then")
-        per_channel = (last - first) / max(more, 1)
+        first, last = (self.costs(half, widths[k]) for k in (0, -1))
+        per_channel = (last - first) / max(widths[-1] - widths[0], 1)
         return first - per_channel * widths[0], per_channel
 
     def outer(self, widths: Sequence[int]) -> int:
@@ -104,7 +97,23 @@ class Halves:
             items.append(tuple(KnapsackItem(int(costs[o]), width, float(gain[o])) for o in options))
         base = self.priced.uniform()
         stages = tuple(self.stage(half) for half in range(len(self)))
-        return replace(base, blocks=tuple(items), stages=stages, fixed_widths=tuple(widths))
+        limits = tuple(
+            replace(limit, costs=tuple(tuple(row.tolist()) for row in other.offered(widths, chosen)))
+            for limit, other in zip(base.limits, self.others, strict=True)
+        )
+        return replace(base, blocks=tuple(items), stages=stages, fixed_widths=tuple(widths), limits=limits)
+
+    def offered(self, widths: Sequence[int], chosen: Sequence[Sequence[int]]) -> list[Costs]:
+        """The price of some options of each half at these stage widths."""
+        return [self.costs(half, widths[self.stage(half)])[list(options)] for half, options in enumerate(chosen)]
+
+    def may_fit(self, widths: Sequence[int]) -> bool:
+        """Whether, at these stage widths, each of the other prices has an architecture within its limit."""
+        for bound, other in zip(self.priced.bounds, self.others, strict=True):
+            least = sum(int(other.costs(half, widths[other.stage(half)]).min()) for half in range(len(other)))
+            if least + other.outer(widths) > bound.most:
+                return False
+        return True
 
     def picks(self, widths: Sequence[int], chosen: Sequence[int]) -> list[Picks]:
         """The picks of every block at one option per half."""
@@ -153,13 +162,16 @@ class Halves:
 class PricedHalves(EndsOnly):
     """A space whose halves choose by themselves, and its expected price: half by half, at the expected stage widths.
 
-    A stage's width is a choice of its own, and what a half costs is affine in it: so is the expectation.
+    A stage's width is a choice of its own, independent of the half's. Where what a half costs is affine in it, so is
+    the expectation; otherwise it is the sum over all widths.
     """
 
     @classmethod
     def of(cls, priced: PricedSpace) -> "PricedHalves":
         """The same space, its prices by halves."""
-        return cls(**{f.name: getattr(priced, f.name) for f in fields(priced)})
+        own = {f.name: getattr(priced, f.name) for f in fields(priced)}
+        bounds = tuple(replace(bound, priced=cls.of(bound.priced)) for bound in priced.bounds)
+        return cls(**own | {"bounds": bounds})
 
     @cached_property
     def halves(self) -> Halves:
@@ -167,13 +179,31 @@ class PricedHalves(EndsOnly):
         return Halves(self)
 
     def _block(self, block: int, weights: Mapping[str, Tensor]) -> Tensor:
-        width = self._stage_gate(block, weights).sum()
+        (choice,) = self.space.method.stage_choices
+        of_widths, width = weights[choice].double(), self._stage_gate(block, weights).sum()
         total = width.new_zeros(())
         for half in (2 * block, 2 * block + 1):
             joint = joint_probability(weights, self.halves.choices(half)).double()
-            constant, per_channel = self._affine(half, joint.device)
-            total = total + joint @ (constant + per_channel * width)
+            if self.price.affine:
+                constant, per_channel = self._affine(half, joint.device)
+                total = total + joint @ (constant + per_channel * width)
+            else:
+                total = total + of_widths @ self._by_width(half, joint.device) @ joint
         return total
+
+    def _by_width(self, half: int, device: torch.device) -> Tensor:
+        """(widths, combinations): the price of every combination of the half's choices at every candidate width."""
+        key = self.halves.kinds[half], device
+        if key not in self._matrices:
+            (choice,) = self.space.method.stage_choices
+            widths, option_of = self.space.candidates[half // 2][choice], self.halves.option_of(half)
+            rows = np.array([self.halves.costs(half, int(width))[option_of] for width in widths], dtype=np.float64)
+            self._matrices[key] = torch.from_numpy(rows).to(device)
+        return self._matrices[key]
+
+    @cached_property
+    def _matrices(self) -> dict[tuple[int, torch.device], Tensor]:
+        return {}
 
     def _affine(self, half: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """`Halves.affine` of every combination of the half's choices."""
@@ -191,6 +221,11 @@ class PricedHalves(EndsOnly):
     def _exists(self, stage: int, probabilities: Probabilities) -> Tensor:
         block = self.blocks_of(stage)[0]
         return self._stage_gate(block, probabilities[block])
+
+    def _widths(self, stage: int, probabilities: Probabilities) -> tuple[list[int], Tensor]:
+        (choice,) = self.space.method.stage_choices
+        block = self.blocks_of(stage)[0]
+        return [int(w) for w in self.space.candidates[block][choice]], probabilities[block][choice].double()
 
     def _stage_gate(self, block: int, weights: Mapping[str, Tensor]) -> Tensor:
         """P(stage width > c) of every channel c of the block's stage, (E,), float64."""

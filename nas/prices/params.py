@@ -11,6 +11,7 @@ class Parameters(Price):
     """How many numbers the network is."""
 
     name, words, scale, unit, column = "params", "parameters", 1e6, "M parameters", "mparams"
+    flag, affine = "mparams", True
 
     def block(self, shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
         return block_params(shape, costs, kept)

@@ -2,16 +2,42 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
+from nas.prices.options import PriceOptions
 from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice
-from supernets.flops import BlockCosts, NetworkCosts, PerWidth
+from search_spaces.space import SearchSpace
+from supernets.flops import BlockCosts, NetworkCosts
+from supernets.supernet import Supernet
+
+
+class Outside(Protocol):
+    """What stem, merging and classifier cost: terms of each stage's width, and of the widths of neighbouring stages."""
+
+    @property
+    def constant(self) -> int:
+        """What no width changes."""
+
+    @property
+    def num_stages(self) -> int:
+        """Of the network."""
+
+    def of_stage(self, stage: int, width: int) -> int:
+        """The term of a stage's width."""
+
+    def of_merging(self, stage: int, width: int, after: int) -> int:
+        """The term of a stage's width and the next one's."""
+
+    def at(self, widths: Sequence[int]) -> int:
+        """All of it at the given stage widths."""
 
 
 class Price(ABC):
     """One price, in whole numbers.
 
-    words: its name in a sentence. scale, unit: what it is printed in; column: the end of its names in log.csv.
+    words: its name in a sentence. scale, unit: what it is printed in; column: the end of its names in log.csv, and
+    flag: of the option that says how much of it, in `unit`, may be used at most. affine: whether a block's is affine in
+    its stage's width.
     """
 
     name: ClassVar[str]
@@ -19,13 +45,26 @@ class Price(ABC):
     scale: ClassVar[float]
     unit: ClassVar[str]
     column: ClassVar[str]
+    flag: ClassVar[str | None] = None
+    affine: ClassVar[bool] = False
+
+    def opened(self, options: PriceOptions) -> "Price":
+        """The price as the options name it: with the file that it rests on, where there is one."""
+        return self
+
+    def check(self, space: SearchSpace, original: Supernet) -> None:  # noqa: B027
+        """Refuse, with a UserError, a space or a timm model that it cannot price; most price all."""
+
+    def facts(self) -> dict[str, Any]:
+        """What arch.json and summary.json say of it beside its name."""
+        return {}
 
     @abstractmethod
     def block(self, shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
         """Of one block at a slice."""
 
     @abstractmethod
-    def outer(self, costs: NetworkCosts) -> PerWidth:
+    def outer(self, costs: NetworkCosts) -> Outside:
         """Of stem, merging and classifier, by the stage widths.
 
         Rotated stages count as cut (section 2.7): one that turns out whole costs less than it says here.

@@ -1,9 +1,10 @@
 """The best architecture that fits a budget: exact selection by integer programming (section 2.6).
 
-One binary x per (block, candidate). Stage widths are maxima over a stage's picks and patch merging multiplies
-neighbouring widths, so a unit flow runs through a layered graph of nodes (stage, width) whose edges carry the
-stem, merging and classifier costs. The solver works in floats and only proposes: what counts is checked in
-integers, and a proposal that fails is forbidden and the program solved again.
+One binary x per (block, candidate). Stage widths are maxima over a stage's picks and patch merging depends on
+neighbouring widths, so a unit flow runs through a layered graph of nodes (stage, width) which, with its edges, carries
+the costs of stem, merging and classifier. Every price has a row of its own (section 2.13). The solver works in floats
+and only proposes: what counts is checked in integers, and a proposal that fails is forbidden and the program solved
+again.
 
 Ties. Scores are compared in whole steps of 1e-6, about what float32 logits resolve, so that "equal" means
 equal and not the order of a sum. Among architectures of equal score the lexicographically smallest picks win:
@@ -12,7 +13,7 @@ the first block takes the earliest candidate of its list that it can, then the s
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -23,7 +24,7 @@ from scipy.sparse import csr_array
 
 from nas.prices.flops import FLOPS
 from nas.prices.options import BAND
-from nas.prices.price import Price
+from nas.prices.price import Outside, Price
 from search_spaces.errors import UserError
 
 SCORE_STEP = 1e-6
@@ -44,35 +45,49 @@ class KnapsackItem:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """Another price that may not be above `most`. costs: of every item of every block; outer: outside the blocks.
+
+    words: of the limit, as they are typed.
+    """
+
+    costs: tuple[tuple[int, ...], ...]
+    outer: Outside
+    most: int
+    words: str = "another limit"
+
+    def cost(self, picks: Sequence[int], widths: Sequence[int]) -> int:
+        """Of the whole network when block b takes item picks[b], at its stage widths; exact."""
+        return sum(block[pick] for block, pick in zip(self.costs, picks, strict=True)) + self.outer.at(widths)
+
+
+@dataclass(frozen=True)
 class SelectionProblem:
     """What a selection needs to know: every block's candidates and what the stage widths cost.
 
-    stages: the stage of each block, non-decreasing from 0. constant: a cost that no choice changes.
-    stem_per_channel: cost per channel of the first stage; head_per_channel: of the last stage.
-    merge_per_pair[s]: cost per (width of stage s) x (width of stage s + 1); merge_per_channel[s]: per channel of
-    stage s, where it is merged.
+    stages: the stage of each block, non-decreasing from 0. outer: the cost of stem, merging and classifier.
     fixed_widths: the stage widths, where they do not follow the picks (`--stage-width full`).
     whole: the price of the network itself, where one of the architectures is that. Its cost here may be above it: a
     rotated stage counts as cut (section 2.7).
+    limits: of other prices.
     """
 
     blocks: tuple[tuple[KnapsackItem, ...], ...]
     stages: tuple[int, ...]
-    constant: int
-    stem_per_channel: int
-    merge_per_pair: tuple[int, ...]
-    head_per_channel: int
+    outer: Outside
     fixed_widths: tuple[int, ...] | None = None
-    merge_per_channel: tuple[int, ...] = ()
     whole: int | None = None
+    limits: tuple[Limit, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.blocks or not all(self.blocks) or len(self.blocks) != len(self.stages):
             raise ValueError(f"{len(self.blocks)} blocks, one of them empty, or {len(self.stages)} stages")
         if list(self.stages) != sorted(self.stages) or set(self.stages) != set(range(self.num_stages)):
             raise ValueError(f"stages must rise from 0 without a gap: {self.stages}")
-        if len(self.merge_per_pair) != self.num_stages - 1:
-            raise ValueError(f"{len(self.merge_per_pair)} patch mergings for {self.num_stages} stages")
+        if any(outer.num_stages != self.num_stages for outer in (self.outer, *(each.outer for each in self.limits))):
+            raise ValueError(f"{self.outer.num_stages - 1} patch mergings for {self.num_stages} stages")
+        if any([len(row) for row in each.costs] != [len(block) for block in self.blocks] for each in self.limits):
+            raise ValueError("a limit does not price every item")
         if self.fixed_widths is not None and len(self.fixed_widths) != self.num_stages:
             raise ValueError(f"{len(self.fixed_widths)} fixed widths for {self.num_stages} stages")
         if not all(math.isfinite(candidate.score) for block in self.blocks for candidate in block):
@@ -94,18 +109,12 @@ class SelectionProblem:
     def cost(self, picks: Sequence[int]) -> int:
         """Of the whole network when block b takes item picks[b]; exact."""
         total = sum(block[pick].cost for block, pick in zip(self.blocks, picks, strict=True))
-        return self.constant + total + self.width_cost(self.stage_widths(picks))
+        return total + self.outer.at(self.stage_widths(picks))
 
-    def width_cost(self, widths: Sequence[int]) -> int:
-        """Of stem, patch merging and classifier at these stage widths."""
-        merging = sum(m * a * b for m, a, b in zip(self.merge_per_pair, widths[:-1], widths[1:], strict=True))
-        return merging + sum(self.per_channel(stage) * width for stage, width in enumerate(widths))
-
-    def per_channel(self, stage: int) -> int:
-        """What a channel of a stage costs outside the blocks: in stem, merging and classifier."""
-        merge = self.merge_per_channel[stage] if stage < len(self.merge_per_channel) else 0
-        stem = self.stem_per_channel if stage == 0 else 0
-        return merge + stem + (self.head_per_channel if stage == self.num_stages - 1 else 0)
+    def within_limits(self, picks: Sequence[int]) -> bool:
+        """Whether every other price is within its limit; exact."""
+        widths = self.stage_widths(picks) if self.limits else ()
+        return all(limit.cost(picks, widths) <= limit.most for limit in self.limits)
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,10 @@ class Selection:
 
 
 def reachable_range(problem: SelectionProblem) -> tuple[int, int]:
-    """The least and the most that any architecture costs, exactly: a shortest path through stage widths."""
+    """The least and the most that any architecture costs, be it within the limits of other prices or not.
+
+    Exactly: a shortest path through stage widths.
+    """
     return _extreme(problem, 1), -_extreme(problem, -1)
 
 
@@ -139,6 +151,20 @@ def check_budget(problem: SelectionProblem, full: int, budget: float, price: Pri
             f"reaches {smallest:.4f} to {high / full:.4f} of the backbone "
             f"({low / price.scale:.4g} to {high / price.scale:.4g} {price.unit}); ask for at least {smallest:.4f}"
         )
+    if problem.limits and not reachable(problem, cost_band(full, budget)[1]):
+        also = " and ".join(limit.words for limit in problem.limits)
+        raise UserError(
+            f"budget {budget:g} of the {price.words} cannot be met together with {also}: no architecture of this search"
+            " space is within all of them; allow more"
+        )
+
+
+def reachable(problem: SelectionProblem, most: int) -> bool:
+    """Whether some architecture costs no more and is within every limit of other prices."""
+    least = reachable_range(problem)[0]
+    if not problem.limits or least > most:
+        return least <= most
+    return _Program(problem, least, most).any()
 
 
 def select(problem: SelectionProblem, full: int, budget: float, band: float = BAND) -> Selection:
@@ -197,6 +223,7 @@ def _nodes(problem: SelectionProblem, stage: int) -> list[int]:
 
 def _extreme(problem: SelectionProblem, sign: int) -> int:
     """The least sign * F over all architectures, in integers."""
+    outer = problem.outer
 
     def blocks_at(stage: int, width: int) -> int:
         blocks = [block for block, s in zip(problem.blocks, problem.stages, strict=True) if s == stage]
@@ -210,16 +237,26 @@ def _extreme(problem: SelectionProblem, sign: int) -> int:
         return total + min(extra)
 
     costs = {  # width of the current stage -> least cost up to and including its blocks
-        w: sign * problem.per_channel(0) * w + blocks_at(0, w) for w in _nodes(problem, 0)
+        w: sign * outer.of_stage(0, w) + blocks_at(0, w) for w in _nodes(problem, 0)
     }
-    for stage, merge in enumerate(problem.merge_per_pair, start=1):
+    for stage in range(1, problem.num_stages):
         costs = {
             w: blocks_at(stage, w)
-            + sign * problem.per_channel(stage) * w
-            + min(cost + sign * merge * v * w for v, cost in costs.items())
+            + sign * outer.of_stage(stage, w)
+            + min(cost + sign * outer.of_merging(stage - 1, v, w) for v, cost in costs.items())
             for w in _nodes(problem, stage)
         }
-    return sign * problem.constant + min(costs.values())
+    return sign * outer.constant + min(costs.values())
+
+
+@dataclass
+class _Row:
+    """One price in the program, low <= F <= high (None: no least). costs: of every variable, as they are added."""
+
+    outer: Outside
+    low: int | None
+    high: int
+    costs: list[int] = field(default_factory=list)
 
 
 class _Program:
@@ -236,16 +273,24 @@ class _Program:
         self.first = [sum(sizes[:b]) for b in range(len(sizes))]  # index of each block's first x
         self.num_x = sum(sizes)
         self.scores = self._integer_scores()
-        self.costs = [c.cost for block in problem.blocks for c in block]  # grows by the costs of the flow
+        bounds = [(limit.outer, None, limit.most) for limit in problem.limits]
+        self.prices = [_Row(*each) for each in [(problem.outer, low, high), *bounds]]
+        self.prices[0].costs = [c.cost for block in problem.blocks for c in block]
+        for price, limit in zip(self.prices[1:], problem.limits, strict=True):
+            price.costs = [cost for block in limit.costs for cost in block]
+        self.size = self.num_x  # variables; grows by the flow
         self.rows: list[tuple[dict[int, float], float, float]] = []  # coefficients, lower and upper bound
         for first, size in zip(self.first, sizes, strict=True):
             self.rows.append((dict.fromkeys(range(first, first + size), 1.0), 1, 1))
         if problem.fixed_widths is None:
-            self.base = problem.constant
             self._add_flow(without)
-        else:
-            self.base = problem.constant + problem.width_cost(problem.fixed_widths)
-        self._add_band()
+        for price in self.prices:
+            fixed = problem.fixed_widths
+            self._add_band(price, price.outer.constant if fixed is None else price.outer.at(fixed))
+
+    def any(self) -> bool:
+        """Whether there is an architecture in the band."""
+        return self._solve([0] * self.num_x) is not None
 
     def best(self) -> tuple[int, ...] | None:
         """The picks of highest score in the band, ties by the fixed rule; None if the band is empty."""
@@ -287,7 +332,7 @@ class _Program:
 
     def _solve(self, gains: Sequence[int]) -> tuple[int, ...] | None:
         """Picks that maximise the sum of gains (one per x) under the rows; None if there are none."""
-        size = len(self.costs)
+        size = self.size
         cost: NDArray[np.float64] = np.zeros(size)
         cost[: self.num_x] = -np.array(gains, dtype=np.float64) * _scale(gains)
         integrality = (np.arange(size) < self.num_x).astype(int)
@@ -308,7 +353,7 @@ class _Program:
                 int(np.argmax(result.x[first : first + len(block)]))
                 for first, block in zip(self.first, self.problem.blocks, strict=True)
             )
-            if self.low <= self.problem.cost(picks) <= self.high:
+            if self.low <= self.problem.cost(picks) <= self.high and self.problem.within_limits(picks):
                 return picks
             forbidden.append(self._all_but(picks))  # within the solver's tolerance, not within the band
 
@@ -332,14 +377,16 @@ class _Program:
         row = {column: value * scale for column, value in enumerate(self.scores) if value}
         return row or {0: 0.0}, (score - 0.5) * scale, math.inf
 
-    def _add_band(self) -> None:
+    def _add_band(self, price: "_Row", base: int) -> None:
+        """The row of one price; base: what it costs whatever is picked."""
         # Costs share large factors (tokens, head widths); divided out, the row is often small integers. The
         # half step on either side keeps the solver from losing an architecture exactly on the budget.
-        factor = math.gcd(*self.costs) or 1
-        steps = [cost // factor for cost in self.costs]
+        factor = math.gcd(*price.costs) or 1
+        steps = [cost // factor for cost in price.costs]
         scale = _scale(steps)
         row = {column: value * scale for column, value in enumerate(steps) if value}
-        least, most = -((self.base - self.low) // factor), (self.high - self.base) // factor
+        least = -math.inf if price.low is None else -((base - price.low) // factor)
+        most = (price.high - base) // factor
         self.rows.append((row or {0: 0.0}, (least - 0.5) * scale, (most + 0.5) * scale))
 
     def _add_flow(self, without: Sequence[tuple[int, ...]]) -> None:
@@ -347,19 +394,23 @@ class _Program:
         nodes: list[dict[int, int]] = []  # per stage, width -> index of its flow
         for stage in range(problem.num_stages):
             possible = _nodes(problem, stage)
-            nodes.append({w: len(self.costs) + i for i, w in enumerate(possible)})
-            self.costs += [problem.per_channel(stage) * w for w in possible]
+            nodes.append({w: self.size + i for i, w in enumerate(possible)})
+            self.size += len(possible)
+            for price in self.prices:
+                price.costs += [price.outer.of_stage(stage, w) for w in possible]
             self.rows.append((dict.fromkeys(nodes[-1].values(), 1.0), 1, 1))
         for widths in without:
             taken = [nodes[stage][width] for stage, width in enumerate(widths)]
             self.rows.append((dict.fromkeys(taken, 1.0), 0, len(taken) - 1))
-        for stage, merge in enumerate(problem.merge_per_pair):
+        for stage in range(problem.num_stages - 1):
             left = {w: ({node: -1.0}, 0.0, 0.0) for w, node in nodes[stage].items()}
             right = {w: ({node: -1.0}, 0.0, 0.0) for w, node in nodes[stage + 1].items()}
             for v in left:
                 for w in right:
-                    left[v][0][len(self.costs)] = right[w][0][len(self.costs)] = 1.0
-                    self.costs.append(merge * v * w)
+                    left[v][0][self.size] = right[w][0][self.size] = 1.0
+                    self.size += 1
+                    for price in self.prices:
+                        price.costs.append(price.outer.of_merging(stage, v, w))
             self.rows += [*left.values(), *right.values()]
         widest: list[dict[int, dict[int, float]]] = [{w: {n: -1.0} for w, n in at.items()} for at in nodes]
         for first, block, stage in zip(self.first, problem.blocks, problem.stages, strict=True):

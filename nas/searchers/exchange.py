@@ -64,10 +64,16 @@ class Program:
         """What the options of each half cost at a point's stage widths: (options,)."""
         return [self.halves.costs(half, point.widths[self.halves.stage(half)]) for half in range(len(self.halves))]
 
+    def others(self, point: Point) -> list[list[Costs]]:
+        """Of each half what its options cost by the other prices that have a limit: (options,) each."""
+        halves = self.halves
+        widths = [point.widths[halves.stage(half)] for half in range(len(halves))]
+        return [[other.costs(half, width) for other in halves.others] for half, width in enumerate(widths)]
+
     def solve(self, point: Point) -> Proposal | None:
         """None where no architecture of these stage widths is within the budget."""
         halves, totals, costs = self.halves, self.totals(point), self.costs(point)
-        offered = [undominated(cost, total) for cost, total in zip(costs, totals, strict=True)]
+        offered = [undominated(*each) for each in zip(costs, totals, self.others(point), strict=True)]
         unit = max(float(total.max()) for total in totals) / SPREAD or 1.0  # in whatever unit, its digits count
         problem = halves.problem(point.widths, offered, [-total / unit for total in totals])
         try:  # least loss, be the budget used up or not

@@ -96,6 +96,10 @@ class Gradient(Search):
         """E[F]/F_full under softmax(eta)."""
         return self.costs.expected(self.choices.probabilities()) / self.costs.full
 
+    def other_fractions(self) -> Tensor:
+        p = self.choices.probabilities()
+        return torch.stack([bound.priced.expected(p) / bound.most for bound in self.costs.bounds])
+
     def architecture_parameters(self) -> list[nn.Parameter]:
         return list(self.choices.parameters())
 

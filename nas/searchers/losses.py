@@ -94,11 +94,16 @@ def slice_losses(
     return found
 
 
-def undominated(costs: Costs, losses: Floats) -> list[int]:
-    """The options of which none is as cheap and loses as little, by rising cost; of equals the first."""
-    order = sorted(range(len(losses)), key=lambda o: (costs[o], losses[o], o))
+def undominated(costs: Costs, losses: Floats, others: Sequence[Costs] = ()) -> list[int]:
+    """The options of which none is as cheap and loses as little, by rising cost; of equals the first.
+
+    others: what they cost by further prices, (options,) each.
+    """
+    order = sorted(range(len(losses)), key=lambda o: (costs[o], losses[o], *(other[o] for other in others), o))
+    rest = np.array([losses, *others]).T  # (options, prices); the cost rises anyway
     kept: list[int] = []
     for option in order:
-        if not kept or losses[option] < losses[kept[-1]]:
+        before = kept if others else kept[-1:]
+        if not (rest[before] <= rest[option]).all(1).any():
             kept.append(option)
     return kept

@@ -14,7 +14,7 @@ from nas.prices.costs import PricedSpace, Probabilities
 from nas.prices.halves import Costs, Halves, PricedHalves
 from nas.prices.options import BAND
 from nas.prices.relaxation import Floats, Relaxed, relaxed
-from nas.prices.selection import Selection, cost_band, reachable_range, select
+from nas.prices.selection import Selection, cost_band, reachable, select
 from nas.searchers.choices import nested_mixture
 from nas.searchers.gradient import Gradient
 from nas.searchers.supernet_search import Draw
@@ -97,7 +97,7 @@ class Likelihood:
                 if len(found) >= most and found[most - 1][0] >= bound:
                     break
                 solved = self._solved(budget, widths, floor, band)
-                found += [solved] if solved[2].cost >= floor else []
+                found += [solved] if solved is not None and solved[2].cost >= floor else []
                 found.sort(key=lambda each: -each[0])
             if found:
                 break
@@ -109,9 +109,9 @@ class Likelihood:
         for floor in (low, 0):
             for widths in self._combinations():
                 if self._relaxed(widths, floor, high) is not None:
-                    _, picks, selection = self._solved(budget, widths, floor, BAND)
-                    if selection.cost >= floor:
-                        return picks
+                    solved = self._solved(budget, widths, floor, BAND)
+                    if solved is not None and solved[2].cost >= floor:
+                        return solved[1]
         raise RuntimeError("no architecture was found although the budget can be reached")
 
     def _combinations(self) -> Iterator[tuple[int, ...]]:
@@ -120,7 +120,10 @@ class Likelihood:
         return chain(islice(likeliest(self.stages), LOOKED_AT), [narrowest])
 
     def _promising(self, low: int, high: int) -> list[tuple[float, tuple[int, ...]]]:
-        """Combinations of stage widths and the most that the score of one of such a price can be, highest first."""
+        """Combinations of stage widths and the most that the score of one of such a price can be, highest first.
+
+        The bound lets the limits of other prices be: it is still one.
+        """
         found: dict[tuple[int, ...], float] = {}
         for widths in self._combinations():
             bound = self._relaxed(widths, low, high)
@@ -138,13 +141,19 @@ class Likelihood:
         return [halves.costs(half, widths[halves.stage(half)]) for half in range(len(halves))]
 
     def _relaxed(self, widths: Sequence[int], low: int, high: int) -> Relaxed | None:
+        """None where no architecture of these stage widths is within the band, or within the limits."""
+        if not self.halves.may_fit(widths):
+            return None
         outer = self.halves.outer(widths)
         return relaxed(self._costs(widths), [-scores for scores in self.scores], high - outer, low - outer)
 
     def _solved(
         self, budget: float, widths: tuple[int, ...], floor: int, band: float
-    ) -> tuple[float, list[Picks], Selection]:
-        """The likeliest at these stage widths, among few options: those that no better one can have are left out."""
+    ) -> tuple[float, list[Picks], Selection] | None:
+        """The likeliest at these stage widths, among few options: those that no better one can have are left out.
+
+        None where the limits of several prices leave no architecture.
+        """
         halves, full = self.halves, self.halves.priced.full
         high, costs = cost_band(full, budget)[1], self._costs(widths)
         relaxation = self._relaxed(widths, floor, high)
@@ -154,7 +163,7 @@ class Likelihood:
         while True:
             offered = [np.flatnonzero(each <= within).tolist() for each in excess]
             problem, gap = halves.problem(widths, offered, self.scores), 2 * within
-            if reachable_range(problem)[0] <= high:
+            if reachable(problem, high):
                 chosen = select(problem, full, budget, band)
                 options = tuple(offered[half][pick] for half, pick in enumerate(chosen.picks))
                 score = float(sum(self.scores[half][option] for half, option in enumerate(options)))
@@ -163,6 +172,8 @@ class Likelihood:
                 if gap <= within or within >= widest:
                     found = Selection(options, chosen.cost, chosen.in_band)
                     return self._of_widths(widths) + score, halves.picks(widths, options), found
+            elif within >= widest:
+                return None
             within = max(gap, 2 * within)
 
 

@@ -217,7 +217,7 @@ def by_blocks(run: Run) -> Found:
         labels = {name: space.label(block, name) for name in space.candidates[block]}
         each = [option.picks for option in options]
         together.append(weighed(labels, space.candidates[block], each, (losses[block], costs[block]), picks[block]))
-    outer = problem.constant + problem.width_cost(problem.stage_widths(chosen.picks))
+    outer = problem.outer.at(problem.stage_widths(chosen.picks))
     limit = cost_band(priced.full, budget)[1] - outer
     return Found(picks, price_of(costs, losses, limit), together, {})
 

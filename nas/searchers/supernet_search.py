@@ -15,6 +15,7 @@ from nas.searchers.gumbel import TAU, temperature
 from nas.searchers.primal_dual import ascend, damped_price
 from nas.training.losses import adjoined_weight
 from nas.training.objective import Objective, Step
+from search_spaces.errors import UserError
 from search_spaces.method import Picks
 from search_spaces.slices import NetworkSlice, network_slice
 from supernets.elastic import BlockMixture
@@ -65,6 +66,9 @@ class Search(Objective, ABC):
         self.multiplier_rate = 60.0 / max(total_steps, 1)
         self.multiplier: Tensor
         self.register_buffer("multiplier", torch.zeros((), dtype=torch.float64))
+        self.other_multipliers: Tensor  # one of every other price that has a limit
+        if costs.bounds:
+            self.register_buffer("other_multipliers", torch.zeros(len(costs.bounds), dtype=torch.float64))
 
     @abstractmethod
     def draw(self, step: Step) -> Draw:
@@ -81,6 +85,11 @@ class Search(Objective, ABC):
     @abstractmethod
     def expected_fraction(self) -> Tensor:
         """E[F]/F_full, differentiable."""
+
+    def other_fractions(self) -> Tensor:
+        """E[F]/limit of every other price that has one, (limits,), differentiable. UserError where there is none."""
+        names = " and ".join(bound.words for bound in self.costs.bounds)
+        raise UserError(f"{names}: this search holds one price; leave {names} out")
 
     @abstractmethod
     def selection(self) -> tuple[list[Picks], Selection | None]:
@@ -106,7 +115,11 @@ class Search(Objective, ABC):
         if self.budget is None:
             return self.gamma * self.drawn_cost(draw)
         fraction = self.expected_fraction()
-        return damped_price(self.multiplier, fraction - self.budget, DAMPING).clamp_min(0.0) * fraction
+        total = damped_price(self.multiplier, fraction - self.budget, DAMPING).clamp_min(0.0) * fraction
+        if self.costs.bounds:
+            others = self.other_fractions()
+            total = total + damped_price(self.other_multipliers, others - 1.0, DAMPING).clamp_min(0.0) @ others
+        return total
 
     def pace(self, step: Step) -> float:
         """lambda(t), unless it is to be constant: lambda is in their gradients, but Adam divides it out again.
@@ -134,7 +147,11 @@ class Search(Objective, ABC):
         """z <- max(0, z + rate * pace * (E[F]/F_full - B))."""
         if self.budget is not None:
             violation = self.expected_fraction() - self.budget
-            self.multiplier.copy_(ascend(self.multiplier, violation, self.multiplier_rate * self.pace(step)))
+            rate = self.multiplier_rate * self.pace(step)
+            self.multiplier.copy_(ascend(self.multiplier, violation, rate))
+            if self.costs.bounds:
+                others = self.other_multipliers
+                others.copy_(ascend(others, self.other_fractions() - 1.0, rate))
 
     @property
     def trains_large(self) -> bool:

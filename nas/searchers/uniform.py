@@ -63,9 +63,15 @@ def factors_alone(space: SearchSpace) -> bool:
 
 def widest_uniform(priced: PricedSpace, budget: float) -> list[Picks]:
     """The dearest within a budget of all that are the same everywhere. UserError with the least where none is."""
-    prices = [(priced.network_cost(subnet_of(priced, picks)), picks) for picks in uniform_picks(priced.space)]
+    subnets = [(subnet_of(priced, picks), picks) for picks in uniform_picks(priced.space)]
+    prices = [(priced.network_cost(subnet), picks) for subnet, picks in subnets if priced.within_bounds(subnet)]
     most = cost_band(priced.full, budget)[1]
     fitting = [each for each in prices if each[0] <= most]
+    if not prices:
+        raise UserError(
+            f"nothing that is the same everywhere in {priced.space.name} is within"
+            f" {' and '.join(bound.words for bound in priced.bounds)}; allow more"
+        )
     if not fitting:
         least = math.ceil(min(price for price, _ in prices) / priced.full * 10_000) / 10_000  # up: it must work
         raise UserError(
@@ -108,9 +114,10 @@ def smallest_alpha(priced: PricedSpace, budget: float) -> int:
         blocks = space.block_slices([{"alpha": alpha}] * len(space.shapes))
         subnet = network_slice(space.shapes, blocks, priced.full_stage_width)
         fractions[alpha] = priced.network_cost(subnet) / priced.full
-        if fractions[alpha] <= budget:
+        if fractions[alpha] <= budget and priced.within_bounds(subnet):
             return alpha
+    also = "".join(f" and {bound.words}" for bound in priced.bounds)
     reach = ", ".join(f"{alpha}: {fraction:.4f}" for alpha, fraction in fractions.items())
     raise UserError(
-        f"--budget {budget:.4g}: no alpha of {space.name} fits; {priced.price.words} fraction by alpha: {reach}"
+        f"--budget {budget:.4g}{also}: no alpha of {space.name} fits; {priced.price.words} fraction by alpha: {reach}"
     )

@@ -1,7 +1,8 @@
 """What free widths are expected to cost: against every architecture of a tiny space (section 2.9)."""
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ import torch
 from nas.prices.costs import PricedSpace
 from nas.prices.flops import Flops
 from nas.prices.halves import Halves, PricedHalves
+from nas.prices.price import Outside, Price
 from nas.prices.relaxation import relaxed
+from nas.prices.table import PRICES
 from nas.searchers.choices import ChoiceLogits
-from search_spaces.errors import UserError
-from search_spaces.slices import BlockShape, BlockSlice
-from supernets.flops import BlockCosts
+from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice
+from supernets.flops import BlockCosts, NetworkCosts, PerWidth
 from tests.nas.free import architectures, free_costs, tiny_supernet
 from tests.nas.small import small_supernet
 
@@ -28,9 +30,12 @@ def logits_of(costs: PricedSpace, seed: int) -> ChoiceLogits:
     return logits
 
 
-@pytest.mark.parametrize("price", ["flops", "params"])
+@pytest.mark.parametrize("price", ["flops", "params", "steps"])
 @over_tiny
-def test_the_expected_price_is_that_of_every_architecture(family: str, price: str) -> None:
+def test_the_expected_price_is_that_of_every_architecture(
+    family: str, price: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRICES, "steps", Steps())
     costs = PricedHalves.of(free_costs(tiny_supernet(family), price, granularity=8))
     logits = logits_of(costs, 0)
     probabilities = logits.probabilities()
@@ -60,16 +65,43 @@ def test_a_half_costs_the_same_more_with_each_channel(family: str, price: str) -
             assert (constant + per_channel * width == halves.costs(half, width)).all()
 
 
-def test_a_price_that_is_not_affine_in_the_width_is_refused() -> None:
-    class Area(Flops):
-        name = "area"
+class Steps(Flops):
+    """A price in steps of its widths, whose outer part is no formula either."""
 
-        def block(self, shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
-            return kept.stream**2
+    name, affine = "steps", False
 
-    priced = replace(free_costs(small_supernet("vit")), price=Area())
-    with pytest.raises(UserError, match=r"--price area: .* not affine in the stage's width"):
-        Halves(priced).affine(0)
+    def block(self, shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
+        return super().block(shape, costs, replace(kept, stream=12 * -(-kept.stream // 12)))
+
+    def outer(self, costs: NetworkCosts) -> Outside:
+        return RoundedUp(costs.flops)
+
+    def network(self, shapes: Sequence[BlockShape], costs: NetworkCosts, subnet: NetworkSlice) -> int:
+        return Price.network(self, shapes, costs, subnet)
+
+
+@dataclass(frozen=True)
+class RoundedUp:
+    """Stage widths count as the next multiple of 12."""
+
+    per: PerWidth
+
+    @property
+    def constant(self) -> int:
+        return self.per.constant
+
+    @property
+    def num_stages(self) -> int:
+        return self.per.num_stages
+
+    def of_stage(self, stage: int, width: int) -> int:
+        return self.per.of_stage(stage, 12 * -(-width // 12))
+
+    def of_merging(self, stage: int, width: int, after: int) -> int:
+        return self.per.of_merging(stage, *(12 * -(-w // 12) for w in (width, after)))
+
+    def at(self, widths: Sequence[int]) -> int:
+        return self.per.at([12 * -(-w // 12) for w in widths])
 
 
 @over_tiny

@@ -3,7 +3,8 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, OptimizeResult
 
 from nas.prices import selection
+from nas.prices.price import Outside
 from nas.prices.selection import (
     KnapsackItem,
+    Limit,
     Selection,
     SelectionProblem,
     check_budget,
@@ -24,23 +27,61 @@ from nas.prices.selection import (
     select,
 )
 from search_spaces.errors import UserError
+from supernets.flops import PerWidth
 
 
 def architectures(problem: SelectionProblem) -> Iterator[tuple[int, ...]]:
     return itertools.product(*(range(len(block)) for block in problem.blocks))
 
 
-def flops_by_hand(problem: SelectionProblem, picks: tuple[int, ...]) -> int:
+def widths_by_hand(problem: SelectionProblem, picks: tuple[int, ...]) -> tuple[int, ...]:
     chosen = [block[pick] for block, pick in zip(problem.blocks, picks, strict=True)]
-    widths = problem.fixed_widths or [
+    return problem.fixed_widths or tuple(
         max(c.width for c, s in zip(chosen, problem.stages, strict=True) if s == stage)
         for stage in sorted(set(problem.stages))
-    ]
-    total = problem.constant + sum(c.cost for c in chosen) + problem.stem_per_channel * widths[0]
-    for merge, pair in zip(problem.merge_per_pair, itertools.pairwise(widths), strict=True):
+    )
+
+
+def flops_by_hand(problem: SelectionProblem, picks: tuple[int, ...]) -> int:
+    chosen = [block[pick] for block, pick in zip(problem.blocks, picks, strict=True)]
+    return sum(c.cost for c in chosen) + outside_by_hand(problem.outer, widths_by_hand(problem, picks))
+
+
+def limit_by_hand(problem: SelectionProblem, limit: Limit, picks: tuple[int, ...]) -> int:
+    blocks = sum(costs[pick] for costs, pick in zip(limit.costs, picks, strict=True))
+    return blocks + outside_by_hand(limit.outer, widths_by_hand(problem, picks))
+
+
+def outside_by_hand(outer: Outside, widths: tuple[int, ...]) -> int:
+    if isinstance(outer, Steps):
+        return (
+            outer.constant
+            + sum(outer.terms[0][s, w] for s, w in enumerate(widths))
+            + sum(outer.terms[1][s, v, w] for s, (v, w) in enumerate(itertools.pairwise(widths)))
+        )
+    assert isinstance(outer, PerWidth)
+    total = outer.constant + outer.first * widths[0] + outer.last * widths[-1]
+    for merge, pair in zip(outer.merge_pair, itertools.pairwise(widths), strict=True):
         total += merge * math.prod(pair)
-    total += sum(m * w for m, w in zip(problem.merge_per_channel, widths, strict=False))
-    return total + problem.head_per_channel * widths[-1]
+    return total + sum(m * w for m, w in zip(outer.merge_in, widths, strict=False))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """An outer cost that is no formula: a number for every width of a stage, and for every pair of neighbours."""
+
+    constant: int
+    num_stages: int
+    terms: tuple[dict[tuple[int, int], int], dict[tuple[int, int, int], int]]
+
+    def of_stage(self, stage: int, width: int) -> int:
+        return self.terms[0][stage, width]
+
+    def of_merging(self, stage: int, width: int, after: int) -> int:
+        return self.terms[1][stage, width, after]
+
+    def at(self, widths: Sequence[int]) -> int:
+        return outside_by_hand(self, tuple(widths))
 
 
 def brute_force(problem: SelectionProblem, full: int, budget: float, band: float) -> Selection | None:
@@ -49,7 +90,12 @@ def brute_force(problem: SelectionProblem, full: int, budget: float, band: float
     def score(picks: tuple[int, ...]) -> int:  # whole steps of 1e-6, as the ties are defined
         return sum(round(block[pick].score * 1e6) for block, pick in zip(problem.blocks, picks, strict=True))
 
-    below = [p for p in architectures(problem) if flops_by_hand(problem, p) <= Fraction(str(budget)) * full]
+    fit = [
+        p
+        for p in architectures(problem)
+        if all(limit_by_hand(problem, each, p) <= each.most for each in problem.limits)
+    ]
+    below = [p for p in fit if flops_by_hand(problem, p) <= Fraction(str(budget)) * full]
     if not below:
         return None
     low = (Fraction(str(budget)) - Fraction(str(band))) * full
@@ -86,13 +132,63 @@ def problems(draw: st.DrawFn) -> SelectionProblem:
     return SelectionProblem(
         blocks=tuple(blocks),
         stages=stages,
-        constant=draw(cost),
-        stem_per_channel=draw(cost),
-        merge_per_pair=tuple(draw(st.integers(0, 2)) for _ in range(num_stages - 1)),
-        head_per_channel=draw(cost),
+        outer=PerWidth(
+            constant=draw(cost),
+            first=draw(cost),
+            merge_pair=tuple(draw(st.integers(0, 2)) for _ in range(num_stages - 1)),
+            last=draw(cost),
+            merge_in=tuple(draw(cost) for _ in range(num_stages - 1)),
+        ),
         fixed_widths=tuple(24 << s for s in range(num_stages)) if draw(st.booleans()) else None,
-        merge_per_channel=tuple(draw(cost) for _ in range(num_stages - 1)) if draw(st.booleans()) else (),
     )
+
+
+@st.composite
+def any_outside(draw: st.DrawFn, problem: SelectionProblem) -> Steps:
+    """A number for every width and every pair of them."""
+    stages = range(problem.stages[-1] + 1)
+    found = [
+        sorted({c.width for block, s in zip(problem.blocks, problem.stages, strict=True) if s == stage for c in block})
+        for stage in stages
+    ]
+    if problem.fixed_widths is not None:
+        found = [[width] for width in problem.fixed_widths]
+    cost = st.integers(-3, 12)
+    return Steps(
+        draw(cost),
+        len(stages),
+        (
+            {(stage, w): draw(cost) for stage in stages for w in found[stage]},
+            {(stage, v, w): draw(cost) for stage in stages[:-1] for v in found[stage] for w in found[stage + 1]},
+        ),
+    )
+
+
+@st.composite
+def limited(draw: st.DrawFn) -> SelectionProblem:
+    """A problem whose outer cost may be any, with one or two limits of other prices."""
+    problem = draw(problems())
+    limits = []
+    for _ in range(draw(st.integers(0, 2))):
+        costs = tuple(tuple(draw(st.integers(0, 20)) for _ in block) for block in problem.blocks)
+        outer = draw(any_outside(problem))
+        limits.append(Limit(costs, outer, draw(st.integers(0, 20 * len(costs)))))
+    outer = draw(any_outside(problem)) if draw(st.booleans()) else problem.outer
+    return replace(problem, outer=outer, limits=tuple(limits))
+
+
+@settings(max_examples=150, deadline=None)
+@given(limited(), st.sampled_from([0.35, 0.5, 0.9, 1.0]), st.sampled_from([0.02, 0.2]))
+def test_several_prices_and_outer_costs_that_are_no_formula(
+    problem: SelectionProblem, budget: float, band: float
+) -> None:
+    full = max(1, *(flops_by_hand(problem, picks) for picks in architectures(problem)))
+    expected = brute_force(problem, full, budget, band)
+    if expected is None:
+        with pytest.raises(UserError, match="cannot be met"):
+            select(problem, full, budget, band)
+    else:
+        assert select(problem, full, budget, band) == expected
 
 
 def milli(value: int) -> float:
@@ -117,10 +213,7 @@ UNSOLVED_WITH_PRESOLVE = SelectionProblem(  # scipy 1.17's HiGHS answers "Solve 
         (KnapsackItem(14, 24, 0.0), KnapsackItem(0, 24, 0.0), KnapsackItem(10, 12, 0.0)),
     ),
     stages=(0, 0),
-    constant=0,
-    stem_per_channel=0,
-    merge_per_pair=(),
-    head_per_channel=0,
+    outer=PerWidth(0, 0, 0),
 )
 
 
@@ -149,10 +242,7 @@ INFEASIBLE_WITH_PRESOLVE = SelectionProblem(  # says HiGHS of a band that holds 
         (KnapsackItem(0, 12, 0.0),),
     ),
     stages=(0,) * 6,
-    constant=0,
-    stem_per_channel=0,
-    merge_per_pair=(),
-    head_per_channel=2000006,
+    outer=PerWidth(0, 0, last=2000006),
 )
 
 
@@ -219,7 +309,7 @@ def swin_b(scores: list[list[float]]) -> SelectionProblem:
         ]
         blocks.append(tuple(block))
     merging = tuple(4 * (56 * 56 >> 2 * stage) for stage in (1, 2, 3))  # four neighbours onto one token
-    return SelectionProblem(tuple(blocks), stages, 0, 56 * 56 * 48, merging, 1000)
+    return SelectionProblem(tuple(blocks), stages, PerWidth(0, 56 * 56 * 48, 1000, merging, (0,) * len(merging)))
 
 
 FULL = swin_b([[0.0] * 4] * 24).cost([0] * 24)
@@ -241,7 +331,9 @@ def test_swin_b_costs_what_the_literature_says() -> None:
 
 def best_score_by_table(problem: SelectionProblem, low: int, high: int) -> float:
     """The best total score in the band: every reachable (width, MACs), stage by stage. Shares no code."""
-    states = {(0, problem.constant): 0.0}  # (width of the last stage, MACs so far) -> best score
+    outer = problem.outer
+    assert isinstance(outer, PerWidth)
+    states = {(0, outer.constant): 0.0}  # (width of the last stage, MACs so far) -> best score
     for stage in range(max(problem.stages) + 1):
         inside = {(0, 0): 0.0}
         for block in (b for b, s in zip(problem.blocks, problem.stages, strict=True) if s == stage):
@@ -253,10 +345,10 @@ def best_score_by_table(problem: SelectionProblem, low: int, high: int) -> float
         joined: dict[tuple[int, int], float] = {}
         for (before, macs), score in states.items():
             for (width, own), gained in inside.items():
-                into = problem.merge_per_pair[stage - 1] * before if stage else problem.stem_per_channel
+                into = outer.merge_pair[stage - 1] * before if stage else outer.first
                 total = macs + own + into * width
                 if stage == max(problem.stages):
-                    total += problem.head_per_channel * width
+                    total += outer.last * width
                 if total <= high:
                     key = width, total
                     joined[key] = max(joined.get(key, -math.inf), score + gained)
@@ -280,7 +372,7 @@ def test_one_mac_over_is_refused_even_where_the_solver_would_let_it_through() ->
     """MACs of 1e12 that share no factor: a MAC is below the solver's tolerance, so the integers decide."""
     big = 10**12
     better = (KnapsackItem(big + 1, 1, 0.0), KnapsackItem(big - 1, 1, -1.0), KnapsackItem(7, 1, -50.0))
-    problem = SelectionProblem((better,) * 3, (0, 0, 0), 0, 0, (), 0)
+    problem = SelectionProblem((better,) * 3, (0, 0, 0), PerWidth(0, 0, 0))
     found = select(problem, 3 * big, 1.0)
     assert found == Selection((0, 1, 1), 3 * big - 1, in_band=True)
 
@@ -301,7 +393,7 @@ def test_a_proposal_outside_the_integers_is_forbidden_and_the_next_best_taken(
         return result
 
     block = (KnapsackItem(5, 1, 0.0), KnapsackItem(4, 1, -1.0), KnapsackItem(1, 1, -2.0))
-    problem = SelectionProblem((block, block), (0, 0), 0, 0, (), 0, fixed_widths=(1,))
+    problem = SelectionProblem((block, block), (0, 0), PerWidth(0, 0, 0), fixed_widths=(1,))
     expected = brute_force(problem, 10, 0.7, 0.5)
     monkeypatch.setattr(selection, "milp", lenient)
     assert select(problem, 10, 0.7, 0.5) == expected
@@ -317,9 +409,8 @@ def test_equal_scores_go_to_the_first_in_order_and_the_same_one_every_time() -> 
         for pick in range(found.picks[block]):
             head = [*found.picks[:block], pick]
             fixed = [(b[head[i]],) if i < len(head) else b for i, b in enumerate(problem.blocks)]
-            with_head = SelectionProblem(
-                tuple(fixed), problem.stages, 0, problem.stem_per_channel, problem.merge_per_pair, 1000
-            )
+            outer = replace(problem.outer, last=1000)  # type: ignore[type-var]
+            with_head = replace(problem, blocks=tuple(fixed), outer=outer)
             with contextlib.suppress(UserError):  # not even below the budget
                 assert not select(with_head, FULL, 0.5).in_band
 
@@ -331,14 +422,15 @@ def test_scores_far_apart_are_still_told_apart() -> None:
             (KnapsackItem(4, 1, 0.0), KnapsackItem(1, 1, -20_000.0)),
             (KnapsackItem(4, 1, -0.7), KnapsackItem(3, 1, -0.6), KnapsackItem(1, 1, -9.0)),
         ),
-        (0, 0), 0, 0, (), 0,
-    )  # fmt: skip
+        (0, 0),
+        PerWidth(0, 0, 0),
+    )
     assert select(problem, 8, 1.0, 0.5).picks == (0, 1)
 
 
 def test_an_empty_band_takes_the_best_below_it_and_says_so() -> None:
     block = (KnapsackItem(60, 1, -0.1), KnapsackItem(20, 1, -1.0), KnapsackItem(10, 1, -3.0))
-    problem = SelectionProblem((block,), (0,), 0, 0, (), 0)
+    problem = SelectionProblem((block,), (0,), PerWidth(0, 0, 0))
     assert select(problem, 100, 0.5) == Selection((1,), 20, in_band=False)
     assert select(problem, 100, 0.6) == Selection((0,), 60, in_band=True)
 
@@ -358,14 +450,14 @@ def test_a_narrower_stage_does_not_pay_for_width_it_lacks_to_reach_the_band(
 
     monkeypatch.setattr(selection, "milp", counting)
     narrow = KnapsackItem(10, 1, -0.1)
-    problem = SelectionProblem(((KnapsackItem(10, 8, -9.0), narrow, narrow),) * 8, (0,) * 8, 0, 10, (), 0)
+    problem = SelectionProblem(((KnapsackItem(10, 8, -9.0), narrow, narrow),) * 8, (0,) * 8, PerWidth(0, 10, 0))
     found = select(problem, 160, 1.0, 0.02)  # 8 * 10 + 10 * 8 = 160, but 90 when all are narrow
     assert found == Selection((0,) + (1,) * 7, 160, in_band=True)
     assert next(programs) < 10
 
 
 def test_a_budget_is_read_as_the_decimal_the_user_typed() -> None:
-    problem = SelectionProblem(((KnapsackItem(3, 1, 0.0), KnapsackItem(1, 1, -1.0)),), (0,), 0, 0, (), 0)
+    problem = SelectionProblem(((KnapsackItem(3, 1, 0.0), KnapsackItem(1, 1, -1.0)),), (0,), PerWidth(0, 0, 0))
     assert select(problem, 10, 0.3).cost == 3  # the double 0.3 lies below 3/10
 
 
@@ -386,8 +478,8 @@ def test_an_unreachable_budget_is_refused_with_the_range() -> None:
 def test_a_malformed_problem_is_refused() -> None:
     block = (KnapsackItem(1, 1, 0.0),)
     with pytest.raises(ValueError, match="rise from 0"):
-        SelectionProblem((block, block), (0, 2), 0, 0, (1, 1), 0)
+        SelectionProblem((block, block), (0, 2), PerWidth(0, 0, 0, (1, 1), (0, 0)))
     with pytest.raises(ValueError, match="patch mergings"):
-        SelectionProblem((block, block), (0, 1), 0, 0, (), 0)
+        SelectionProblem((block, block), (0, 1), PerWidth(0, 0, 0))
     with pytest.raises(ValueError, match="not finite"):
-        SelectionProblem(((KnapsackItem(1, 1, -math.inf),),), (0,), 0, 0, (), 0)
+        SelectionProblem(((KnapsackItem(1, 1, -math.inf),),), (0,), PerWidth(0, 0, 0))
