@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import tyro  # noqa: E402
 
 from nas.config import Common, RetrainConfig, SearchConfig  # noqa: E402
-from nas.networks.key_values import KeyValues  # noqa: E402
+from nas.networks.options import KeyValues  # noqa: E402
 from nas.sweeps.options import SweepConfig  # noqa: E402
 from search_spaces.method import Settings  # noqa: E402
 from search_spaces.registry import METHODS, SPACES  # noqa: E402

@@ -1,9 +1,7 @@
 """Both command lines: options from the dataclass, --config YAML, one-line errors, exit codes."""
 
-import errno
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,11 @@ import tyro
 import yaml
 
 from nas.config import C
+from nas.failing import errors
 from nas.machine.launch import is_first, launched
 from nas.machine.stopping import RESUME_ME, Preempted, at_once
 from search_spaces.errors import UserError, reason
 
-OF_THE_MACHINE = (  # what a path or a disk can refuse, and no fault of the program
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ENOTDIR,
-    errno.ELOOP,
-)  # fmt: skip
 # booleans whose default is the space's, or which a recipe may set
 SPACES_FLAGS = ("pretrained", "amp", "model-ema", "model-ema-warmup", "adjoined", "stage-gates")
 
@@ -57,38 +52,6 @@ def main(kind: type[C], run: Callable[[C], Any]) -> None:
             raise
         report(program, f"lost contact with another process ({reason(error)}); go on with --output DIR --resume")
         sys.exit(1)
-
-
-@contextmanager
-def errors(program: str) -> Iterator[None]:
-    """What the user can cause, or a data loading process that dies, as one line and exit code 2."""
-    try:
-        yield
-    except UserError as error:
-        fail(program, str(error))
-    except OSError as error:
-        if error.errno not in OF_THE_MACHINE:
-            raise
-        fail(program, f"{error.filename or 'the disk'}: {error.strerror}; give another place, or make room there")
-    except RuntimeError as error:
-        from nas.data.loader import lost_worker
-
-        words = lost_worker(error)
-        if words is None:
-            raise
-        fail(program, words)
-
-
-def fail(program: str, message: str) -> None:
-    """One line on stderr, exit code 2."""
-    message = " ".join(message.splitlines())  # a value that was given may have several
-    if launched():
-        from nas.machine.distributed import report
-
-        report(program, message)
-    else:
-        print(f"{program}: error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def parse(kind: type[C], arguments: list[str], program: str) -> C:

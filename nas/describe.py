@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nas.cli import errors
+from nas.failing import errors
 from nas.pictures.architecture import (
     INSIDE,
     PICTURE,

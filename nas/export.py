@@ -8,7 +8,6 @@ images, and measures PyTorch, torch.compile and onnxruntime, large against compa
 """
 
 import argparse
-import importlib.util
 import io
 import statistics
 import tempfile
@@ -17,60 +16,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from search_spaces.errors import UserError, reason
+from search_spaces.errors import UserError
 
 TOLERANCE = 1e-4  # of the largest logit
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONNX, PROGRAM, REPORT = "compact.onnx", "compact.pt2", "export.json"
-
-
-def check_packages() -> None:
-    """UserError when the optional packages are not installed."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"ONNX needs {', '.join(missing)}: pip install 'vit-nas[export]' (in a checkout: uv sync --extra export),"
-            " or --no-onnx"
-        )
-
-
-def export_program(network: Any, images: Any) -> Any:
-    """The torch.export program of a network in eval mode, with a dynamic batch. images: (B > 1, C, H, W)."""
-    import torch
-
-    batch = torch.export.Dim("batch", min=1)
-    with torch.no_grad():
-        return torch.export.export(network.eval(), (images,), dynamic_shapes=({0: batch},))
-
-
-def export_onnx(program: Any, path: Path) -> None:
-    """Write an exported program as ONNX, in one file, atomically. Input "images", output "logits"."""
-    import torch
-
-    from nas.machine.files import write_atomically
-
-    # optimize=True takes x + 1e-8 for x, which T2T-ViT's Performer divides by; onnxruntime optimises what it loads.
-    onnx = torch.onnx.export(
-        program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False, optimize=False
-    )
-    assert onnx is not None
-    write_atomically(path, lambda p: onnx.save(p, include_initializers=True))
-
-
-def onnx_network(path: Path, threads: int) -> Callable[[Any], Any]:
-    """onnxruntime's session on the CPU: images (B, C, H, W) -> logits (B, classes)."""
-    import onnxruntime
-    import torch
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def run(images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-    return run
 
 
 def differences(network: Any, others: Mapping[str, Callable[[Any], Any]], batches: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,20 +35,6 @@ def differences(network: Any, others: Mapping[str, Callable[[Any], Any]], batche
             }
             for other, run in others.items()
         }
-
-
-def compiled(network: Any, images: Any) -> Any:
-    """torch.compile's network, or None and a line when this machine cannot compile."""
-    import torch
-
-    run = torch.compile(network, dynamic=False)
-    try:
-        with torch.no_grad():
-            run(images)
-    except Exception as error:  # no C++ compiler, no headers, ...: whatever inductor raises
-        print(f"torch.compile does not work here: {reason(error)[:200]}")
-        return None
-    return run
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -158,6 +93,7 @@ def run_export(options: argparse.Namespace) -> dict[str, Any]:
     from nas.config import RetrainConfig
     from nas.machine.devices import pick_device
     from nas.machine.files import write_atomically, write_json
+    from nas.machine.runtimes import check_packages, compiled, export_onnx, export_program, onnx_network
     from nas.runs.card import write_card
     from nas.runs.opened import large_network, open_folder
     from nas.stages.reported import reported_images
@@ -251,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    from nas.cli import errors
+    from nas.failing import errors
 
     command = parser()
     options = command.parse_args()

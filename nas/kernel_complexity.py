@@ -35,7 +35,7 @@ ROUNDING = 1e-12  # share of the trace below which an eigenvalue is the rounding
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print KC, raw and trace-normalised, and draw the spectrum. Exit code 2 and one line for bad input."""
-    from nas.cli import errors
+    from nas.failing import errors
 
     options = _parser().parse_args(argv)
     with errors(_parser().prog):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nas.cli import errors
+from nas.failing import errors
 from nas.pictures.figures import X_AXES
 from nas.pictures.literature import read_literature
 from nas.pictures.run import RUN_FILES, SWEEP_FILE, _hidden, find_runs, plot_run, plot_together, run_points

@@ -234,7 +234,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    from nas.cli import errors
+    from nas.failing import errors
 
     command = parser()
     options = command.parse_args()

@@ -30,6 +30,46 @@ def count_macs(network: nn.Module, input_size: tuple[int, int, int], device: tor
     return int(counter.get_total_flops()) // 2
 
 
+def stopwatch(device: torch.device) -> Callable[[Callable[[], Any], int], float]:
+    """Seconds of a call, from so many in a row: by the clock, on a GPU between two of its own events."""
+
+    def by_clock(call: Callable[[], Any], calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
+
+    def by_events(call: Callable[[], Any], calls: int) -> float:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        first.record()
+        for _ in range(calls):
+            call()
+        last.record()
+        torch.cuda.synchronize(device)
+        return float(first.elapsed_time(last)) / 1e3 / calls
+
+    return by_events if device.type == "cuda" else by_clock
+
+
+@torch.no_grad()
+def in_turn(
+    calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, shortest: float = 0.005
+) -> dict[str, list[float]]:
+    """Seconds of each call, round by round (A B C A B C ...), after two rounds that warm up.
+
+    A sample lasts `shortest` seconds or longer.
+    """
+    watch = stopwatch(device)
+    once = {name: min(watch(call, 1), watch(call, 1)) for name, call in calls.items()}
+    repeats = {name: max(1, round(shortest / max(seconds, 1e-9))) for name, seconds in once.items()}
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            found[name].append(watch(call, repeats[name]))
+    return found
+
+
 @torch.no_grad()
 def sample_times(
     networks: Mapping[str, Network],

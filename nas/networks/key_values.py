@@ -1,16 +1,13 @@
 """Constructor arguments as the command line has them: KEY=VALUE."""
 
 import ast
-from typing import Annotated, Any
-
-import tyro
+from collections.abc import Sequence
+from typing import Any
 
 from search_spaces.errors import UserError
 
-KeyValues = Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE")]
 
-
-def parse_key_values(pairs: tuple[str, ...]) -> dict[str, Any]:
+def parse_key_values(pairs: Sequence[str]) -> dict[str, Any]:
     """timm's KEY=VALUE arguments: Python literals, "a,b" as a tuple, anything else as text."""
     values: dict[str, Any] = {}
     for pair in pairs:

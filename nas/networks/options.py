@@ -2,9 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from nas.machine.ranges import share
-from nas.networks.key_values import KeyValues, parse_key_values
+from nas.networks.key_values import parse_key_values
+
+KeyValues = Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE")]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from nas.machine.ranges import flag, not_negative, share
-from nas.networks.key_values import KeyValues
+from nas.networks.options import KeyValues
 from search_spaces.errors import UserError
 
 

@@ -14,8 +14,10 @@ import torch
 import yaml
 
 import nas.export
-from nas.export import compiled, differences, export_program, onnx_network, parser, run_export
+from nas.export import differences, parser, run_export
+from nas.machine import runtimes
 from nas.machine.files import write_json
+from nas.machine.runtimes import compiled, export_onnx, export_program, onnx_network
 from nas.networks.compact_file import load_compact
 from nas.runs.card import push_to_hub
 from search_spaces.errors import UserError
@@ -39,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_both_files_give_the_networks_logits_at_any_batch(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in nas.export.PACKAGES:
+    for name in runtimes.PACKAGES:
         pytest.importorskip(name)
     write_json(run / "summary.json", {"dataset": "digits", "split": "test fifth", "compact": {"top1": 91.5}})
     options = [str(run), "--no-compile", "--rounds", "6", "--seconds", "0", "--batches", "1", "3"]
@@ -68,7 +70,7 @@ def test_both_files_give_the_networks_logits_at_any_batch(run: Path, capsys: pyt
 @pytest.mark.parametrize(("alphas", "norms"), [((2, 2), 0), ((1, 2), 5), (None, 5)], ids=["plain", "prefix", "large"])
 def test_a_network_in_a_rotated_basis_is_exported(alphas: tuple[int, ...] | None, norms: int, tmp_path: Path) -> None:
     """Under timm's norms where its blocks are equally wide, otherwise, as the large one, under StreamNorms."""
-    for name in nas.export.PACKAGES:
+    for name in runtimes.PACKAGES:
         pytest.importorskip(name)
     options = tiny.VIT[1] | dict(pre_norm=True, num_classes=10)
     supernet = nas.Supernet(randomise(timm.create_model(tiny.VIT[0], **options), 0)).eval()
@@ -80,7 +82,7 @@ def test_a_network_in_a_rotated_basis_is_exported(alphas: tuple[int, ...] | None
     assert sum(isinstance(m, StreamNorm) for m in network.modules()) == norms
     program = export_program(network, noise(2))
     torch.export.save(program, tmp_path / "network.pt2")
-    nas.export.export_onnx(program, tmp_path / "network.onnx")
+    export_onnx(program, tmp_path / "network.onnx")
     others = {"program": torch.export.load(tmp_path / "network.pt2").module()}
     others["onnx"] = onnx_network(tmp_path / "network.onnx", 1)
     found = differences(network, others, {str(size): noise(size) for size in (1, 2, 5)})
@@ -90,7 +92,7 @@ def test_a_network_in_a_rotated_basis_is_exported(alphas: tuple[int, ...] | None
 def assert_exported(network: Any, folder: Path) -> None:
     """The program and the ONNX file give the network's logits."""
     program = export_program(network, noise(2))
-    nas.export.export_onnx(program, folder / "network.onnx")
+    export_onnx(program, folder / "network.onnx")
     others = {"program": program.module(), "onnx": onnx_network(folder / "network.onnx", 1)}
     found = differences(network, others, {str(size): noise(size) for size in (1, 2, 5)})
     assert max(max(seen.values()) for seen in found.values()) <= 1e-5, found
@@ -98,7 +100,7 @@ def assert_exported(network: Any, folder: Path) -> None:
 
 def test_heads_whose_widths_differ_are_exported(tmp_path: Path) -> None:
     """Wider q and k than v in one block, wider v in the other; the second has no MLP."""
-    for name in nas.export.PACKAGES:
+    for name in runtimes.PACKAGES:
         pytest.importorskip(name)
     options = tiny.VIT[1] | dict(num_classes=10)
     supernet = nas.Supernet(randomise(timm.create_model(tiny.VIT[0], **options), 0)).eval()
@@ -118,7 +120,7 @@ EVAS = {"EVA-02": "eva02_base_patch14_224", "DINOv3": "vit_small_plus_patch16_di
 @pytest.mark.parametrize("kind", EVAS)
 def test_heads_that_turn_are_exported(kind: str, tmp_path: Path) -> None:
     """Pairs of q and k left out, SwiGLUs with and without norm; the third block is not there at all."""
-    for name in nas.export.PACKAGES:
+    for name in runtimes.PACKAGES:
         pytest.importorskip(name)
     model = EVAS[kind]
     options = dict(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=10)
@@ -165,7 +167,7 @@ def test_missing_packages_and_files_are_named(run: Path, tmp_path: Path, monkeyp
     (empty / "compact.safetensors").unlink()
     with pytest.raises(UserError, match=r"no compact\.safetensors"):
         run_export(parser().parse_args([str(empty), "--no-onnx"]))
-    monkeypatch.setattr(nas.export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"onnx, onnxscript, onnxruntime: pip install 'vit-nas\[export\]'"):
         run_export(parser().parse_args([str(run)]))
 
@@ -233,7 +235,7 @@ def test_a_wrong_file_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_onnx_keeps_a_small_constant(tmp_path: Path) -> None:
     """x / (y + 1e-8): torch's ONNX optimiser takes 1e-8 for zero."""
-    for name in nas.export.PACKAGES:
+    for name in runtimes.PACKAGES:
         pytest.importorskip(name)
 
     class Ratio(torch.nn.Module):
@@ -241,5 +243,5 @@ def test_onnx_keeps_a_small_constant(tmp_path: Path) -> None:
             return x / (x + 1e-8)
 
     x = torch.full((2, 3), 1e-8)
-    nas.export.export_onnx(nas.export.export_program(Ratio(), x), tmp_path / "ratio.onnx")
+    export_onnx(nas.export.export_program(Ratio(), x), tmp_path / "ratio.onnx")
     assert torch.allclose(onnx_network(tmp_path / "ratio.onnx", 1)(x), torch.full((2, 3), 0.5))

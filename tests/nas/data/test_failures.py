@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from nas.cli import errors
 from nas.data.batches import Stream, collate
 from nas.data.datasets import DataSpec, open_splits
 from nas.data.images import Images, Source
 from nas.data.loader import Loader, eval_loader, lost_worker, train_loader
 from nas.data.transforms import LoaderSpec, Transform
+from nas.failing import errors
 from search_spaces.errors import UserError
 
 SPEC = LoaderSpec(batch_size=8, input_size=(3, 24, 24), mean=(0.5,) * 3, std=(0.2,) * 3, crop_pct=1.0)
