@@ -94,9 +94,11 @@ def run_export(options: argparse.Namespace) -> dict[str, Any]:
     from nas.machine.devices import pick_device
     from nas.machine.files import write_atomically, write_json
     from nas.machine.runtimes import check_packages, compiled, export_onnx, export_program, onnx_network
+    from nas.prices.whole import clocked
     from nas.runs.card import write_card
     from nas.runs.opened import large_network, open_folder
     from nas.stages.reported import reported_images
+    from nas.training.evaluate import COLUMNS
 
     if not options.run.is_dir():
         raise UserError(
@@ -153,7 +155,11 @@ def run_export(options: argparse.Namespace) -> dict[str, Any]:
                         runners[f"{which}, compiled"] = run
             rows += measure(runners, size, batch, options.rounds, options.seconds)
     print_speeds(rows, ratio)
+    clocks = clocked(arch, compact, ["compact"], "large")
+    for which, row in clocks.items():
+        print(f"{which}: {', '.join(f'{COLUMNS[name]} {value:.4g}' for name, value in row.items())}")
     result = {
+        "latency": clocks,
         "differences": found,
         "real_images": len(real),
         "flops_ratio": ratio,

@@ -9,7 +9,6 @@ stopped; random weights: speed does not depend on them.
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import sys
@@ -205,7 +204,7 @@ class Timing:
             torch._dynamo.reset()
             torch._dynamo.config.recompile_limit = 64
         made = {point.key(): self.run_of(point) for point in dict.fromkeys((self.reference, *points))}
-        calls = {key: lambda run=run, x=x: run(x) for key, (run, x, _) in made.items()}  # type: ignore[misc]
+        calls = {key: lambda run=run, x=x: run(x) for key, (run, x, _) in made.items()}
         seconds = in_turn(calls, self.device, self.rounds)
         ns = {key: [1e9 * each / made[key][2] for each in of] for key, of in seconds.items()}
         beside = statistics.median(ns[self.reference.key()])
@@ -257,23 +256,11 @@ def outside_times(parts: "Parts", rotated: bool, ns: Mapping[str, float], fine: 
     return OutsideTimes(base, tuple(found))
 
 
-def device_name(device: "torch.device") -> str:
-    """The processor's or the card's own."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def setting_of(options: argparse.Namespace, device: "torch.device") -> "Setting":
     """What is asked for. UserError where it does not go together."""
     import torch
 
+    from nas.machine.devices import device_name
     from nas.machine.runtimes import check_packages
     from nas.prices.latency_table import Setting
 

@@ -37,6 +37,7 @@ class Subject:
     input_size: tuple[int, int, int]
     reported: str
     output: Path | None  # where the numbers go unless --output says
+    clocked: "Callable[[], dict[str, dict[str, float]]]" = dict  # milliseconds of networks, by a latency table
 
 
 def run_validate(options: argparse.Namespace) -> dict[str, Any]:
@@ -67,6 +68,8 @@ def run_validate(options: argparse.Namespace) -> dict[str, Any]:
         speeds = images_per_second(subject.networks, subject.input_size, batch, device, autocast)
         for name, speed in speeds.items():
             rows[name][f"images_per_s_{batch}"] = speed
+    for name, row in subject.clocked().items():
+        rows[name] |= row
     facts = {
         "weights": None if options.weights is None else str(options.weights),
         "model": options.model,
@@ -90,6 +93,7 @@ def run_validate(options: argparse.Namespace) -> dict[str, Any]:
 
 def of_a_run(options: argparse.Namespace, device: "torch.device") -> Subject:
     """Every network of a run's folder, or that of one of its files."""
+    from nas.prices.whole import clocked
     from nas.runs.opened import open_folder
     from nas.stages.reported import reported_images
 
@@ -101,6 +105,8 @@ def of_a_run(options: argparse.Namespace, device: "torch.device") -> Subject:
     opened = open_folder(options.weights, device)
     networks = opened.networks()
     images, reported = reported_images(opened, device, _options(options, *DATA, *IMAGES))
+    small = [name for name in networks if name in ("subnet", "compact")]
+    whole = opened.whole if opened.whole in networks and opened.whole != "previous" else None
     return Subject(
         title=f"{opened.arch.space}, {options.weights}",
         networks=networks,
@@ -109,6 +115,7 @@ def of_a_run(options: argparse.Namespace, device: "torch.device") -> Subject:
         input_size=opened.arch.input_size,
         reported=reported,
         output=opened.folder / "validation.json",
+        clocked=partial(clocked, opened.arch, opened.compact, small, whole),
     )
 
 

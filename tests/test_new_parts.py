@@ -120,7 +120,7 @@ def test_a_new_searcher_answers_from_prices_alone(halves: None, last_first: None
 
 
 def test_what_is_in_no_table_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match="--price joules; expected flops or params"):
+    with pytest.raises(UserError, match="--price joules; expected flops, params or latency"):
         resolve(SearchConfig(price="joules"))
     with pytest.raises(
         UserError, match="--searcher luck: swin-dan-nano is searched by gradient, evolution, random or uniform"

@@ -1,6 +1,8 @@
 """The device of a run, its threads, and its precision."""
 
+import platform
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,17 @@ def pick_device(options: MachineOptions) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch {torch.__version__} sees no CUDA device here; use --device cpu")
     return local_device(device)
+
+
+def device_name(device: torch.device) -> str:
+    """What the processor or the card calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def amp_dtype(options: MachineOptions, device: torch.device) -> torch.dtype | None:

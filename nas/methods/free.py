@@ -24,7 +24,7 @@ class FreeTraining(MethodTraining):
 
     def check(self, options: SearchOptions, space: Space) -> None:
         at_least_one(options, "evals")
-        if not options.budget and options.gflops is None and not options.front:
+        if not options.budget and not options.limits() and not options.front:
             raise UserError(f"{space.name} compresses to a budget; give --budget or --gflops")
         if options.alphas is not None:
             raise UserError(f"--alphas: {space.name} has no compression factor; --granularity says how fine widths are")

@@ -22,6 +22,8 @@ class KCRTraining(KernelTraining):
         super().check(options, space)
         if options.selection == "bernoulli" and options.fractions is not None:
             raise UserError("--fractions offers counts to choose from; --selection bernoulli has none")
+        if options.selection == "bernoulli" and len(options.limits()) + bool(options.budget) > 1:
+            raise UserError("--selection bernoulli holds one price; give --budget or one limit")
         if options.alphas is not None:
             raise UserError(f"--alphas: {space.name} has no compression factor; offer channel counts with --fractions")
         if options.width != "stream":

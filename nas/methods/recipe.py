@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar
 
 from nas.machine.ranges import as_given, number_words
 from nas.methods.options import RecipeOptions
+from nas.prices.options import LIMITS
 from search_spaces.defaults import SCALE
 from search_spaces.errors import UserError
 from search_spaces.registry import Space
@@ -58,9 +59,10 @@ def departures(options: RecipeOptions, space: Space, stage: Stage) -> dict[str, 
         return {}
     table = _applied(options, space, stage)
     found = {name: value for name, value in table.items() if name in SCALE and getattr(options, name) != value}
-    if getattr(options, "gflops", None) is not None:
+    limits = [name for name in LIMITS if getattr(options, name, None) is not None]
+    if limits:
         found = {name: value for name, value in found.items() if name != "budget"}
-        found["gflops"] = table.get("budget") or "none"
+        found |= dict.fromkeys(limits, table.get("budget") or "none")
     return found
 
 

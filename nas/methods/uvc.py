@@ -31,7 +31,7 @@ class UVCTraining(MethodTraining):
     )  # fmt: skip
 
     def check(self, options: SearchOptions, space: Space) -> None:
-        if not options.budget and options.gflops is None:
+        if not options.budget and not options.limits():
             raise UserError(f"{space.name} compresses to a budget; give --budget or --gflops")
         if options.alphas is not None:
             raise UserError(f"--alphas: {space.name} has no compression factor; it counts heads, channels and neurons")

@@ -22,7 +22,9 @@ STROKES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#8a8a8a"
 DPI = 150
-X_AXES = {"gflops": "GFLOPs (MACs)", "params": "parameters (M)", "images_per_s": "images/s"}
+X_AXES = {
+    "gflops": "GFLOPs (MACs)", "params": "parameters (M)", "images_per_s": "images/s", "latency": "ms",
+}  # fmt: skip
 CHOICES = {
     "alpha": "compression factor α",
     "fraction": "fraction of channels kept",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,7 @@ def plot_run(
 
     points: rows of `run_points` of the runs to set it among in the Pareto picture, of which those on the same
     dataset are taken; None: of the runs in the folders beside it. x: that picture's cost, one of gflops,
-    params, images_per_s. behind: a file of the literature instead of the run's own (--literature). A missing file,
+    params, images_per_s, latency. behind: a file of the literature instead of the run's own (--literature). A missing file,
     column or value leaves its part out. Raises UserError when a picture cannot be written, or `behind` is not as it has
     to be.
     """
@@ -100,13 +101,14 @@ def plot_pareto(
     y: str = "top1",
     uniform: pd.DataFrame | None = None,
     published: pd.DataFrame | None = None,
+    on: str = "",
 ) -> list[Path]:
     """Draw nas.pictures.scatter.pareto_figure and write it as path.png (150 dpi) and path.pdf (vectors).
 
     Frames as described there. Raises UserError for an unknown axis, when no point has both values, or when
     the files cannot be written.
     """
-    figure = pareto_figure(points, title, x=x, y=y, uniform=uniform, published=published)
+    figure = pareto_figure(points, title, x=x, y=y, uniform=uniform, published=published, on=on)
     return [p for suffix in (".png", ".pdf") for p in save(figure, path.with_name(path.name + suffix))]
 
 
@@ -138,6 +140,7 @@ def run_points(folder: Path) -> list[dict[str, Any]]:
         "space": str(summary.get("space") or arch.get("space") or ""),
         "dataset": str(summary.get("dataset", "")),
         "seed": summary.get("seed"),
+        "on": _device_of(summary),
         "split": EARLIER.get(str(summary.get("split")), summary.get("split")) or "",
     }
     rows = []
@@ -147,6 +150,9 @@ def run_points(folder: Path) -> list[dict[str, Any]]:
             continue
         values = {k: _value(found, k) for k in ("params", "gflops", "top1", "top5", "held_out_top1")}
         values["images_per_s"] = _value(found, "images_per_s_32")
+        values["latency"] = _value(found, "ms")
+        if math.isnan(values["latency"]):
+            values["latency"] = _value(found, "ms_predicted")
         # Whole, a network is the same whatever the small one's budget, and runs are its seeds; trained, it is another
         # one after each stage.
         stage = summary.get("stage") if role == "large" else ""
@@ -155,6 +161,12 @@ def run_points(folder: Path) -> list[dict[str, Any]]:
         label = "" if role in WHOLE else _label(summary, arch)
         rows.append(facts | values | {"role": role, "config": config, "label": label, "alpha": _alpha(arch)})
     return rows
+
+
+def _device_of(summary: Mapping[str, Any]) -> str:
+    """Where a run's milliseconds are of; empty where it has none."""
+    found = summary.get("latency")
+    return str(found.get("on", "")) if isinstance(found, dict) else ""
 
 
 def _references(summary: Mapping[str, Any], arch: Mapping[str, Any]) -> dict[str, str]:
@@ -205,16 +217,23 @@ def _published(folder: Path, dataset: str, behind: Path | None) -> pd.DataFrame:
 def _draw_points(
     rows: Sequence[Mapping[str, Any]], path: Path, title: str, x: str, published: pd.DataFrame
 ) -> list[Path]:
-    """Split the rows into points and the line of uniform alpha, draw."""
+    """Split the rows into points and the line of uniform alpha, draw; of milliseconds a picture for each device."""
     import pandas as pd
 
+    places = list(dict.fromkeys(str(row.get("on", "")) for row in rows)) if x == "latency" else [""]
+    if len(places) > 1:
+        this = [str(row["on"]) for row in rows if row.get("this")]  # a run's own picture is of its device
+        chosen = [(place, [row for row in rows if row["on"] == place]) for place in places if place in (this or places)]
+        names = [path if len(chosen) == 1 else path.with_name(f"{path.name}-{i}") for i in range(1, len(chosen) + 1)]
+        drawn = [_draw_points(own, at, title, x, published) for (_, own), at in zip(chosen, names, strict=True)]
+        return [file for files in drawn for file in files]
     frame = pd.DataFrame([{"this": False, **row} for row in rows])
     methods = frame["space"].str.split("-").str[1]
     on_line = methods.map(_uniform) & ~frame["role"].isin(WHOLE) & frame["this"].ne(True)
     line = frame[on_line] if frame[on_line]["alpha"].nunique() > 1 else None
     others = frame.drop(line.index) if line is not None else frame
     name = path if x == "gflops" else path.with_name(f"{path.name}-{x}")
-    return plot_pareto(others, name, title, x=x, uniform=line, published=published)
+    return plot_pareto(others, name, title, x=x, uniform=line, published=published, on=places[0])
 
 
 def _title(folder: Path, summary: Mapping[str, Any], arch: Mapping[str, Any]) -> str:

@@ -40,16 +40,17 @@ def pareto_figure(
     y: str = "top1",
     uniform: pd.DataFrame | None = None,
     published: pd.DataFrame | None = None,
+    on: str = "",
 ) -> Figure:
     """Accuracy against cost: per configuration the mean of its rows, and bars to their lowest and highest.
 
-    points: columns `x` (gflops in GFLOPs (MACs), params a count, images_per_s) and `y` (percent), and, where
+    points: columns `x` (gflops in GFLOPs (MACs), params a count, images_per_s, latency in ms) and `y` (percent), and, where
     known, space (marker and colour), role (original, previous, large, subnet, refitted or compact), split (what the
     accuracy was measured on), config (rows that agree in space, role, split and config differ in their seed; absent:
     every row stands for itself), label (words beside the point), this (a row to put a ring around). uniform: the same
     columns, joined by a line: networks that compress every block alike. published: columns network, gflops,
     params_m, top1, source, in grey, never in a front, their sources in the legend. A front is drawn per split:
-    accuracies on two splits are not to be compared. Rows that lack x or y are not drawn. Raises UserError for an
+    accuracies on two splits are not to be compared. on: the device that milliseconds are of. Rows that lack x or y are not drawn. Raises UserError for an
     unknown axis, or when no row has both.
     """
     import pandas as pd
@@ -81,7 +82,7 @@ def pareto_figure(
         ring: dict[str, Any] = {"ms": 15, "mfc": "none", "mec": "black", "mew": 1.4}
         axes.plot(ringed["x"], ringed["y"], "o", **ring, zorder=5, label="this run")
     axes.margins(0.08)
-    tidy(axes, X_AXES[x], Y_AXES[y])
+    tidy(axes, f"{X_AXES[x]}, {on}" if on else X_AXES[x], Y_AXES[y])
     _legend(axes, marks)
     # Radii in points, as drawn; the labels of one's own points come first and find the better places.
     kinds = ((ringed, 8.0, 8.0, "black"), (marks, 5.0, 8.0, "black"), (alike, 4.0, 8.0, "black"))

@@ -1,10 +1,11 @@
 """Latency on a named device: nanoseconds of a batch, from a table that was timed there (section 2.13)."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nas.prices.latency_table import LatencyTable, network_facts, read_table
+from nas.prices.latency_table import RECORD, LatencyTable, network_facts, read_table
 from nas.prices.options import PriceOptions
 from nas.prices.price import Outside, Price
 from search_spaces.errors import UserError
@@ -61,9 +62,12 @@ class Latency(Price):
                 f" or {INSTEAD}"
             )
 
-    def facts(self) -> dict[str, Any]:
-        setting = self.table.setting
-        return {"latency": {"on": setting.words(), "table": str(self.table.path), **vars(setting)}}
+    def recorded(self, cost: int, full: int) -> dict[str, Any]:
+        setting, found = self.table.setting, {"predicted_ms": cost / self.scale, "backbone_ms": full / self.scale}
+        return {RECORD: {"on": setting.words(), "table": str(self.table.path), **found, "setting": asdict(setting)}}
+
+    def remark(self) -> str:
+        return self.table.noise()
 
     def block(self, shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
         if kept.mlp_stream is not None or isinstance(kept.v_channels, tuple):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from search_spaces.errors import UserError
 from supernets.chains import Kind
 
+RECORD = "latency"  # of arch.json's search settings: where it was timed, and what the table says of the result
 FORMAT, SCHEMA = "vit-nas latency table", 1
 NOISY = 0.10  # spread of a point that is worth saying: interquartile range over median
 Floats = NDArray[np.float64]

@@ -1,11 +1,13 @@
 """The options of what an architecture may cost."""
 
-from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
+from nas.machine.ranges import positive
 from search_spaces.errors import UserError
 
-P = TypeVar("P", bound="PriceOptions")
+LIMITS = ("gflops", "mparams", "ms")
 BAND = 0.02  # of the backbone's price
 
 
@@ -15,12 +17,18 @@ class PriceOptions:
 
     stage_width: Literal["widest", "full"] = "widest"
     """narrow each stage to its widest slice, or keep it full"""
-    price: str = "flops"
-    """what a budget is set in: flops (MACs) or params"""
+    price: str | None = None
+    """what --budget is a share of: flops (MACs; the default), params or latency"""
     budget: float | None = None
     """price of the result as a fraction of the backbone's; 0 for none"""
     gflops: float | None = None
-    """the budget in GFLOPs (MACs)"""
+    """GFLOPs (MACs) that the result may have at most; instead of --budget or, as --mparams and --ms, beside it"""
+    mparams: float | None = None
+    """millions of parameters that the result may have at most"""
+    ms: float | None = None
+    """milliseconds that a batch of the table's size may take at most on the table's device (docs/latency.md)"""
+    latency_table: Path | None = None
+    """where latency is a price: what python -m nas.latency has timed on the device"""
     band: float = BAND
     """of a budget, as a share of the backbone's price: as much of it an architecture may leave unused and still be
     chosen before one that fills it"""
@@ -35,33 +43,13 @@ class PriceOptions:
             raise UserError(f"--budget {self.budget}; expected a fraction of the backbone's price, 0 < B <= 1")
         if not 0 <= self.band <= 1:
             raise UserError(f"--band {self.band}; expected a share of the backbone's price, from 0 to 1")
-        if self.band != BAND and not self.budget and self.gflops is None:
+        if self.band != BAND and not self.budget and not self.limits():
             raise UserError(
                 f"--band {self.band} is the part of a budget that may stay unused; give --budget or --gflops"
             )
-        if self.gflops is not None and self.price != "flops":
-            raise UserError(
-                f"--gflops is a budget in FLOPs, --price {self.price} sets it in another unit; give --budget"
-            )
+        positive(self, *LIMITS)
 
-    def fraction(self, full: int) -> float | None:
-        """The budget as a fraction of the backbone's price, `full`; None when there is none."""
-        if self.gflops is None:
-            return self.budget or None
-        if not self.gflops > 0:
-            raise UserError(f"--gflops {self.gflops}; expected more than 0")
-        if self.gflops * 1e9 > full:
-            raise UserError(
-                f"--gflops {self.gflops}: the backbone has {full / 1e9:.4g} GFLOPs (MACs), nothing would be compressed;"
-                " give fewer, or --budget, a fraction of them"
-            )
-        return self.gflops * 1e9 / full
-
-
-def one_budget(options: P) -> P:
-    """--gflops in place of the space's own --budget. UserError where both were given."""
-    if options.gflops is None:
-        return options
-    if options.budget:
-        raise UserError("--budget and --gflops name the same thing; give one of them")
-    return replace(options, budget=0.0)
+    def limits(self) -> dict[str, float]:
+        """The absolute limits that are given, by the names of their options."""
+        given = {name: getattr(self, name) for name in LIMITS}
+        return {name: value for name, value in given.items() if value is not None}

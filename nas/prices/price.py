@@ -55,8 +55,12 @@ class Price(ABC):
     def check(self, space: SearchSpace, original: Supernet) -> None:  # noqa: B027
         """Refuse, with a UserError, a space or a timm model that it cannot price; most price all."""
 
-    def facts(self) -> dict[str, Any]:
-        """What arch.json and summary.json say of it beside its name."""
+    def remark(self) -> str:
+        """What is worth saying before a search by it; empty for nothing."""
+        return ""
+
+    def recorded(self, cost: int, full: int) -> dict[str, Any]:
+        """What arch.json says of an architecture of that price, beside the options; full: the backbone's."""
         return {}
 
     @abstractmethod

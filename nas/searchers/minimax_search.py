@@ -24,6 +24,9 @@ class MinimaxSearch(Trained):
     def check(self, options: SearchOptions, question: Question) -> None:
         if question.priced.price.name != "flops":
             raise UserError(f"--price {options.price}: a minimax search counts FLOPs; leave it out")
+        if question.priced.bounds:
+            words = " and ".join(bound.words for bound in question.priced.bounds)
+            raise UserError(f"{words}: a minimax search holds one budget, in FLOPs; leave it out")
         super().check(options, question)
         assert question.budget is not None
         check_reach(question.priced, question.budget, options.skip, options.prune)

@@ -83,9 +83,8 @@ def one_front(options: F) -> F:
     """The budgets of a front in order, in place of the space's own --budget. UserError where both were given."""
     if not options.front:
         return options
-    if options.budget or options.gflops is not None:
-        given = "--budget" if options.budget else "--gflops"
-        raise UserError(f"--front is several budgets, {given} is one; give one of them")
+    if options.budget:
+        raise UserError("--front is several budgets, --budget is one; give one of them")
     return replace(options, front=tuple(sorted(options.front)), budget=0.0)
 
 

@@ -14,10 +14,11 @@ from nas.networks.basis_file import streams_of
 from nas.networks.compact_file import WEIGHTS
 from nas.networks.opening import meta_supernet, model_of, start_of
 from nas.networks.rounds import Round, check_widths, narrowed_stem, round_of, with_stem
-from nas.prices.costs import priced
-from nas.prices.options import one_budget
+from nas.prices.costs import PricedSpace, priced
+from nas.prices.flops import FLOPS
+from nas.prices.price import Price
 from nas.prices.selection import reachable_range
-from nas.prices.table import price_of
+from nas.prices.table import bound_of, bounds_of, budget_of, price_of, with_price
 from nas.runs.folder import results_path
 from nas.searchers.options import one_front
 from nas.searchers.searcher import Question, Searcher
@@ -56,14 +57,13 @@ def resolve(config: SearchConfig) -> tuple[SearchConfig, Space]:
     assert config.space is not None
     space = get_space(config.space)
     check_searcher(config, space)
-    config = with_recipe(one_budget(one_front(config)), space, "search")
+    config = with_recipe(with_price(one_front(config), config.front), space, "search")
     trained = config.arch is not None
     config = without_foreign(with_defaults(with_searcher(config, space), space, "search", trained), space)
     config = replace(config, dataset=config.dataset_name())
     config.check()
     check_owned(config, space)
     training_of(space).check(config, space)
-    price_of(config.price)
     return config, space
 
 
@@ -84,14 +84,23 @@ def ask(config: SearchConfig, space: Space, splits: Splits) -> Asked:
     backbone = original if earlier is None else meta_supernet(model, splits.num_classes, space)
     choices = make_space(space.name, space.method, training_of(space).settings(config, space), backbone.shapes)
     searcher, start, price = searcher_of(config, space), started_from(config), price_of(config.price)
+    price, others = price.opened(config), [each.opened(config) for each in bounds_of(config, price)]
+    for each in (price, *others):
+        each.check(choices, original)
     cuts = cuts_of(choices) if earlier is None else replace(cuts_of(choices), fixed=narrowed_stem(earlier, original))
-    full = price.network(original.shapes, original.adapter.costs, original.identity())
+    original_costs = original.adapter.costs  # before its stages are said to be rotated
     plan = planned(config, space, backbone, cuts, splits, start, searcher.measures)
     install_stages(backbone, plan.streams)
     if earlier is not None:
         install_stages(original, streams_of(with_stem({"streams": plan.streams}, backbone)))
-    costs = priced(choices, backbone.adapter.costs, price, config.stage_width == "full", full)
-    budget = max(config.front) if config.front else config.fraction(costs.full)
+
+    def priced_by(each: Price) -> PricedSpace:
+        full = each.network(original.shapes, original_costs, original.identity())
+        return priced(choices, backbone.adapter.costs, each, config.stage_width == "full", full)
+
+    costs = priced_by(price)
+    costs = replace(costs, bounds=tuple(bound_of(config, priced_by(each)) for each in others))
+    budget = max(config.front) if config.front else budget_of(config, price, costs.full)
     question = Question(costs, budget, config.band)
     if earlier is not None:
         check_smaller(earlier, question)
@@ -113,7 +122,14 @@ def check_smaller(earlier: Round, question: Question) -> None:
 
 def said(asked: Asked) -> tuple[str, ...]:
     """What is worth saying before the search: what a recipe and an earlier run have decided, and what is left out."""
-    return (*recipe_lines(asked.config, asked.space, "search"), *continued_words(asked.config), *dropped(asked))
+    recipe, earlier = recipe_lines(asked.config, asked.space, "search"), continued_words(asked.config)
+    return (*recipe, *earlier, *dropped(asked), *filter(None, (price.remark() for price in prices_of(asked))))
+
+
+def prices_of(asked: Asked) -> list[Price]:
+    """What the budget is set in, and the other prices that have a limit."""
+    costs = asked.question.priced
+    return [costs.price, *(bound.priced.price for bound in costs.bounds)]
 
 
 def dropped(asked: Asked) -> tuple[str, ...]:
@@ -135,8 +151,18 @@ def headline(asked: Asked) -> str:
             f" {backbone.flops() / 1e9:.4g} GFLOPs, {price.whole / price.full:.4g} of the {price.price.words}"
         )
     if asked.config.front:
-        return f"{words}, budgets {', '.join(f'{each:.4g}' for each in asked.config.front)}"
+        return f"{words}, budgets {', '.join(f'{each:.4g}' for each in asked.config.front)}{of_price(asked)}"
     if budget is not None:
-        return f"{words}, budget {budget:.4g}"
+        limits = "".join(f", {bound.words}" for bound in asked.question.priced.bounds)
+        return f"{words}, budget {budget:.4g}{of_price(asked)}{limits}"
     gamma = GAMMA if asked.config.gamma is None else asked.config.gamma
     return words if asked.config.alone() else f"{words}, gamma {gamma:g}"
+
+
+def of_price(asked: Asked) -> str:
+    """What a budget is a share of, where it is not what the line before has counted."""
+    costs = asked.question.priced
+    if costs.price.name == FLOPS.name:
+        return ""
+    amount = f"{costs.full / costs.price.scale:.4g} {costs.price.unit}"
+    return f" of {amount}" if costs.price.unit.endswith(costs.price.words) else f" of {amount} {costs.price.words}"

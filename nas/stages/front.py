@@ -14,6 +14,8 @@ from nas.machine.files import write_csv, write_json
 from nas.machine.timing import Network
 from nas.networks.architecture import slices_of
 from nas.pictures.run import plot_run
+from nas.prices.whole import clocked
+from nas.prices.whole import facts_of as clock_facts
 from nas.runs.folder import results_path
 from nas.searchers.searcher import Answer
 from nas.stages.afterwards import Afterwards
@@ -24,6 +26,7 @@ from nas.training.prepared import Prepared
 from nas.training.refit import refitted
 from search_spaces.architecture import Architecture, save_architecture
 from search_spaces.slices import NetworkSlice
+from supernets.compact import cut
 from supernets.refit import written
 
 FRONT = "front.csv"
@@ -60,6 +63,11 @@ def conclude_front(config: SearchConfig, prepared: Prepared, members: Sequence[M
             subnet = slices_of(member.arch, prepared.supernet.shapes)
             with cut_like(config, prepared, subnet) as network:
                 scores[f"{member.budget:g}"] = accuracies(config, prepared, network)
+    clocks: dict[str, dict[str, float]] = {}
+    with after.part("timing the networks"):
+        for member in members if is_main() else ():
+            compact = cut(prepared.supernet.backbone, slices_of(member.arch, prepared.supernet.shapes))
+            clocks |= clocked(member.arch, compact, [f"{member.budget:g}"], None)
     if not is_main():
         return
     first, supernet = members[0].arch, prepared.supernet
@@ -67,6 +75,7 @@ def conclude_front(config: SearchConfig, prepared: Prepared, members: Sequence[M
     rows: list[dict[str, Any]] = []
     for m in members:
         costs = {"params": m.arch.params, "gflops": m.arch.flops / 1e9}
+        costs |= clocks.get(f"{m.budget:g}", {})
         table[f"{m.budget:g}"] = costs | scores[f"{m.budget:g}"]
         facts = {"budget": m.budget, "price": m.share, **costs, "in_band": m.answer.in_band, "file": m.file}
         rows.append(facts | {"value": m.answer.value} | scores[f"{m.budget:g}"])
@@ -112,6 +121,7 @@ def facts_of(config: SearchConfig, prepared: Prepared, members: Sequence[Member]
         "seed": config.seed,
         "split": loaders.reported,
         "held_out": loaders.held_out,
+        **clock_facts(members[0].arch),
         "unreadable_images": report_unreadable(loaders),
         "left_out_files": dict(prepared.splits.left_out),
         "seconds": dict(members[0].answer.seconds),

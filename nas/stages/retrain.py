@@ -30,6 +30,7 @@ from nas.objectives.options import TeacherOptions
 from nas.objectives.table import Kind, kind_of
 from nas.objectives.teacher import Teacher, make_teacher
 from nas.pictures.run import plot_run
+from nas.prices.whole import clocked, facts_of
 from nas.runs.folder import LARGE, SUPERNET, results_path
 from nas.stages.afterwards import Afterwards
 from nas.stages.original import LARGE_NETWORK, as_it_was, untouched
@@ -407,6 +408,15 @@ def conclude(goal: Goal, prepared: Prepared, training: Training, teacher: Teache
             speeds = images_per_second(networks, size, batch, device, training.autocast)
             for name, speed in speeds.items():
                 table[name][f"images_per_s_{batch}"] = speed
+    if goal.arch is not None:
+        facts |= facts_of(goal.arch)
+        with after.part("timing the networks"):
+            beside = [name for name in (as_it_was(goal.model), LARGE_NETWORK) if name in table]
+            whole = beside[0] if beside and goal.model.cut is None else None
+            small, compact = [name for name in ("subnet", "compact") if name in table], networks["compact"]
+            assert isinstance(compact, torch.nn.Module)
+            for name, row in clocked(goal.arch, compact, small, whole).items():
+                table[name] |= row
     facts |= {"precision": str(training.amp_dtype or torch.float32), "threads": torch.get_num_threads()}
     with after.part("writing tables"):
         write_json(folder / "summary.json", facts | after.facts() | table)

@@ -14,6 +14,7 @@ from nas.data.loaders import open_data, report_unreadable
 from nas.machine.devices import amp_dtype, autocast, pick_device
 from nas.machine.distributed import is_main, joined, on_main, quiet_unless_main
 from nas.machine.files import write_json
+from nas.machine.ranges import as_given
 from nas.machine.timing import Network, timed
 from nas.methods.recipe import departures
 from nas.methods.table import foreign_to, training_of
@@ -24,7 +25,10 @@ from nas.networks.compact_file import save_compact
 from nas.networks.rounds import ROUND, check_resumed, save_round, with_stem
 from nas.networks.weights import save_weights
 from nas.pictures.run import plot_run
+from nas.prices.costs import Bound
+from nas.prices.flops import FLOPS
 from nas.prices.options import BAND
+from nas.prices.whole import clocked, facts_of
 from nas.runs.folder import SUPERNET, open_run, results_path
 from nas.searchers.measured import Measured
 from nas.searchers.searcher import Answer, Run
@@ -47,7 +51,8 @@ from supernets.compact import cut
 from supernets.refit import written
 
 RECORDED = (  # options of everybody's search that arch.json keeps
-    "dataset", "val_fraction", "epochs", "band", "batch_size", "lr", "start", "arch_lr", "arch_data", "gamma", "seed",
+    "dataset", "val_fraction", "epochs", "price", "gflops", "mparams", "ms",
+    "band", "batch_size", "lr", "start", "arch_lr", "arch_data", "gamma", "seed",
     "stage_width", "alphas", "pretrained", "amp", "detach_teacher", "basis", "importance",
 )  # fmt: skip
 
@@ -162,6 +167,9 @@ def found(asked: Asked, answer: Answer) -> Architecture:
     settings: dict[str, Any] = {k: v for k, v in asdict(config).items() if k in kept and v is not None}
     settings |= {"searcher": asked.searcher.name, "budget": asked.question.budget, "space_size": float(space.size())}
     settings |= dict(answer.found) | {"recipe": config.recipe}
+    costs, subnet = asked.question.priced, slices_of(arch, asked.question.priced.space.shapes)
+    for each in (costs, *(bound.priced for bound in costs.bounds)):
+        settings |= each.price.recorded(each.network_cost(subnet), each.full)
     if other := departures(config, asked.space, "search"):
         settings["other_than_published"] = sorted(other)
     checkpoint = started_from(config).checkpoint
@@ -218,6 +226,7 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
             if held_out:
                 table[name][f"held_out_{k}"] = held_out[f"{name}_{k}"]
     facts: dict[str, Any] = {"stage": "search", "space": arch.space, "dataset": config.dataset, "seed": config.seed}
+    facts |= facts_of(arch)
     facts |= {"budget": asked.question.budget, "split": loaders.reported}
     facts |= {"held_out": loaders.held_out if held_out else None}
     facts |= {"precision": str(amp_dtype(config, prepared.device) or torch.float32)}
@@ -230,6 +239,12 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
     }
     if not is_main():
         return
+    with after.part("timing the networks"):
+        compact = networks["compact"] if "compact" in networks else cut(supernet.backbone, subnet)
+        assert isinstance(compact, nn.Module)
+        whole = reference if reference in table and asked.earlier is None else None
+        for name, row in clocked(arch, compact, [n for n in table if n != reference], whole).items():
+            table[name] |= row
     with after.part("writing tables"):
         facts |= dict(answer.found) | ({"seconds": seconds} if seconds else {}) | after.facts()
         write_json(prepared.folder / "summary.json", facts | table | {"narrowing": narrowing})
@@ -289,10 +304,20 @@ def print_unused(asked: Asked, answer: Answer, arch: Architecture) -> None:
         return
     cost = costs.network_cost(slices_of(arch, costs.space.shapes))
     unused = budget - cost / costs.full
+    tight = [bound for bound in costs.bounds if is_used_up(bound, slices_of(arch, costs.space.shapes))]
+    if tight and (not answer.in_band or unused > BAND):
+        words = " and ".join(bound.words for bound in tight)
+        print(f"{unused:.4f} of the budget in {costs.price.words} is unused, for {words} is used up")
+        return
     if not answer.in_band:
         print(f"no architecture between {budget - band:.4f} and {budget:.4f} of the {costs.price.words}")
     if not answer.in_band or unused > BAND:
         print(f"{unused:.4f} of the budget is unused; {finer_space(asked)}")
+
+
+def is_used_up(bound: Bound, subnet: NetworkSlice) -> bool:
+    """Whether an architecture is as near to another price's limit as one that fills a budget."""
+    return bound.most - bound.priced.network_cost(subnet) <= BAND * bound.priced.full
 
 
 def finer_space(asked: Asked) -> str:
@@ -307,7 +332,11 @@ def finer_space(asked: Asked) -> str:
         return "this space has none finer"
     start = started_from(config)
     words += ["--arch", str(config.arch)] if config.arch else []
-    words += ["--budget", f"{asked.question.budget:g}"] + (["--price", config.price] if config.price != "flops" else [])
+    words += ["--budget", f"{config.budget:g}"] if config.budget else []
+    words += ["--price", str(config.price)] if config.budget and config.price != FLOPS.name else []
+    for limit, value in config.limits().items():
+        words += as_given(limit, value).split()
+    words += ["--latency-table", str(config.latency_table)] if config.latency_table else []
     words += ["--model", config.model] if config.model else []
     words += ["--model-kwargs", *config.model_kwargs] if config.model_kwargs else []
     words += ["--checkpoint", str(config.checkpoint)] if config.checkpoint else []

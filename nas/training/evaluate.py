@@ -13,6 +13,8 @@ from nas.training.losses import accuracy
 COLUMNS = {
     "params": "parameters",
     "gflops": "GFLOPs (MACs)",
+    "ms_predicted": "ms, predicted",
+    "ms": "ms, measured",
     "top1": "top-1 %",
     "top5": "top-5 %",
     "images_per_s_1": "images/s, batch 1",
@@ -98,4 +100,6 @@ def format_value(key: str, value: float) -> str:
         return f"{value / 1e6:.3f} M"
     if key == "gflops":
         return f"{value:.4f}" if value < 1 else f"{value:.2f}"
+    if key.startswith("ms"):
+        return f"{value:.4g}"
     return f"{value:.2f}" if "top" in key else f"{value:,.0f}"
