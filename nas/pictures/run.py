@@ -46,9 +46,9 @@ def plot_run(
 
     points: rows of `run_points` of the runs to set it among in the Pareto picture, of which those on the same
     dataset are taken; None: of the runs in the folders beside it. x: that picture's cost, one of gflops,
-    params, images_per_s, latency. behind: a file of the literature instead of the run's own (--literature). A missing file,
-    column or value leaves its part out. Raises UserError when a picture cannot be written, or `behind` is not as it has
-    to be.
+    params, images_per_s, latency. behind: a file of the literature instead of the run's own (--literature). A missing
+    file, column or value leaves its part out. Raises UserError when a picture cannot be written, or `behind` is not as
+    it has to be.
     """
     written: list[Path] = []
     summary, arch = _json(folder / "summary.json"), _json(folder / "arch.json")

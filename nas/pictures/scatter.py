@@ -44,14 +44,14 @@ def pareto_figure(
 ) -> Figure:
     """Accuracy against cost: per configuration the mean of its rows, and bars to their lowest and highest.
 
-    points: columns `x` (gflops in GFLOPs (MACs), params a count, images_per_s, latency in ms) and `y` (percent), and, where
-    known, space (marker and colour), role (original, previous, large, subnet, refitted or compact), split (what the
-    accuracy was measured on), config (rows that agree in space, role, split and config differ in their seed; absent:
-    every row stands for itself), label (words beside the point), this (a row to put a ring around). uniform: the same
-    columns, joined by a line: networks that compress every block alike. published: columns network, gflops,
+    points: columns `x` (gflops in GFLOPs (MACs), params a count, images_per_s, latency in ms) and `y` (percent), and,
+    where known, space (marker and colour), role (original, previous, large, subnet, refitted or compact), split (what
+    the accuracy was measured on), config (rows that agree in space, role, split and config differ in their seed;
+    absent: every row stands for itself), label (words beside the point), this (a row to put a ring around). uniform:
+    the same columns, joined by a line: networks that compress every block alike. published: columns network, gflops,
     params_m, top1, source, in grey, never in a front, their sources in the legend. A front is drawn per split:
-    accuracies on two splits are not to be compared. on: the device that milliseconds are of. Rows that lack x or y are not drawn. Raises UserError for an
-    unknown axis, or when no row has both.
+    accuracies on two splits are not to be compared. on: the device that milliseconds are of. Rows that lack x or y
+    are not drawn. Raises UserError for an unknown axis, or when no row has both.
     """
     import pandas as pd
 
