@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 
 GROUP = {"eager": 12, "compiled": 6, "onnxruntime": 12}  # points that are timed in turn
 LENGTH = 4  # halves of a chain
+PASSES = {"eager": 2, "compiled": 1, "onnxruntime": 1}  # over all points, in another order and company each time
 PROFILED = {"eager": True, "compiled": False, "onnxruntime": False}  # not where a point takes seconds to make
+
+
+Done = dict[str, list[tuple[float, float, float]]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def values_of(name: str, whole: int, unit: int = 1) -> tuple[int, ...]:
 def line_of(name: str, whole: int, unit: int = 1) -> tuple[int, ...]:
     """Every width that a space may have, or one in a few of many."""
     step = 8 if whole >= 32 and name != "heads" else 1
-    least = step * -(-whole // (4 * step)) if name == "stream" else step
+    least = values_of(name, whole, unit)[0]
     most = {"hidden": 48, "stream": 48}.get(name, 64)
     step *= -(-(whole - least) // (step * most)) or 1
     values = {*range(least, whole + 1, step), whole} | set(values_of(name, whole, unit))
@@ -157,8 +161,8 @@ def base_of(parts: "Parts") -> tuple[int, ...]:
 class Timing:
     """What is timed, on which device, at which size.
 
-    done: by a point's key its nanoseconds, of one half, their spread (interquartile range over median), and what the
-    reference took in the same rounds.
+    done: by a point's key of every pass the nanoseconds, of one half, their spread (interquartile range over median),
+    and what the reference took in the same rounds.
     """
 
     def __init__(self, parts: "Parts", setting: "Setting", device: "torch.device", rounds: int) -> None:
@@ -169,7 +173,7 @@ class Timing:
         self.parts, self.setting, self.device, self.rounds = parts, setting, device, rounds
         self.images = torch.randn(setting.batch_size, *parts.input_size)
         self.dtype = PRECISIONS[setting.precision]
-        self.done: dict[str, tuple[float, float, float]] = {}
+        self.done: Done = {}
         kind = next(kind for kind in reversed(parts.blocks) if kind.half == "mlp")
         self.reference = Point(kind, tuple((name, values[-1]) for name, values in grid_of(parts, kind).items()))
 
@@ -195,7 +199,7 @@ class Timing:
         return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
 
     def group(self, points: Sequence[Point]) -> None:
-        """Time some points in turn, and the reference with them."""
+        """Time some points in turn, and the reference with them, once more."""
         import torch
 
         from nas.machine.timing import in_turn
@@ -203,6 +207,7 @@ class Timing:
         if self.setting.runtime == "compiled":
             torch._dynamo.reset()
             torch._dynamo.config.recompile_limit = 64
+        asked = {point.key() for point in points}
         made = {point.key(): self.run_of(point) for point in dict.fromkeys((self.reference, *points))}
         calls = {key: lambda run=run, x=x: run(x) for key, (run, x, _) in made.items()}
         seconds = in_turn(calls, self.device, self.rounds)
@@ -211,13 +216,24 @@ class Timing:
         for key, each in ns.items():
             median = statistics.median(each)
             low, _, high = statistics.quantiles(each, n=4) if len(each) > 1 else (median,) * 3
-            if key not in self.done:
-                self.done[key] = median, (high - low) / median, beside
+            if key in asked:
+                self.done.setdefault(key, []).append((median, (high - low) / median, beside))
 
     def settled(self) -> dict[str, float]:
-        """Nanoseconds by key, as if every group had seen the reference take what it took in the middle of them."""
-        middle = statistics.median(beside for _, _, beside in self.done.values())
-        return {key: ns * middle / beside for key, (ns, _, beside) in self.done.items()}
+        """Nanoseconds by key, as if every group had seen the reference take what it took in the middle of them.
+
+        The least of all passes: what else runs on a machine adds time and takes none.
+        """
+        middle = statistics.median(beside for passes in self.done.values() for *_, beside in passes)
+        return {key: min(ns * middle / beside for ns, _, beside in passes) for key, passes in self.done.items()}
+
+    def spreads(self) -> dict[str, float]:
+        """Of every point, the larger of its rounds' and of its passes'."""
+        found = {}
+        for key, passes in self.done.items():
+            medians = [ns / beside for ns, _, beside in passes]
+            found[key] = max(max(medians) / min(medians) - 1, min(spread for _, spread, _ in passes))
+        return found
 
 
 def half_times(parts: "Parts", kind: "Kind", ns: Mapping[str, float], fine: bool) -> "HalfTimes":
@@ -278,13 +294,13 @@ class Unfinished:
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         self.path, self.facts = path.with_name(f"{path.name}.part"), facts
 
-    def read(self) -> dict[str, tuple[float, float, float]]:
+    def read(self) -> "Done":
         """UserError where it is of another table."""
         if not self.path.is_file():
             return {}
         try:
             record = json.loads(self.path.read_text())
-            facts, done = record["facts"], {key: tuple(value) for key, value in record["done"].items()}
+            facts, done = record["facts"], {key: [tuple(each) for each in of] for key, of in record["done"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{self.path} is no unfinished table; remove it, or give another --out") from None
         for name, value in self.facts.items():
@@ -295,7 +311,7 @@ class Unfinished:
                 )
         return done
 
-    def write(self, done: Mapping[str, tuple[float, float, float]]) -> None:
+    def write(self, done: "Done") -> None:
         """All of it, atomically."""
         from nas.machine.files import write_json
 
@@ -312,9 +328,8 @@ class Progress:
         """done: of the total."""
         passed = time.monotonic() - self.start
         left = passed / max(done - self.before, 1) * (self.total - done)
-        words = f"{done} of {self.total} points, {left:.0f} s left" if left < 90 else (
-            f"{done} of {self.total} points, {left / 60:.0f} min left"
-        )  # fmt: skip
+        time_left = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min"
+        words = f"{done} of {self.total} timings, {time_left} left"
         if sys.stderr.isatty():
             print(f"\r{words}   ", end="\n" if done == self.total else "", file=sys.stderr, flush=True)
         elif passed - self.said > 30 or done == self.total:
@@ -367,19 +382,21 @@ def run_latency(options: argparse.Namespace) -> "LatencyTable":
     unfinished = Unfinished(options.out, facts | {"grid": "fine" if fine else "coarse"})
     timing = Timing(parts, setting, device, options.rounds)
     timing.done = unfinished.read()
-    left = [point for point in points if point.key() not in timing.done]
-    random.Random(0).shuffle(left)  # what drifts over minutes is noise then, and no slope
+    passes, total = PASSES[options.runtime], PASSES[options.runtime] * len(points)
     print(f"{model}: {len(points)} points on {setting.words()}")
-    if timing.done:
-        print(f"goes on after {len(points) - len(left)} of them ({unfinished.path})")
-    progress = Progress(len(points), len(points) - len(left))
-    size = GROUP[options.runtime]
-    for first in range(0, len(left), size):
-        timing.group(left[first : first + size])
-        unfinished.write(timing.done)
-        progress.show(len(points) - len(left) + min(first + size, len(left)))
-    ns = timing.settled()
-    spreads = sorted(timing.done[point.key()][1] for point in points)
+    before = sum(map(len, timing.done.values()))
+    if before:
+        print(f"goes on after {before} of {total} timings ({unfinished.path})")
+    progress, size = Progress(total, before), GROUP[options.runtime]
+    for turn in range(passes):
+        left = [point for point in points if len(timing.done.get(point.key(), ())) <= turn]
+        random.Random(turn).shuffle(left)  # what drifts over minutes is noise then, and no slope
+        for first in range(0, len(left), size):
+            timing.group(left[first : first + size])
+            unfinished.write(timing.done)
+            progress.show(sum(map(len, timing.done.values())))
+    ns, spread = timing.settled(), timing.spreads()
+    spreads = sorted(spread[point.key()] for point in points)
     table = LatencyTable(
         setting=setting,
         network=network,
@@ -415,7 +432,7 @@ def parser() -> argparse.ArgumentParser:
     add("--runtime", choices=("eager", "compiled", "onnxruntime"), default="eager")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and images")
     add("--grid", choices=("coarse", "fine"), help="fine: every width along a line, too (default: eager alone)")
-    add("--rounds", type=int, default=7, help="samples of each point, of which the median counts (7)")
+    add("--rounds", type=int, default=7, help="samples of each point in a row, of which the median counts (7)")
     return parser
 
 

@@ -2,25 +2,43 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
-from nas.prices.costs import PricedSpace, priced
+from nas.prices.costs import Bound, PricedSpace, priced
+from nas.prices.latency import Latency
+from nas.prices.price import Price
 from nas.prices.table import PRICES
 from search_spaces.free import Free
 from search_spaces.method import Picks, Settings
 from search_spaces.slices import network_slice
 from search_spaces.space import make_space
 from supernets.supernet import Supernet
+from tests.nas.prices.drawn_table import drawn_table
 from tests.oracle import randomise
 
 
 def free_costs(supernet: Supernet, price: str = "flops", **settings: Any) -> PricedSpace:
     """The space over a supernet, of the finest widths unless it is told otherwise, priced."""
     space = make_space("small-free", Free(), Settings(**{"granularity": 1} | settings), supernet.shapes)
-    return priced(space, supernet.adapter.costs, PRICES[price])
+    return priced(space, supernet.adapter.costs, price_over(supernet, price))
+
+
+def price_over(supernet: Supernet, name: str) -> Price:
+    """The price of a name; latency by a table that is drawn."""
+    return Latency(drawn_table(supernet)) if name == "latency" else PRICES[name]
+
+
+def bounded(costs: PricedSpace, supernet: Supernet, **shares: float) -> PricedSpace:
+    """The same under limits of other prices, each a share of the whole."""
+    bounds = []
+    for name, share in shares.items():
+        other = priced(costs.space, costs.network, price_over(supernet, name))
+        bounds.append(Bound(other, int(share * other.full), f"{share:g} of the {name}"))
+    return replace(costs, bounds=tuple(bounds))
 
 
 def tiny_supernet(family: str) -> Supernet:

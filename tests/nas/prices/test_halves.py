@@ -30,7 +30,7 @@ def logits_of(costs: PricedSpace, seed: int) -> ChoiceLogits:
     return logits
 
 
-@pytest.mark.parametrize("price", ["flops", "params", "steps"])
+@pytest.mark.parametrize("price", ["flops", "params", "steps", "latency"])
 @over_tiny
 def test_the_expected_price_is_that_of_every_architecture(
     family: str, price: str, monkeypatch: pytest.MonkeyPatch

@@ -32,7 +32,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {  # those with a stem norm, a
     "t2t": ("t2t", {}),
 }
 over_networks = pytest.mark.parametrize("name", NETWORKS)
-over_prices = pytest.mark.parametrize("price", PRICES)
+over_prices = pytest.mark.parametrize("price", ["flops", "params"])
 
 
 def rotated(name: str, price: str = "flops") -> tuple[Supernet, PricedSpace]:

@@ -1,9 +1,11 @@
 """The exact program over halves against every architecture, and the local search whose moves follow the scores."""
 
+import functools
 import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,12 +29,12 @@ from nas.searchers.importance import first_proposal
 from nas.searchers.losses import PARTS, losses_of
 from search_spaces.errors import UserError
 from search_spaces.slices import network_slice
-from tests.nas.free import free_costs, tiny_supernet
+from tests.nas.free import bounded, free_costs, tiny_supernet
 from tests.nas.searchers.test_losses import tables
 from tests.nas.small import FAMILIES, small_supernet
 
 over_tiny = pytest.mark.parametrize("family", ["vit", "swin"])
-over_prices = pytest.mark.parametrize("price", ["flops", "params"])
+over_prices = pytest.mark.parametrize("price", ["flops", "params", "latency"])
 
 
 def program_over(halves: Halves, share: float, seed: int = 0, scale: float = 1.0) -> Program:
@@ -58,14 +60,16 @@ def price_of(program: Program, proposal: Proposal) -> int:
 
 
 def brute_force(program: Program, point: Point) -> float:
-    """Least weighed loss of all architectures of these stage widths within the budget."""
+    """Least weighed loss of all architectures of these stage widths within the budget and every other limit."""
     halves = program.halves
-    losses, costs = program.totals(point), program.costs(point)
-    limit, best = program.budget * halves.priced.full - halves.outer(point.widths), math.inf
-    for options in itertools.product(*(range(len(c)) for c in costs)):
-        if sum(int(c[o]) for c, o in zip(costs, options, strict=True)) <= limit:
-            best = min(best, sum(float(each[o]) for each, o in zip(losses, options, strict=True)))
-    return best
+    most = [program.budget * halves.priced.full, *(bound.most for bound in halves.priced.bounds)]
+    prices = [
+        (each, limit - each.outer(point.widths)) for each, limit in zip([halves, *halves.others], most, strict=True)
+    ]
+    costs = [[each.costs(half, point.widths[halves.stage(half)]) for half in range(len(halves))] for each, _ in prices]
+    total = [functools.reduce(np.add.outer, rows) for rows in [program.totals(point), *costs]]
+    fits = np.all([cost <= limit for cost, (_, limit) in zip(total[1:], prices, strict=True)], axis=0)
+    return float(np.where(fits, total[0], math.inf).min())
 
 
 def weighed(program: Program, proposal: Proposal, point: Point) -> float:
@@ -102,6 +106,30 @@ def test_10_the_programs_optimum_is_that_of_every_architecture(family: str, pric
         assert found.loss == pytest.approx(weighed(program, found, Point(widths)))
         assert price_of(program, found) <= program.budget * halves.priced.full
     assert solved
+
+
+@over_tiny
+def test_10_with_two_limits_the_optimum_is_that_of_every_architecture_within_both(family: str) -> None:
+    """Milliseconds beside FLOPs, and parameters beside both."""
+    supernet, bound = tiny_supernet(family), 0
+    for seed, shares in enumerate([dict(flops=0.6), dict(flops=0.8, params=0.5), dict(params=0.35)]):
+        costs = bounded(free_costs(supernet, "latency", granularity=8), supernet, **shares)
+        program = program_over(Halves(costs), 0.6, seed)
+        stages = range(1 + costs.space.shapes[-1].stage)
+        for widths in itertools.product(*(program.halves.widths(stage)[1::2] for stage in stages)):
+            point = Point(widths)
+            expected, found = brute_force(program, point), program.solve(point)
+            alone = replace(costs, bounds=())
+            one = Program(Halves(alone), program.losses, program.budget).solve(point)
+            assert (found is None) == (expected == math.inf)
+            if found is None:
+                continue
+            assert weighed(program, found, point) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+            assert price_of(program, found) <= program.budget * costs.full
+            subnet = network_slice(costs.space.shapes, costs.space.block_slices(found.picks))
+            assert costs.within_bounds(subnet)
+            bound += one is None or one.picks != found.picks
+    assert bound, "no limit made a difference"
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-6, 1.0, 1e9])
