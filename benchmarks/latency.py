@@ -149,9 +149,8 @@ def main() -> None:
     for name in names:
         print(row(name, columns[name], measured))
     per = measured / columns["gflops"]
-    print(
-        f"FLOPs    Spearman {spearman(columns['gflops'], measured):.4f}, ms per GFLOP {per.min():.4g} to {per.max():.4g}"
-    )
+    words = f"ms per GFLOP {per.min():.4g} to {per.max():.4g}"
+    print(f"FLOPs    Spearman {spearman(columns['gflops'], measured):.4f}, {words}")
     write_csv(args.output / "latency.csv", measured_rows(columns))
     title = f"{args.model or asked.model}: {len(subnets)} compact networks"
     figure = picture(columns["gflops"], measured, columns[names[0]], table.setting.words(), title)

@@ -21,6 +21,7 @@ from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
 from search_spaces.errors import UserError
 from supernets.basis import timm_state
+from supernets.supernet import Supernet
 
 
 def run(name: str, arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
@@ -160,3 +161,27 @@ def test_a_search_is_compared_with_chance(
     assert len({row.split(maxsplit=4)[4] for row in rows}) == 3  # different networks
     beaten = sum(float(rows[0].split()[3]) > float(row.split()[3]) for row in rows[1:])
     assert last.endswith(f"beats {beaten} of 2")
+
+
+def test_a_table_of_latencies_is_held_against_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nas.machine.devices import device_name
+    from tests.nas.prices.drawn_table import HERE, drawn_table
+
+    model, kwargs = "vit_tiny_patch16_224", dict(img_size=32, patch_size=16, embed_dim=16, depth=2, num_heads=2)
+    setting = replace(HERE, device=device_name(torch.device("cpu")))
+    write_json(tmp_path / "t.json", drawn_table(Supernet(timm.create_model(model, **kwargs)), setting=setting).record())
+    arguments = f"--table {tmp_path / 't.json'} --model {model} --model-kwargs " + " ".join(
+        f"{name}={value}" for name, value in kwargs.items()
+    )
+    arguments += f" --networks 3 --rounds 1 --granularity 2 --output {tmp_path}"
+    printed = run("latency", arguments, monkeypatch, capsys)
+    assert "4 networks" in printed and "nan" not in printed
+    assert all(f"{name:8} mean error" in printed for name in ("lines", "grid")) and "ms per GFLOP" in printed
+    rows = list(csv.DictReader((tmp_path / "latency.csv").open(newline="")))
+    assert list(rows[0]) == ["network", "gflops", "lines", "grid", "ms"] and len(rows) == 4
+    assert (tmp_path / "latency.png").stat().st_size > 5000
+    write_json(tmp_path / "far.json", json.loads((tmp_path / "t.json").read_text().replace(setting.device, "a telephone")))
+    with pytest.raises(UserError, match="the table is of a telephone"):
+        run("latency", arguments.replace("t.json", "far.json"), monkeypatch, capsys)
