@@ -107,7 +107,7 @@ def run_export(options: argparse.Namespace) -> dict[str, Any]:
     if min(*options.batches, options.rounds) < 1:
         raise UserError("--batches and --rounds: expected at least 1")
     if options.onnx:
-        check_packages()
+        check_packages(", or --no-onnx")
     device = pick_device(RetrainConfig(device="cpu", threads=options.threads))
     opened = open_folder(options.run, device)
     arch, compact = opened.arch, opened.compact

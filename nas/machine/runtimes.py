@@ -17,13 +17,13 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Run = Callable[[Any], Any]
 
 
-def check_packages() -> None:
-    """UserError when the optional packages are not installed."""
+def check_packages(instead: str = "") -> None:
+    """UserError when the optional packages are not installed. instead: what would do without, in words."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"ONNX needs {', '.join(missing)}: pip install 'vit-nas[export]' (in a checkout: uv sync --extra export),"
-            " or --no-onnx"
+            f"ONNX needs {', '.join(missing)}: pip install 'vit-nas[export]' (in a checkout: uv sync --extra export)"
+            f"{instead}"
         )
 
 

@@ -35,7 +35,7 @@ EARLIER = {"val": HELD_OUT, "test": "test split"}  # how older summaries named w
 # Options that say where a run ran, its seed and what it started from, not which configuration it is.
 INCIDENTAL = (
     "seed", "output", "resume", "device", "workers", "threads", "data_dir", "arch", "download", "checkpoint_every",
-    "log_every", "literature",
+    "log_every", "literature", "latency_table",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ the first block takes the earliest candidate of its list that it can, then the s
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -152,11 +152,16 @@ def check_budget(problem: SelectionProblem, full: int, budget: float, price: Pri
             f"({low / price.scale:.4g} to {high / price.scale:.4g} {price.unit}); ask for at least {smallest:.4f}"
         )
     if problem.limits and not reachable(problem, cost_band(full, budget)[1]):
-        also = " and ".join(limit.words for limit in problem.limits)
-        raise UserError(
-            f"budget {budget:g} of the {price.words} cannot be met together with {also}: no architecture of this search"
-            " space is within all of them; allow more"
-        )
+        raise not_together(problem, budget, price)
+
+
+def not_together(problem: SelectionProblem, budget: float, price: Price) -> UserError:
+    """The error where a budget and the limits of other prices leave nothing."""
+    also = " and ".join(limit.words for limit in problem.limits)
+    return UserError(
+        f"budget {budget:g} of the {price.words} cannot be met together with {also}: no architecture of this search"
+        " space is within all of them; allow more"
+    )
 
 
 def reachable(problem: SelectionProblem, most: int) -> bool:
@@ -186,7 +191,7 @@ def finalists(
     Arguments, band and errors as in `select`; all lie in the band, or none does. A score is a sum over blocks and
     knows nothing of what a narrower stage does to the whole network: these are what is worth measuring.
     """
-    check_budget(problem, full, budget)
+    check_budget(replace(problem, limits=()), full, budget)
     low, high = cost_band(full, budget, band)
     for floor in (low, 0):
         found: list[Selection] = []
@@ -200,6 +205,8 @@ def finalists(
                 break
         if found:
             return found
+    if problem.limits:
+        raise not_together(problem, budget, FLOPS)
     raise RuntimeError("the solver found no architecture although the budget can be reached")
 
 

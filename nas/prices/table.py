@@ -34,6 +34,8 @@ def with_price(options: P, front: tuple[float, ...] = ()) -> P:
     share = "--budget" if options.budget else "--front" if front else None
     name = options.price or (given[0] if given and share is None else FLOPS.name)
     price = price_of(name)
+    if options.latency_table is not None and Latency.name not in (name, *given):
+        raise UserError("--latency-table goes with --price latency or --ms; leave it out")
     if name in given and share == "--front":
         raise UserError(f"--front is several budgets, --{price.flag} is one; give one of them")
     if name in given and share is not None:

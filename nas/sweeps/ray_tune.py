@@ -15,7 +15,7 @@ from nas.sweeps.trial import OUTCOME, fetch, outcome_of
 from nas.sweeps.trials import Trial
 
 # Networks of different cost are not rivals: accuracy is compared among trials that agree in these.
-COSTS = ("space", "dataset", "model", "model_kwargs", "width", "alpha", "budget", "gflops")
+COSTS = ("space", "dataset", "model", "model_kwargs", "width", "alpha", "price", "budget", "gflops", "mparams", "ms")
 
 
 class Follower(Callback):  # type: ignore[misc]
