@@ -240,4 +240,4 @@ def _text(value: Any) -> str:
 
 
 TRIALS = "trials.csv"
-MEASURES = ("top1", "top5", "held_out_top1", "gflops", "params", "images_per_s", "ms", "ms_predicted")
+MEASURES = ("top1", "top5", "held_out_top1", "gflops", "params", "images_per_s", "latency")
