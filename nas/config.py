@@ -66,7 +66,8 @@ class RetrainConfig(StageTwoOptions, Common):
     """Train an architecture adjoined with its backbone, and cut the compact network out."""
 
     arch: Path | None = None
-    """arch.json of a search, or the folder that holds it"""
+    """arch.json of a search, or the folder that holds it; of a search with --front: all of its networks at once, over
+    shared weights (docs/searchers.md)"""
     space: str | None = None
     """instead of --arch: a space that needs no search (with --train plain any space)"""
     alpha: int | None = None
@@ -92,6 +93,7 @@ class RetrainConfig(StageTwoOptions, Common):
         super().check()
         at_least_one(self, "epochs")
         self.check_adjoined()
+        self.check_members()
         if self.result == "best" and self.val_fraction == 0:
             raise UserError("--result best needs a held-out part to choose by; set --val-fraction above 0")
 

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from nas.objectives.adjoined import Adjoined, Loss
+from nas.objectives.members import Members
 from nas.objectives.options import KernelOptions, StageTwoOptions
 from nas.objectives.spectrum import EpochKernel, SecondMoment, separable_tnn
 from nas.objectives.teacher import Teacher
 from nas.training.losses import cross_entropy, kl_divergence
 from nas.training.objective import Step
+from search_spaces.errors import UserError
 from search_spaces.slices import NetworkSlice
 from supernets.supernet import Supernet
 
@@ -102,12 +104,17 @@ class KernelAdjoined(Adjoined):
 
     @classmethod
     def of(
-        cls, options: StageTwoOptions, supernet: Supernet, subnet: NetworkSlice, teacher: Teacher | None
+        cls, options: StageTwoOptions, supernet: Supernet, members: Members, teacher: Teacher | None
     ) -> "KernelAdjoined":
-        """As the options ask for it."""
+        """As the options ask for it. UserError for a front: the term is of one network's features."""
+        if len(members.subnets) > 1:
+            raise UserError(
+                "the kernel term is of one network's features, --arch names a front; name one of its files, or"
+                " --train distill"
+            )
         return cls(
             supernet,
-            subnet,
+            members.widest,
             kernel=kernel_term(options),
             adjoined=not options.alone(),
             loss=Loss.of(options),
@@ -116,7 +123,7 @@ class KernelAdjoined(Adjoined):
         )
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
-        q, features = self.supernet.small_with_features(images, self.subnet)
+        q, features = self.supernet.small_with_features(images, self.members.widest)
         if self.adjoined:
             p = self.supernet.large(images)
             terms = self.loss.terms(p, q, self.expert(images, p), target, step.t)

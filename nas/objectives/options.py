@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from nas.machine.ranges import flag, not_negative, share
+from nas.machine.ranges import at_least_one, flag, not_negative, share
 from nas.networks.key_values import KeyValues
 from search_spaces.errors import UserError
 
@@ -139,5 +139,17 @@ class LossOptions(KernelOptions, TeacherOptions, ObjectiveOptions):
 
 
 @dataclass(frozen=True)
-class StageTwoOptions(AdjoinedOptions, LossOptions):
+class MembersOptions:
+    """Several small networks over one set of weights."""
+
+    per_step: int | None = None
+    """of the networks of a front: so many take part in a step, in turn, beside the large one (2)"""
+
+    def check_members(self) -> None:
+        """Refuse a step of none."""
+        at_least_one(self, "per_step")
+
+
+@dataclass(frozen=True)
+class StageTwoOptions(MembersOptions, AdjoinedOptions, LossOptions):
     """All that an objective of stage 2 reads."""

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 from nas.objectives.adjoined import Adjoined
 from nas.objectives.distill import Distilled
+from nas.objectives.members import Members
 from nas.objectives.options import StageTwoOptions
 from nas.objectives.plain import Plain
 from nas.objectives.teacher import Teacher
 from nas.training.objective import Objective
 from search_spaces.errors import UserError
-from search_spaces.slices import NetworkSlice
 from supernets.supernet import Supernet
 
-Make = Callable[[StageTwoOptions, Supernet, NetworkSlice, Teacher | None], Objective]
+Make = Callable[[StageTwoOptions, Supernet, Members, Teacher | None], Objective]
 
 
 @dataclass(frozen=True)

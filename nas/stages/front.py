@@ -15,6 +15,7 @@ from nas.machine.timing import Network
 from nas.networks.architecture import slices_of
 from nas.pictures.run import plot_run
 from nas.runs.folder import results_path
+from nas.runs.front import FRONT, architecture_file
 from nas.searchers.searcher import Answer
 from nas.stages.afterwards import Afterwards
 from nas.stages.next_command import next_command
@@ -25,8 +26,6 @@ from nas.training.refit import refitted
 from search_spaces.architecture import Architecture, save_architecture
 from search_spaces.slices import NetworkSlice
 from supernets.refit import written
-
-FRONT = "front.csv"
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,8 @@ class Member:
 
     @property
     def file(self) -> str:
-        """Its name in the run's folder; budgets of more than two digits keep theirs."""
-        short = f"{self.budget:.2f}"
-        return f"arch-{short if float(short) == self.budget else repr(self.budget)}.json"
+        """Its name in the run's folder."""
+        return architecture_file(self.budget)
 
 
 def conclude_front(config: SearchConfig, prepared: Prepared, members: Sequence[Member], after: Afterwards) -> None:

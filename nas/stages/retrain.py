@@ -3,6 +3,7 @@
 Or, for comparison: the large network alone (--train plain), the small one under a frozen teacher (--train distill).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,18 @@ from nas.networks.compact_file import save_compact, with_classes
 from nas.networks.opening import meta_supernet, model_of, start_of
 from nas.networks.rounds import ROUND, check_unchanged, copy_round, large_model
 from nas.networks.weights import save_weights
+from nas.objectives.members import ONE, PER_STEP, Members
 from nas.objectives.options import TeacherOptions
 from nas.objectives.table import Kind, kind_of
 from nas.objectives.teacher import Teacher, make_teacher
 from nas.pictures.run import plot_run
 from nas.runs.folder import LARGE, SUPERNET, results_path
+from nas.runs.front import is_front, read_front
 from nas.stages.afterwards import Afterwards
 from nas.stages.original import LARGE_NETWORK, as_it_was, untouched
 from nas.stages.planned import Cuts, looked_at, planned
 from nas.stages.prepare import Beginning, compared, preparation, prepare
+from nas.stages.several import Member, conclude_several
 from nas.training.basis import find_basis
 from nas.training.evaluate import print_table, top_k
 from nas.training.loop import OnEpoch, fit
@@ -67,19 +71,35 @@ SEARCHED, ORIGINAL, DRAWN = "the search's supernet", "the original weights", "ti
 class Goal:
     """What is trained, known before any weight is loaded. backbone: on the meta device.
 
-    arch: None where the large network is trained alone. given: the architecture as --arch holds it. plan: of the basis,
-    where that is still to be found; basis: that of --arch.
+    members: the small networks, none where the large one is trained alone; archs: their architectures, by the same
+    names. given: the architecture as --arch holds it, of a front the narrowest. plan: of the basis, where that is still
+    to be found; basis: that of --arch.
     """
 
     config: RetrainConfig
     space: Space
     model: TimmModel
     backbone: Supernet
-    subnet: NetworkSlice
-    arch: Architecture | None
+    members: Members
+    archs: Mapping[str, Architecture]
     given: Architecture | None
     plan: BasisPlan = field(default_factory=BasisPlan)
     basis: Basis | None = None
+    budgets: tuple[float, ...] = ()
+
+    @property
+    def arch(self) -> Architecture | None:
+        """The one that is trained, of a front the widest; None where there is none."""
+        return list(self.archs.values())[-1] if self.archs else None
+
+    @property
+    def subnet(self) -> NetworkSlice:
+        """Its slice."""
+        return self.members.widest
+
+    def with_archs(self, **fields: Any) -> "Goal":
+        """The same with these fields in each architecture."""
+        return replace(self, archs={name: replace(arch, **fields) for name, arch in self.archs.items()})
 
 
 @dataclass(frozen=True)
@@ -121,13 +141,16 @@ def _retrain(
     training = make_training(config, objective, prepared)
     training.measure_start = config.result == "best"
     print(headline(goal, origin))
-    if goal.arch is not None:
+    if goal.arch is not None and not goal.budgets:
         write_architecture(goal.arch, prepared.folder)
     if goal.model.cut is not None:
         on_main(lambda: copy_round(folder_of(config), prepared.folder))
     after = Afterwards(prepared.folder)
     train(goal, training, after, on_epoch)
-    conclude(goal, prepared, training, teacher, after)
+    if goal.budgets:
+        conclude_front(goal, prepared, training, teacher, after)
+    else:
+        conclude(goal, prepared, training, teacher, after)
     after.end()
     return prepared.folder
 
@@ -159,7 +182,7 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture |
             raise UserError("--alpha goes with --space; the architecture of --arch has its own factors")
         if config.model is not None:
             raise UserError("--model goes with --space; the architecture of --arch names its own model")
-        given = load_architecture(config.arch)
+        given = next(iter(architectures(config.arch).values()))
         space = get_space(given.space)
         if config.pretrained is None and isinstance(given.search.get("pretrained"), bool):
             config = replace(config, pretrained=given.search["pretrained"])  # the permutation belongs to these weights
@@ -179,6 +202,8 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture |
     config = replace(config, dataset=config.dataset_name())
     config.check()
     check_objective(config, kind)
+    if config.per_step is not None and not (config.arch is not None and is_front(config.arch)):
+        raise UserError(f"--per-step {config.per_step} is of the networks of a front; --arch names none")
     if kind.teacher and config.distill == "none":
         raise UserError(f"--train {config.train} learns from a teacher; --distill none takes it away")
     check_owned(config, space, shared=(TeacherOptions,))
@@ -231,34 +256,49 @@ def goal_of(config: RetrainConfig, space: Space, given: Architecture | None, spl
         check_round(config, given)
     backbone = meta_supernet(model, splits.num_classes, space)
     if not kind_of(config.trained()).small:
-        return Goal(config, space, model, backbone, backbone.identity(), None, given)
+        return Goal(config, space, model, backbone, Members.of(backbone.identity()), {}, given)
     if given is None:
         assert config.alpha is not None
         settings = Settings(config.width, space.alphas)
         check_uniform_alpha(make_space(space.name, space.method, settings, backbone.shapes), config.alpha)
         picks = [{"alpha": config.alpha}] * len(backbone.shapes)
-        arch = architecture_of(backbone, space.name, model.name, model.kwargs, picks, config.width)
+        archs = {ONE: architecture_of(backbone, space.name, model.name, model.kwargs, picks, config.width)}
     else:
-        arch = given
-    subnet, plan, basis = slices_of(arch, backbone.shapes), BasisPlan(), None
+        assert config.arch is not None
+        archs = architectures(config.arch)
+    subnets = {name: slices_of(arch, backbone.shapes) for name, arch in archs.items()}
+    members, plan, basis = Members(subnets, config.per_step or PER_STEP), BasisPlan(), None
     if given is None or unfounded(given):
+        subnet = members.widest
         narrowed = {shape.stage for shape in backbone.shapes} - whole_stages(backbone.shapes, subnet)
         plan = planned(config, space, backbone, Cuts(narrowed), splits, original(config, given))
     elif config.arch is not None:
         basis = basis_of(given, folder_of(config))
         plan = looked_at(space, splits)
-    install_stages(backbone, plan.streams or streams_of(arch.basis))
+    install_stages(backbone, plan.streams or streams_of(next(iter(archs.values())).basis))
     if model.cut is not None:  # the architecture is one of timm's model, whatever it was cut from
-        return Goal(config, space, model, backbone, subnet, with_classes(arch, splits.num_classes), given, plan, basis)
-    arch = replace(
-        arch,
-        num_classes=splits.num_classes,
-        flops=backbone.flops(subnet),
-        params=backbone.params(subnet),
-        backbone_flops=backbone.flops(),
-        backbone_params=backbone.params(),
-    )
-    return Goal(config, space, model, backbone, subnet, arch, given, plan, basis)
+        archs = {name: with_classes(arch, splits.num_classes) for name, arch in archs.items()}
+    else:
+        archs = {
+            name: replace(
+                arch,
+                num_classes=splits.num_classes,
+                flops=backbone.flops(subnets[name]),
+                params=backbone.params(subnets[name]),
+                backbone_flops=backbone.flops(),
+                backbone_params=backbone.params(),
+            )
+            for name, arch in archs.items()
+        }
+    budgets = tuple(map(float, archs)) if ONE not in archs else ()
+    return Goal(config, space, model, backbone, members, archs, given, plan, basis, budgets)
+
+
+def architectures(path: Path) -> dict[str, Architecture]:
+    """Of --arch, by the names of their networks: one, or those of a front, the narrowest first."""
+    if is_front(path):
+        return {f"{budget:g}": arch for budget, arch in read_front(path).items()}
+    return {ONE: load_architecture(path)}
 
 
 def folder_of(config: RetrainConfig) -> Path:
@@ -328,22 +368,25 @@ def rewritten(goal: Goal, origin: Origin, prepared: Prepared) -> Goal:
         return goal  # a basis would change nothing
     if goal.given is None or unfounded(goal.given):
         standing = find_basis(goal.config, prepared)
-        return replace(goal, arch=replace(arch, permutation=standing.permutation, basis=standing.basis))
+        return goal.with_archs(permutation=standing.permutation, basis=standing.basis)
     basis = goal.basis
     if basis is not None:
         on_main(lambda: save_basis(basis, prepared.folder))
         rewrite(prepared.supernet, basis, again=origin.words == SEARCHED)
-        return replace(goal, arch=replace(arch, basis=recorded(basis) | {"streams": arch.basis["streams"]}))
+        return goal.with_archs(basis=recorded(basis) | {"streams": arch.basis["streams"]})
     if arch.permutation and origin.words != SEARCHED:  # the search's weights are in that order already
         permute(prepared.supernet, arch.permutation)
     return goal
 
 
 def begin(goal: Goal, prepared: Prepared) -> None:
-    """Refit the subnet in the supernet's weights, where it alone is trained on from there (section 2.11)."""
+    """Refit the subnet in the supernet's weights, where it alone is trained on from there (section 2.11).
+
+    The networks of a front share their weights: what one's refit writes is not for another.
+    """
     kind = kind_of(goal.config.trained())
     resumed = goal.config.resume and on_main((prepared.folder / CHECKPOINT).is_file)
-    if goal.arch is not None and kind.teacher and training_of(goal.space).refits and not resumed:
+    if len(goal.archs) == 1 and kind.teacher and training_of(goal.space).refits and not resumed:
         write(prepared.supernet, goal.subnet, refitted(goal.config, prepared, goal.subnet))
 
 
@@ -351,7 +394,7 @@ def objective_of(goal: Goal, prepared: Prepared, teacher: Teacher | None) -> Obj
     """What --train minimises, by the space's method where that has its own."""
     kind: Kind = kind_of(goal.config.trained())
     make = training_of(goal.space).objectives.get(kind.name, kind.make)
-    return make(goal.config, prepared.supernet, goal.subnet, teacher)
+    return make(goal.config, prepared.supernet, goal.members, teacher)
 
 
 def rate_of(goal: Goal, objective: Objective, prepared: Prepared) -> float:
@@ -373,6 +416,8 @@ def headline(goal: Goal, origin: Origin) -> str:
     words += f" {large.flops() / 1e9:.4g} GFLOPs (MACs)"
     if small is None:
         return f"{words}, trained alone"
+    if goal.budgets:
+        return f"{words}; small {', '.join(f'{arch.flops / 1e9:.4g}' for arch in goal.archs.values())} GFLOPs"
     return f"{words}; small {small.params / 1e6:.3f} M, {small.flops / 1e9:.4g} GFLOPs"
 
 
@@ -416,6 +461,21 @@ def conclude(goal: Goal, prepared: Prepared, training: Training, teacher: Teache
         plot_run(folder)
     files = [name for name in ("compact.safetensors", LARGE, "arch.json") if (folder / name).is_file()]
     print(f"results in {results_path(folder)}: {', '.join(files)}, table.csv and pictures")
+
+
+def conclude_front(
+    goal: Goal, prepared: Prepared, training: Training, teacher: Teacher | None, after: Afterwards
+) -> None:
+    """As `conclude`, for the networks of a front."""
+    prepared.supernet.eval()
+    whole = {k: network for k, network in training.objective.networks().items() if k not in goal.archs}
+    if LARGE_NETWORK in whole and is_main():
+        save_weights(timm_state(prepared.supernet), prepared.folder / LARGE)
+    with after.part("loading the original network"):
+        whole = beside_original(goal, prepared, whole, teacher)
+    rows = zip(goal.budgets, goal.archs.values(), goal.members.subnets.values(), strict=True)
+    members = [Member(budget, arch, subnet) for budget, arch, subnet in rows]
+    conclude_several(goal.config, prepared, training, members, whole, after)
 
 
 def beside_original(

@@ -146,7 +146,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         with torch.no_grad():
             found.begun[training.folder] = {"large": supernet.large(x)}
             if hasattr(training.objective, "subnet"):
-                found.begun[training.folder]["subnet"] = supernet.small(x, training.objective.subnet)
+                found.begun[training.folder]["subnet"] = supernet.small(x, training.objective.members.widest)
         fit(training, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
