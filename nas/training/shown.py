@@ -1,5 +1,6 @@
 """How a run shows that it lives: a bar on a terminal, elsewhere a line now and then, and TensorBoard's points."""
 
+import re
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
