@@ -113,4 +113,5 @@ def facts_of(config: SearchConfig, prepared: Prepared, members: Sequence[Member]
         "unreadable_images": report_unreadable(loaders),
         "left_out_files": dict(prepared.splits.left_out),
         "seconds": dict(members[0].answer.seconds),
+        "refitted": prepared.plan.refits,
     }
