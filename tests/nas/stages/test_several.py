@@ -24,7 +24,6 @@ from search_spaces.errors import UserError
 from tests.nas import tiny
 from tests.nas.run_checks import assert_same_run, assert_whole
 from tests.nas.stages.free_world import COMMON, World, world
-from tests.nas.stages.test_search import Interrupt
 from tests.nas.stages.test_searchers import search
 
 __all__ = ["world"]  # the fixture
@@ -82,10 +81,10 @@ def test_7_an_interrupted_run_resumes_to_the_same(
     whole = run_retrain(retrain(world, front, tmp_path / "whole", per_step=1))
 
     def stop(row: Any) -> None:
-        raise Interrupt
+        raise KeyboardInterrupt
 
     config = retrain(world, front, tmp_path / "halves", per_step=1)
-    with pytest.raises(Interrupt):
+    with pytest.raises(KeyboardInterrupt):
         run_retrain(config, stop)
     run_retrain(replace(config, resume=True))
     assert_same_run(whole, tmp_path / "halves")
@@ -140,7 +139,7 @@ def test_refusals(fronts: dict[tuple[str, str], Path], world: World, tmp_path: P
         run_retrain(retrain(world, dan / "arch-0.60.json", run, per_step=2))
     with pytest.raises(UserError, match="--per-step 0"):
         run_retrain(retrain(world, dan, run, per_step=0))
-    with pytest.raises(UserError, match="no compact network at budget 0.3"):
+    with pytest.raises(UserError, match="no compact network at budget"):
         nas.load(dan, budget=0.3)
     broken = tmp_path / "broken"
     shutil.copytree(dan, broken)
