@@ -36,11 +36,15 @@ class Supernet(nn.Module):
 
     def flops(self, subnet: NetworkSlice | None = None) -> int:
         """MACs of one image through a subnet, or through the backbone."""
-        return network_flops(self.shapes, self.adapter.costs, subnet or self.identity())
+        if subnet is None:
+            return network_flops(self.shapes, self.adapter.costs, self.identity()) - self.adapter.costs.spared[0]
+        return network_flops(self.shapes, self.adapter.costs, subnet)
 
     def params(self, subnet: NetworkSlice | None = None) -> int:
         """Parameters of a subnet's compact network, or of the backbone."""
-        return network_params(self.shapes, self.adapter.costs, subnet or self.identity())
+        if subnet is None:
+            return network_params(self.shapes, self.adapter.costs, self.identity()) - self.adapter.costs.spared[1]
+        return network_params(self.shapes, self.adapter.costs, subnet)
 
     def large(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> logits (B, classes) of the large network: timm's own forward."""
