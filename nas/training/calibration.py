@@ -43,7 +43,8 @@ def images_from(loader: Loader, device: torch.device, first: int, end: int) -> I
 def to_score(supernet: Supernet, batches: Iterable[Batch], labels: bool, seed: int) -> tuple[list[Batch], Loss]:
     """The batches, and the loss of the large network's output by whose gradients units are scored (section 2.10).
 
-    labels: whether theirs may be read; else they are drawn, of a network without classifier directions for its features.
+    labels: whether theirs may be read; else they are drawn; of a network without classifier, directions for its
+    features.
     """
     if supernet.adapter.feature_head is not None:
         return [*with_drawn(supernet, batches, drawn_directions, seed)], projected
