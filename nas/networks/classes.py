@@ -10,6 +10,8 @@ from nas.networks.backbone import Start, TimmModel, build, check_model_name, cla
 from nas.networks.weights import load_weights
 from search_spaces.errors import UserError
 
+FEATURES = "no classifier: the network's output are its pooled features"
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -38,7 +40,7 @@ def outputs_of(asked: int | None, labelled: int, model: TimmModel, start: Start,
     """
     labels = labelled > 0
     if asked == 0:
-        return Outputs(0, labels, "no classifier (--num-classes 0): the network's output are its pooled features")
+        return Outputs(0, labels, FEATURES)
     if asked is not None:
         return Outputs(asked, labels)
     if labels and not as_it_is:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nas.objectives.options import StageTwoOptions
 from nas.objectives.teacher import Teacher
+from nas.objectives.tokens import Tokens
 from nas.training.losses import cross_entropy
 from nas.training.objective import Objective, Step
 from search_spaces.slices import NetworkSlice
@@ -14,7 +15,10 @@ from supernets.supernet import Supernet
 
 
 class Distilled(Objective):
-    """L = (1 - w) CE(q) + w D(teacher, q): the small network alone, under a frozen teacher."""
+    """L = (1 - w) CE(q) + w D(teacher, q): the small network alone, under a frozen teacher.
+
+    tokens: those of the original network, whose error is added, times a weight.
+    """
 
     def __init__(
         self,
@@ -27,8 +31,10 @@ class Distilled(Objective):
         temperature: float = 1.0,
         smoothing: float = 0.0,
         over_classes: bool = False,
+        tokens: tuple[float, Tokens] | None = None,
     ) -> None:
         super().__init__(supernet)
+        self.tokens = tokens
         self.subnet, self.smoothing, self.over_classes = subnet, smoothing, over_classes
         self.teacher, self.hard, self.weight, self.temperature = teacher, hard, weight, temperature
 
@@ -38,6 +44,7 @@ class Distilled(Objective):
     ) -> "Distilled":
         """As the options ask for it."""
         assert teacher is not None
+        matched = Tokens(supernet, subnet, teacher, options.distill_blocks) if options.distill_features else None
         return cls(
             supernet,
             subnet,
@@ -47,12 +54,20 @@ class Distilled(Objective):
             temperature=options.distill_temperature,
             smoothing=options.smoothing or 0.0,
             over_classes=options.over_classes(),
+            tokens=None if matched is None else (options.distill_features or 0.0, matched),
         )
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
-        expert, q = self.teacher(images), self.supernet.small(images, self.subnet)
+        matched: dict[str, Tensor] = {}
+        if self.tokens is None:
+            expert, q = self.teacher(images), self.supernet.small(images, self.subnet)
+        else:
+            weight, tokens = self.tokens
+            expert = tokens.expected(images)
+            q, streams = self.supernet.small_with_streams(images, self.subnet, tokens.after)
+            matched["tokens"] = weight * tokens.error(self.supernet, streams)
         terms = distilled_terms(expert, q, target, self.hard, self.weight, self.temperature, self.smoothing)
-        return per_class(terms, q) if self.over_classes and not self.hard else terms
+        return (per_class(terms, q) if self.over_classes and not self.hard else terms) | matched
 
     @property
     def may_leave_weights_unused(self) -> bool:

@@ -82,5 +82,7 @@ def make_teacher(options: TeacherOptions, prepared: Prepared, base: Start, asked
             f" give --teacher-kwargs img_size={size[1]}, or another --teacher"
         ) from None
     params = sum(p.numel() for p in network.parameters())
+    if not named:
+        params, macs = prepared.supernet.params(), prepared.supernet.flops()
     print(f"teacher: {name}, {params / 1e6:.3f} M, {macs / 1e9:.4g} GFLOPs (MACs)")
     return Teacher(name, network, params, macs, scale, shift, named)

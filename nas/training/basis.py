@@ -72,6 +72,7 @@ def _ordered(options: LoopOptions, prepared: Prepared, kind: str) -> Orders:
         if is_main():
             write_text(path, json.dumps(orders))
     permute(prepared.supernet, orders)
+    prepared.supernet.sorted = orders
     print(f"heads, neurons and channels sorted by importance ({kind})")
     return orders
 

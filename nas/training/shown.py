@@ -105,6 +105,8 @@ def summary_line(row: Mapping[str, Any], epochs: int, held_out: str) -> str:
     parts = [f"epoch {row['epoch']}/{epochs}"] + ([f"loss {row['loss']:.3f}"] if "loss" in row else [])
     keys = {name: f"held_out_{name}_top1" for name in ("large", "subnet")}
     scores = [f"{name} {row[key]:.2f} %" for name, key in keys.items() if key in row]
+    words = {"error": "error", "kl": "KL", "cosine": "cosine"}
+    scores += [f"{word} {row[key]:.4f}" for name, word in words.items() if (key := f"held_out_subnet_{name}") in row]
     parts += [f"{', '.join(scores)} on {held_out}"] if scores else []
     if "expected_gflops" in row:
         parts.append(f"expected {row['expected_gflops']:.4g} G, selected {row['selected_gflops']:.4g} G")

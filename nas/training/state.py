@@ -5,6 +5,7 @@ epoch a checkpoint also holds what has been drawn and added up since, by every p
 killed at any step and resumed gives the run that was not.
 """
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,12 @@ from search_spaces.errors import UserError
 CHECKPOINT = "checkpoint.pt"
 BEFORE = "checkpoint-before.pt"  # the one before it, should that one be torn
 BEST = "best.pt"
+JUDGED = {  # by what the best epoch is known, the first that is there, and whether more or less of it is better
+    "held_out_subnet_error": -1,
+    "held_out_subnet_top1": 1,
+    "held_out_subnet_kl": -1,
+    "held_out_large_top1": 1,
+}
 
 
 def save(training: Training, epochs_done: int) -> None:
@@ -89,12 +96,13 @@ def keep_copies(training: Training) -> None:
     """Keep the checkpoint just written under further names: as the best, and among the last epochs.
 
     The best is the epoch (0: the start) whose subnet (or large network, where that is all there is) has the highest
-    top-1 on the held-out part, the first of equals; without a held-out part there is none.
+    top-1 on the held-out part, or the least of what counts without labels, the first of equals; without a held-out
+    part there is none.
     """
     path, epoch = training.folder / CHECKPOINT, int(training.rows[-1]["epoch"])
-    key = "held_out_subnet_top1" if "held_out_subnet_top1" in training.rows[-1] else "held_out_large_top1"
-    scores = [row[key] for row in training.rows if key in row]
-    if scores and scores[-1] > max(scores[:-1], default=-1.0):
+    key = next((key for key in JUDGED if key in training.rows[-1]), None)
+    scores = [JUDGED[key] * row[key] for row in training.rows if key in row] if key is not None else []
+    if scores and scores[-1] > max(scores[:-1], default=-math.inf):
         copy_atomically(path, training.folder / BEST)
     if training.keep:
         copy_atomically(path, training.folder / f"epoch-{epoch:04d}.pt")
