@@ -213,6 +213,8 @@ def learning(config: RetrainConfig, asked: str | None, outputs: Outputs) -> tupl
     UserError where another was asked for.
     """
     kind, lacks = kind_of(config.trained()), outputs.lacks()
+    if config.distill_blocks and kind.labels and not config.distill_features and not (asked is None and lacks):
+        raise UserError("--distill-blocks names blocks whose tokens nothing weighs; give --distill-features")
     unread = kind.teacher and outputs.classes > 0 and config.teacher_share() == 1 and config.distill != "hard"
     if not lacks or not kind.labels or unread:
         return config, ()
@@ -234,8 +236,6 @@ def check_objective(config: RetrainConfig, kind: Kind) -> None:
             f"{config.named()[0]}: tokens are matched in the channels of the original network, no other has them;"
             " leave it out"
         )
-    if config.distill_blocks and kind.labels and not config.distill_features:
-        raise UserError("--distill-blocks names blocks whose tokens nothing weighs; give --distill-features")
     if kind.teacher and not kind.labels and (config.distill == "hard" or config.over_classes()):
         raise UserError(f"--train {config.train} follows the teacher's whole output; leave --distill hard and mean out")
     frozen = config.adjoined_teacher == "frozen"
