@@ -8,6 +8,7 @@ from torch import Tensor
 from nas.objectives.members import Members, added
 from nas.objectives.options import StageTwoOptions
 from nas.objectives.teacher import Teacher
+from nas.objectives.tokens import Tokens
 from nas.training.losses import cross_entropy
 from nas.training.objective import Objective, Step
 from search_spaces.slices import NetworkSlice
@@ -17,7 +18,8 @@ from supernets.supernet import Supernet
 class Distilled(Objective):
     """L = (1 - w) CE(q) + w D(teacher, q): the small network alone, under a frozen teacher.
 
-    Of a front: those of a step, the sum of their losses over weights that they share.
+    Of a front: those of a step, the sum of their losses over weights that they share. tokens: those of the original
+    network, whose error is added, times a weight; of one small network.
     """
 
     def __init__(
@@ -31,15 +33,25 @@ class Distilled(Objective):
         temperature: float = 1.0,
         smoothing: float = 0.0,
         over_classes: bool = False,
+        tokens: tuple[float, Tokens] | None = None,
     ) -> None:
         super().__init__(supernet)
-        self.members, self.smoothing, self.over_classes = Members.of(subnet), smoothing, over_classes
+        self.members, self.smoothing, self.over_classes, self.tokens = (
+            Members.of(subnet),
+            smoothing,
+            over_classes,
+            tokens,
+        )
         self.teacher, self.hard, self.weight, self.temperature = teacher, hard, weight, temperature
 
     @classmethod
     def of(cls, options: StageTwoOptions, supernet: Supernet, members: Members, teacher: Teacher | None) -> "Distilled":
         """As the options ask for it."""
         assert teacher is not None
+        matched = None
+        if options.distill_features:
+            only = members.only("--distill-features matches tokens")
+            matched = Tokens(supernet, only, teacher, options.distill_blocks)
         return cls(
             supernet,
             members,
@@ -49,9 +61,15 @@ class Distilled(Objective):
             temperature=options.distill_temperature,
             smoothing=options.smoothing or 0.0,
             over_classes=options.over_classes(),
+            tokens=None if matched is None else (options.distill_features or 0.0, matched),
         )
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
+        if self.tokens is not None:
+            weight, tokens = self.tokens
+            expert = tokens.expected(images)
+            q, streams = self.supernet.small_with_streams(images, self.members.widest, tokens.after)
+            return self.terms(expert, q, target) | {"tokens": weight * tokens.error(self.supernet, streams)}
         expert = self.teacher(images)
         small = [self.supernet.small(images, subnet) for subnet in self.members.at(step.number)]
         return added([self.terms(expert, q, target) for q in small])

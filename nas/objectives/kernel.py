@@ -13,7 +13,6 @@ from nas.objectives.spectrum import EpochKernel, SecondMoment, separable_tnn
 from nas.objectives.teacher import Teacher
 from nas.training.losses import cross_entropy, kl_divergence
 from nas.training.objective import Step
-from search_spaces.errors import UserError
 from search_spaces.slices import NetworkSlice
 from supernets.supernet import Supernet
 
@@ -107,14 +106,9 @@ class KernelAdjoined(Adjoined):
         cls, options: StageTwoOptions, supernet: Supernet, members: Members, teacher: Teacher | None
     ) -> "KernelAdjoined":
         """As the options ask for it. UserError for a front: the term is of one network's features."""
-        if len(members.subnets) > 1:
-            raise UserError(
-                "the kernel term is of one network's features, --arch names a front; name one of its files, or"
-                " --train distill"
-            )
         return cls(
             supernet,
-            members.widest,
+            members.only("the kernel term is of the features"),
             kernel=kernel_term(options),
             adjoined=not options.alone(),
             loss=Loss.of(options),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from search_spaces.errors import UserError
 from search_spaces.slices import NetworkSlice
 from supernets.supernet import Supernet
 
@@ -28,6 +29,12 @@ class Members:
     def widest(self) -> NetworkSlice:
         """The last of them."""
         return list(self.subnets.values())[-1]
+
+    def only(self, what: str) -> NetworkSlice:
+        """The one that there is. UserError for a front. what: of one network's channels or features, in words."""
+        if len(self.subnets) > 1:
+            raise UserError(f"{what} of one network, --arch names a front; name one of its files, or --train distill")
+        return self.widest
 
     def at(self, number: int) -> list[NetworkSlice]:
         """Those of a step: all of them, or so many in a row, round and round."""

@@ -134,6 +134,28 @@ class AdjoinedOptions:
 
 
 @dataclass(frozen=True)
+class TokenOptions:
+    """The small network's tokens after those of the original one (section 2.14)."""
+
+    distill_features: float | None = None
+    """weight of matching the original network's tokens in the channels that are kept: of --train features (1), of
+    --train distill (0)"""
+    distill_blocks: tuple[int, ...] = ()
+    """blocks, counted from 0, after which tokens are matched besides the last one"""
+
+    def check_tokens(self) -> None:
+        """Refuse values that no run can use."""
+        not_negative(self, "distill_features")
+        if any(block < 0 for block in self.distill_blocks):
+            raise UserError(f"--distill-blocks {min(self.distill_blocks)}; blocks are counted from 0")
+
+    def tokens_flag(self) -> str | None:
+        """The first of these options that was given, as it is typed."""
+        given = [field.name for field in fields(TokenOptions) if getattr(self, field.name) not in (None, ())]
+        return flag(given[0]) if given else None
+
+
+@dataclass(frozen=True)
 class LossOptions(KernelOptions, TeacherOptions, ObjectiveOptions):
     """All that an objective of either stage reads."""
 
@@ -151,5 +173,5 @@ class MembersOptions:
 
 
 @dataclass(frozen=True)
-class StageTwoOptions(MembersOptions, AdjoinedOptions, LossOptions):
+class StageTwoOptions(MembersOptions, TokenOptions, AdjoinedOptions, LossOptions):
     """All that an objective of stage 2 reads."""

@@ -43,6 +43,8 @@ TERMS = {
     "ce_small": "cross-entropy, small",
     "tnn": "truncated nuclear norm",
     "distill": "distillation",
+    "tokens": "error of tokens",
+    "features": "error of features",
 }
 SCHEDULES = {
     "temperature τ": ("tau",),

@@ -20,9 +20,10 @@ from nas.searchers.searcher import Answer
 from nas.stages.afterwards import Afterwards
 from nas.stages.next_command import next_command
 from nas.stages.original import as_it_was
-from nas.training.evaluate import by_split, print_table, top_k
+from nas.training.evaluate import by_split, print_table
 from nas.training.prepared import Prepared
 from nas.training.refit import refitted
+from nas.training.scores import scores_of
 from search_spaces.architecture import Architecture, save_architecture
 from search_spaces.slices import NetworkSlice
 from supernets.refit import written
@@ -53,11 +54,11 @@ def conclude_front(config: SearchConfig, prepared: Prepared, members: Sequence[M
     scores: dict[str, dict[str, float]] = {name: {} for name in (before, *(f"{m.budget:g}" for m in members))}
     with after.part(f"measuring accuracy on the {loaders.reported}", together=True):
         if prepared.start.given() and not prepared.fresh_classifier:
-            scores[before] = accuracies(config, prepared, prepared.supernet.large)
+            scores[before] = scores_at(config, prepared, prepared.supernet.large)
         for member in members:
             subnet = slices_of(member.arch, prepared.supernet.shapes)
             with cut_like(config, prepared, subnet) as network:
-                scores[f"{member.budget:g}"] = accuracies(config, prepared, network)
+                scores[f"{member.budget:g}"] = scores_at(config, prepared, network)
     if not is_main():
         return
     first, supernet = members[0].arch, prepared.supernet
@@ -81,13 +82,15 @@ def conclude_front(config: SearchConfig, prepared: Prepared, members: Sequence[M
     print(f"next, for any of them: {next_command(config, folder, members[0].file)}")
 
 
-def accuracies(config: SearchConfig, prepared: Prepared, network: Network) -> dict[str, float]:
-    """Top-1 and top-5 of a network on the reported split, and as held_out_... on the held-out part."""
+def scores_at(config: SearchConfig, prepared: Prepared, network: Network) -> dict[str, float]:
+    """What a network is worth on the reported split, and as held_out_... on the held-out part."""
     loaders, precision = prepared.loaders, partial(autocast, config, prepared.device)
+    measured = scores_of(prepared, config.seed, precision, prepared.supernet.large)
     found: dict[str, float] = {}
     for prefix, batches in (("", loaders.test), ("held_out_", loaders.val)):
         if batches is not None:
-            scores = top_k({"network": network}, batches, prepared.device, precision)
+            networks, words = {"network": network}, f"measuring on the {loaders.reported}"
+            scores = measured(networks, batches) if prefix else measured.reported(networks, batches, words)
             found |= {f"{prefix}{name.removeprefix('network_')}": value for name, value in scores.items()}
     return found
 

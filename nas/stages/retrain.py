@@ -19,17 +19,19 @@ from nas.machine.distributed import is_main, joined, on_main, quiet_unless_main
 from nas.machine.files import write_csv, write_json
 from nas.machine.timing import Network, images_per_second
 from nas.methods.recipe import recipe_lines, with_recipe
-from nas.methods.table import check_owned, training_of
+from nas.methods.table import alternatives, check_owned, training_of
 from nas.networks.architecture import architecture_of, slices_of, write_architecture
 from nas.networks.backbone import Start, TimmModel
 from nas.networks.basis_file import basis_of, recorded, save_basis, streams_of
+from nas.networks.classes import FEATURES, Outputs
+from nas.networks.classes import outputs_of as outputs_anew
 from nas.networks.compact_file import save_compact, with_classes
 from nas.networks.opening import meta_supernet, model_of, start_of
 from nas.networks.rounds import ROUND, check_unchanged, copy_round, large_model
 from nas.networks.weights import save_weights
 from nas.objectives.members import ONE, PER_STEP, Members
 from nas.objectives.options import TeacherOptions
-from nas.objectives.table import Kind, kind_of
+from nas.objectives.table import KINDS, UNLABELLED, Kind, kind_of
 from nas.objectives.teacher import Teacher, make_teacher
 from nas.pictures.run import plot_run
 from nas.runs.folder import LARGE, SUPERNET, results_path
@@ -40,7 +42,7 @@ from nas.stages.planned import Cuts, looked_at, planned
 from nas.stages.prepare import Beginning, compared, preparation, prepare
 from nas.stages.several import Member, conclude_several
 from nas.training.basis import find_basis
-from nas.training.evaluate import print_table, top_k
+from nas.training.evaluate import print_table
 from nas.training.loop import OnEpoch, fit
 from nas.training.make import make_training
 from nas.training.meter import Diverged
@@ -49,6 +51,7 @@ from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
 from nas.training.rate import find_rate, may_be_tried
 from nas.training.refit import refitted
+from nas.training.scores import scores_of
 from nas.training.state import BEST, CHECKPOINT, go_back, settle
 from nas.training.training import Training
 from search_spaces.architecture import Architecture, load_architecture
@@ -116,20 +119,29 @@ def run_retrain(config: RetrainConfig, on_epoch: OnEpoch | None = None) -> Path:
 
     on_epoch: as in `fit`.
     """
+    asked = config.train
     config, space, given = resolve(config)
     device = pick_device(config)
     with joined(device), quiet_unless_main():
-        return _retrain(config, space, given, device, on_epoch)
+        return _retrain(config, space, given, device, on_epoch, asked)
 
 
 def _retrain(
-    config: RetrainConfig, space: Space, given: Architecture | None, device: torch.device, on_epoch: OnEpoch | None
+    config: RetrainConfig,
+    space: Space,
+    given: Architecture | None,
+    device: torch.device,
+    on_epoch: OnEpoch | None,
+    asked: str | None,
 ) -> Path:
     splits = open_data(config)
-    goal = goal_of(config, space, given, splits)
-    origin = origin_of(goal, splits.num_classes)
-    beginning = Beginning("retrain", space, goal.model, splits, origin.start, device, goal.plan)
-    config, prepared = prepare(config, beginning, recipe_lines(config, space, "retrain"), seen_by=origin.seen_by)
+    outputs = outputs_of(config, space, given, splits)
+    config, lines = learning(config, asked, outputs)
+    goal = goal_of(config, space, given, splits, outputs.classes)
+    origin = origin_of(goal, outputs.classes)
+    beginning = Beginning("retrain", space, goal.model, splits, outputs.classes, origin.start, device, goal.plan)
+    lines = (*recipe_lines(config, space, "retrain"), *outputs.lines(), *lines)
+    config, prepared = prepare(config, beginning, lines, seen_by=origin.seen_by)
     goal = replace(goal, config=config)
     teacher = teacher_of(goal, prepared)
     goal = rewritten(goal, origin, prepared)
@@ -210,8 +222,47 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture |
     return config, space, given
 
 
+def outputs_of(config: RetrainConfig, space: Space, given: Architecture | None, splits: Splits) -> Outputs:
+    """What the networks give: as --num-classes says, or as they gave when they were searched, or as the labels say."""
+    labelled, asked = splits.num_classes, config.num_classes
+    if given is None:
+        return outputs_anew(asked, labelled, model_of(config, space), original(config, given), as_it_is=False)
+    if asked is None and (given.num_classes == 0 or not labelled):
+        return Outputs(given.num_classes, labelled > 0, "" if given.num_classes else FEATURES)
+    return outputs_anew(asked, labelled, TimmModel(given.model, given.model_kwargs), Start(), as_it_is=False)
+
+
+def learning(config: RetrainConfig, asked: str | None, outputs: Outputs) -> tuple[RetrainConfig, tuple[str, ...]]:
+    """The options with a way to train that what there is allows, and what is to be said of it. asked: --train.
+
+    UserError where another was asked for.
+    """
+    kind, lacks = kind_of(config.trained()), outputs.lacks()
+    if config.distill_blocks and kind.labels and not config.distill_features and not (asked is None and lacks):
+        raise UserError("--distill-blocks names blocks whose tokens nothing weighs; give --distill-features")
+    unread = kind.teacher and outputs.classes > 0 and config.teacher_share() == 1 and config.distill != "hard"
+    if not lacks or not kind.labels or unread:
+        return config, ()
+    if asked is not None or not kind.small:
+        raise UserError(f"--train {config.train} learns from labels; {lacks}: take --train {UNLABELLED}")
+    config = replace(config, train=UNLABELLED)
+    check_objective(config, kind_of(UNLABELLED))
+    return config, (f"--train {UNLABELLED}, which reads no labels: {lacks}",)
+
+
 def check_objective(config: RetrainConfig, kind: Kind) -> None:
     """Refuse options of another way to train than --train's."""
+    tokens = config.tokens_flag()
+    if tokens is not None and not kind.tokens:
+        ways = alternatives([each.name for each in KINDS.values() if each.tokens])
+        raise UserError(f"{tokens} goes with --train {ways}, not with --train {config.train}")
+    if config.named() and kind.tokens and (config.distill_features or not kind.labels):
+        raise UserError(
+            f"{config.named()[0]}: tokens are matched in the channels of the original network, no other has them;"
+            " leave it out"
+        )
+    if kind.teacher and not kind.labels and (config.distill == "hard" or config.over_classes()):
+        raise UserError(f"--train {config.train} follows the teacher's whole output; leave --distill hard and mean out")
     frozen = config.adjoined_teacher == "frozen"
     given = config.adjoined_flag()
     if given is not None and kind.name != "adjoined":
@@ -249,12 +300,12 @@ def check_unsearched(config: RetrainConfig, space: Space) -> None:
         raise UserError(f"{space.name} needs --alpha, the compression factor of every block")
 
 
-def goal_of(config: RetrainConfig, space: Space, given: Architecture | None, splits: Splits) -> Goal:
-    """The architecture that is trained: --arch's, with the dataset's classes, or the one factor of --alpha."""
+def goal_of(config: RetrainConfig, space: Space, given: Architecture | None, splits: Splits, classes: int) -> Goal:
+    """The architecture that is trained: --arch's, with so many classes, or the one factor of --alpha."""
     model = model_of(config, space) if given is None else large_model(given, folder_of(config))
     if model.cut is not None:
         check_round(config, given)
-    backbone = meta_supernet(model, splits.num_classes, space)
+    backbone = meta_supernet(model, classes, space)
     if not kind_of(config.trained()).small:
         return Goal(config, space, model, backbone, Members.of(backbone.identity()), {}, given)
     if given is None:
@@ -277,12 +328,12 @@ def goal_of(config: RetrainConfig, space: Space, given: Architecture | None, spl
         plan = looked_at(space, splits)
     install_stages(backbone, plan.streams or streams_of(next(iter(archs.values())).basis))
     if model.cut is not None:  # the architecture is one of timm's model, whatever it was cut from
-        archs = {name: with_classes(arch, splits.num_classes) for name, arch in archs.items()}
+        archs = {name: with_classes(arch, classes) for name, arch in archs.items()}
     else:
         archs = {
             name: replace(
                 arch,
-                num_classes=splits.num_classes,
+                num_classes=classes,
                 flops=backbone.flops(subnets[name]),
                 params=backbone.params(subnets[name]),
                 backbone_flops=backbone.flops(),
@@ -355,7 +406,7 @@ def original(config: RetrainConfig, given: Architecture | None) -> Start:
 def teacher_of(goal: Goal, prepared: Prepared) -> Teacher | None:
     """Whom the small network learns from, where it does."""
     config = goal.config
-    asked = "--train distill" if kind_of(config.trained()).teacher else "--adjoined-teacher frozen"
+    asked = f"--train {config.train}" if kind_of(config.trained()).teacher else "--adjoined-teacher frozen"
     if asked == "--adjoined-teacher frozen" and config.adjoined_teacher != "frozen":
         return None
     return make_teacher(config, prepared, original(config, goal.given), asked)
@@ -376,6 +427,7 @@ def rewritten(goal: Goal, origin: Origin, prepared: Prepared) -> Goal:
         return goal.with_archs(basis=recorded(basis) | {"streams": arch.basis["streams"]})
     if arch.permutation and origin.words != SEARCHED:  # the search's weights are in that order already
         permute(prepared.supernet, arch.permutation)
+    prepared.supernet.sorted = arch.permutation
     return goal
 
 
@@ -440,9 +492,10 @@ def conclude(goal: Goal, prepared: Prepared, training: Training, teacher: Teache
         with after.part("comparing compact.safetensors with the subnet"):
             facts |= compared(networks["subnet"], networks["compact"], loaders, device)
     with after.part(f"measuring accuracy on the {loaders.reported}", together=True):
-        scores = top_k(networks, loaders.test, device, training.autocast, f"measuring on the {loaders.reported}")
+        measured = scores_of(prepared, config.seed, training.autocast, networks.get(as_it_was(goal.model)))
+        scores = measured.reported(networks, loaders.test, f"measuring on the {loaders.reported}")
         for name in networks:
-            table[name] |= {k: scores[f"{name}_{k}"] for k in ("top1", "top5")}
+            table[name] |= {k: scores[f"{name}_{k}"] for k in measured.columns if f"{name}_{k}" in scores}
     facts |= {"unreadable_images": report_unreadable(loaders), "left_out_files": dict(prepared.splits.left_out)}
     if not is_main():
         return

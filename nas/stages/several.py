@@ -18,9 +18,11 @@ from nas.pictures.run import plot_run
 from nas.runs.folder import results_path
 from nas.runs.front import FRONT, compact_folder
 from nas.stages.afterwards import Afterwards
+from nas.stages.original import as_it_was
 from nas.stages.prepare import compared, preparation
-from nas.training.evaluate import by_split, print_table, top_k
+from nas.training.evaluate import by_split, print_table
 from nas.training.prepared import Prepared
+from nas.training.scores import scores_of
 from nas.training.training import Training
 from search_spaces.architecture import Architecture
 from search_spaces.slices import NetworkSlice
@@ -72,16 +74,15 @@ def conclude_several(
     } | {member.name: dict(member.costs) for member in members}
     networks: dict[str, Network] = {**whole, **compact}
     with after.part(f"measuring accuracy on the {loaders.reported}", together=True):
-        held_out = {} if loaders.val is None else top_k(networks, loaders.val, device, training.autocast)
-        scores = top_k(networks, loaders.test, device, training.autocast, f"measuring on the {loaders.reported}")
-        for name in networks:
-            for k in ("top1", "top5"):
-                table[name][k] = scores[f"{name}_{k}"]
-                if held_out:
-                    table[name][f"held_out_{k}"] = held_out[f"{name}_{k}"]
+        measured = scores_of(prepared, config.seed, training.autocast, whole.get(as_it_was(prepared.model)))
+        for prefix, batches in (("", loaders.test), ("held_out_", loaders.val)):
+            if batches is not None:
+                found = measured(networks, batches, f"measuring on the {prefix.replace('_', '-')}images")
+                for name, k in ((name, k) for name in networks for k in measured.columns if f"{name}_{k}" in found):
+                    table[name][f"{prefix}{k}"] = found[f"{name}_{k}"]
     facts: dict[str, Any] = {"stage": "retrain", "train": config.train, "space": prepared.space.name}
     facts |= {"dataset": config.dataset, "seed": config.seed, "split": loaders.reported, "result": config.result}
-    facts |= {"held_out": loaders.held_out if held_out else None, "per_step": config.per_step}
+    facts |= {"held_out": None if loaders.val is None else loaders.held_out, "per_step": config.per_step}
     facts |= {"unreadable_images": report_unreadable(loaders), "left_out_files": dict(prepared.splits.left_out)}
     if not is_main():
         return

@@ -5,6 +5,7 @@ epoch a checkpoint also holds what has been drawn and added up since, by every p
 killed at any step and resumed gives the run that was not.
 """
 
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from search_spaces.errors import UserError
 CHECKPOINT = "checkpoint.pt"
 BEFORE = "checkpoint-before.pt"  # the one before it, should that one be torn
 BEST = "best.pt"
+JUDGED = {"error": -1, "top1": 1, "kl": -1}  # what the best epoch has most or least of: the first that is there
 
 
 def save(training: Training, epochs_done: int) -> None:
@@ -91,11 +93,12 @@ def keep_copies(training: Training) -> None:
     """Keep the checkpoint just written under further names: as the best, and among the last epochs.
 
     The best is the epoch (0: the start) whose subnet (of a front their mean; or large network, where that is all there
-    is) has the highest top-1 on the held-out part, the first of equals; without a held-out part there is none.
+    is) has the highest top-1 on the held-out part, or the least of what counts without labels, the first of equals;
+    without a held-out part there is none.
     """
     path, epoch = training.folder / CHECKPOINT, int(training.rows[-1]["epoch"])
     scores = [mean(own) for row in training.rows if (own := held_out_of(row))]
-    if scores and scores[-1] > max(scores[:-1], default=-1.0):
+    if scores and scores[-1] > max(scores[:-1], default=-math.inf):
         copy_atomically(path, training.folder / BEST)
     if training.keep:
         copy_atomically(path, training.folder / f"epoch-{epoch:04d}.pt")
@@ -104,10 +107,13 @@ def keep_copies(training: Training) -> None:
 
 
 def held_out_of(row: Mapping[str, Any]) -> list[float]:
-    """Held-out top-1 of the small networks in a row of log.csv, or of the large one where there is no other."""
-    found = {key: float(row[key]) for key in row if re.fullmatch("held_out_.*_top1", key)}
-    large = [found.pop("held_out_large_top1")] if "held_out_large_top1" in found else []
-    return list(found.values()) or large
+    """What small networks are judged by in a row of log.csv, or the large one where it is alone: more is better."""
+    for column, sign in JUDGED.items():
+        found = {key: sign * float(row[key]) for key in row if re.fullmatch(f"held_out_.*_{column}", key)}
+        large = found.pop(f"held_out_large_{column}", None)
+        if found or large is not None:
+            return list(found.values()) or [large]  # type: ignore[list-item]
+    return []
 
 
 def write_tables(training: Training) -> None:
