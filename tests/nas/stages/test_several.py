@@ -133,7 +133,7 @@ def test_under_a_teacher_losses_add_up_too() -> None:
 
 def test_refusals(fronts: dict[tuple[str, str], Path], world: World, tmp_path: Path) -> None:
     dan, run = fronts["dan", "vit"], tmp_path / "run"
-    with pytest.raises(UserError, match="kernel term is of one network"):
+    with pytest.raises(UserError, match="the kernel term is of the features of one network"):
         run_retrain(retrain(world, fronts["kcr", "vit"], run, train="adjoined"))
     with pytest.raises(UserError, match="--per-step 2 is of the networks of a front"):
         run_retrain(retrain(world, dan / "arch-0.60.json", run, per_step=2))
