@@ -7,6 +7,7 @@ python -m nas.validate --weights results/<run> --knn                            
 """
 
 import argparse
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -219,7 +220,7 @@ def supported(network: Any) -> str:
 
     families = [name for name, family in ADAPTED.items() if family.takes(network)]
     try:
-        shapes = Supernet(network).shapes
+        shapes = Supernet(copy.deepcopy(network)).shapes  # which may get a layer there
     except UserError as error:
         return f"measured only, no space takes it ({error})"
     return f"{len(shapes)} blocks; the spaces {' and '.join(f'{name}-*' for name in families)} take it"
