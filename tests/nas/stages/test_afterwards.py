@@ -55,7 +55,7 @@ def disturbed(cut: Callable[..., Any], by: float) -> Callable[..., Any]:
     return wrong
 
 
-def unmeasured(*arguments: Any) -> Any:
+def unscored(*arguments: Any) -> Any:
     """Scores that cannot be had."""
     return replace(scores_of(*arguments), autocast=failing)
 
@@ -66,7 +66,7 @@ FAULTS: dict[str, tuple[str, Any, str, tuple[str, ...]]] = {  # of nas.stages.re
     "the comparison": ("compared", failing, "comparing compact.safetensors with the subnet", ("summary.json",)),
     "accuracy": (
         "scores_of",
-        unmeasured,
+        unscored,
         "measuring accuracy on the test fifth: CUDA out of memory",
         ("summary.json",),
     ),
@@ -101,7 +101,7 @@ def test_12_a_resume_measures_what_could_not_be_measured(
     quick(monkeypatch)
     config = RetrainConfig(data_dir=pictures, output=tmp_path / "run", **AN)
     with monkeypatch.context() as patch:
-        patch.setattr(nas.stages.retrain, "scores_of", unmeasured)
+        patch.setattr(nas.stages.retrain, "scores_of", unscored)
         with pytest.raises(UserError, match="measuring accuracy"):
             run_retrain(config)
     before = (tmp_path / "run" / "compact.safetensors").read_bytes()
@@ -111,7 +111,7 @@ def test_12_a_resume_measures_what_could_not_be_measured(
     assert "troubles" not in summary and summary["compact"]["top1"] > 0
 
 
-@pytest.mark.parametrize(("name", "put"), [("plot_run", failing), ("scores_of", unmeasured), ("write_json", failing)])
+@pytest.mark.parametrize(("name", "put"), [("plot_run", failing), ("scores_of", unscored), ("write_json", failing)])
 def test_12_what_fails_after_a_search(
     name: str, put: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
