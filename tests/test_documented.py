@@ -212,6 +212,8 @@ class Workshop:
             text = text.replace("DIR", self.latest("supernet.safetensors"))
         if "--arch small" in text and not (self.folder / "small").exists():
             self.cut()
+        if "--arch FRONT" in text and not (self.folder / "FRONT").exists():
+            self.front()
         return text
 
     def with_model(self, text: str) -> str:
@@ -250,6 +252,11 @@ class Workshop:
         path, space = self.folder / f"{name}.safetensors", get_space(name)
         save_file(timm.create_model(space.model, num_classes=num_classes, **space.model_kwargs).state_dict(), path)
         return path
+
+    def front(self) -> None:
+        """The folder of a search for two budgets."""
+        line = "python search.py --space vit-free --data-dir data --searcher random --candidates 2 --front 0.4 0.6"
+        self.run(f"{self.adapted(line)} --output FRONT")
 
     def cut(self) -> None:
         """The folder that the README's library lines leave."""
