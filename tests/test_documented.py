@@ -137,6 +137,15 @@ class Workshop:
         classes = [f"flower{i:02d}" for i in range(FLOWERS)]
         return root if root.exists() else self.pictures("flowers", classes, train=30, val=4)
 
+    def photos(self) -> Path:
+        """The flowers in one folder, of no class."""
+        root = self.data / "photos"
+        if not root.exists():
+            root.mkdir(parents=True)
+            for path in sorted(self.flowers().glob("train/*/*.jpg")):
+                shutil.copy(path, root / f"{path.parent.name}-{path.name}")
+        return root
+
     def weights(self, family: str) -> Path:
         path = self.folder / f"small-{family}.safetensors"
         if not path.exists():
@@ -199,6 +208,7 @@ class Workshop:
             pattern = rf"--data-dir {re.escape(name)}(?= |$)"
             if re.search(pattern, text):
                 text = re.sub(pattern, f"--data-dir {self.imagenet() if imagenet else self.flowers()}", text)
+        text = re.sub("--data-dir /data/photos(?= |$)", lambda _: f"--data-dir {self.photos()}", text)
         for name, space, classes in (("…", "vit-an-nano", 10), ("large.safetensors", "swin-dan-nano", FLOWERS)):
             if f"--checkpoint {name}" in text:
                 text = text.replace(f"--checkpoint {name}", f"--checkpoint {self.nano(space, classes)}")
