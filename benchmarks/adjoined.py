@@ -59,7 +59,7 @@ class Watched(Adjoined):
 
     def measured(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Any]:
         """Losses, and angles in degrees between their gradients on the weights that the small network reads."""
-        p, q = self.supernet(images, self.subnet)
+        p, q = self.supernet(images, self.members.widest)
         expert = self.expert(images, p)
         losses = {
             "ce": cross_entropy(p, target, self.loss.smoothing),

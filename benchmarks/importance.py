@@ -60,7 +60,7 @@ def trained(config: RetrainConfig, epochs: int, test_images: int | None) -> tupl
     if test_images:
         test = shuffled(splits.test, 0)
         splits = replace(splits, test=type(test)(test.source, test.indices[:test_images]))
-    config, prepared = prepare(config, Beginning("importance", space, model, splits, start, device))
+    config, prepared = prepare(config, Beginning("importance", space, model, splits, splits.num_classes, start, device))
     supernet = prepared.supernet
     if epochs:
         fit(make_training(config, Plain(supernet, config.smoothing or 0.0), prepared), False, "large network")

@@ -202,7 +202,7 @@ def steps(
             objective.after_epoch()  # from here on there is a V
     alone = {"plain": plain(backbone, optimizer)}
     if isinstance(retrain := kinds.get("retrain"), Adjoined):
-        compact = cut(backbone, retrain.subnet).train()
+        compact = cut(backbone, retrain.members.widest).train()
         alone["compact"] = plain(compact, torch.optim.AdamW(compact.parameters(), lr=1e-5, fused=True))
     return alone | {kind: of(objective) for kind, objective in kinds.items()}
 

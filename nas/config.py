@@ -66,7 +66,8 @@ class RetrainConfig(StageTwoOptions, Common):
     """Train an architecture adjoined with its backbone, and cut the compact network out."""
 
     arch: Path | None = None
-    """arch.json of a search, or the folder that holds it"""
+    """arch.json of a search, or the folder that holds it; of a search with --front: all of its networks at once, over
+    shared weights (docs/searchers.md)"""
     space: str | None = None
     """instead of --arch: a space that needs no search (with --train plain any space)"""
     alpha: int | None = None
@@ -78,7 +79,8 @@ class RetrainConfig(StageTwoOptions, Common):
     classes is the same"""
     train: str | None = None
     """adjoined: both networks (equation 3.4); plain: the large one alone; distill: the small one under a frozen
-    teacher; by default adjoined, of free widths distill"""
+    teacher; features: the small one after the original one's tokens and output, without labels; by default adjoined, of
+    free widths distill, and features where there are no labels or no classifier"""
     result: Literal["last", "best"] | None = None
     """which epoch's weights are measured and cut: the last, or the best on the held-out part, the start among them; by
     default the last, of free widths the best"""
@@ -92,6 +94,8 @@ class RetrainConfig(StageTwoOptions, Common):
         super().check()
         at_least_one(self, "epochs")
         self.check_adjoined()
+        self.check_members()
+        self.check_tokens()
         if self.result == "best" and self.val_fraction == 0:
             raise UserError("--result best needs a held-out part to choose by; set --val-fraction above 0")
 

@@ -75,7 +75,7 @@ def print_rows(arch: Architecture, rows: Sequence[Row]) -> None:
     stages = " ".join(map(str, arch.stage_widths))
     print(
         f"stage widths {stages}; parameters {arch.params / 1e6:.3f} M of {arch.backbone_params / 1e6:.3f} M;"
-        f" {arch.num_classes} classes"
+        f" {f'{arch.num_classes} classes' if arch.num_classes else 'no classifier, features'}"
     )
 
 

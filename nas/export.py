@@ -115,7 +115,7 @@ def run_export(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{options.run} holds no compact.safetensors; cut the network out by retrain.py first")
     size = arch.input_size
     data = {"dataset": options.dataset, "data_dir": options.data_dir, "batch_size": 8, "workers": 0}
-    real = next(iter(reported_images(opened, device, data)[0]))[0]
+    real = next(iter(reported_images(opened, device, data).images))[0]
     example = torch.randn(2, *size)
     # Speed does not depend on the weights: a large network without any is measured at timm's initial ones.
     supernet = opened.supernet or large_network(arch, "cpu")

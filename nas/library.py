@@ -18,6 +18,7 @@ from nas.networks.basis_file import recorded, save_basis, streams_of
 from nas.networks.compact_file import load_compact, save_compact
 from nas.networks.opening import meta_supernet
 from nas.runs.folder import fits, words_of
+from nas.runs.front import member_folder
 from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
 from search_spaces.architecture import Architecture
@@ -56,9 +57,13 @@ def retrain(arch: str | Path | None = None, **options: Any) -> Path:
     return run_retrain(config_of(RetrainConfig, "retrain", {"arch": arch} | options))
 
 
-def load(folder: str | Path, **options: Any) -> nn.Module:
-    """The compact network of a folder, in eval mode; options and errors are those of load_compact."""
-    return load_compact(Path(folder), **options)
+def load(folder: str | Path, *, budget: float | None = None, **options: Any) -> nn.Module:
+    """The compact network of a folder, in eval mode; options and errors are those of load_compact.
+
+    budget: which one, of the run of a front (docs/searchers.md).
+    """
+    place = Path(folder) if budget is None else member_folder(Path(folder), budget)
+    return load_compact(place, **options)
 
 
 def rewrite(supernet: Supernet, batches: Iterable[Tensor]) -> bases.Basis:

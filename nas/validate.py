@@ -1,11 +1,13 @@
-"""Measure finished networks: top-1, top-5 and images per second, on any data set.
+"""Measure finished networks: top-1, top-5 or likeness to the large one, k-NN, and images per second, on any data set.
 
 python -m nas.validate --weights results/<run>                                                  large, subnet, compact
 python -m nas.validate --weights results/<run>/compact.safetensors --dataset imagenet --data-dir /data/imagenet
 python -m nas.validate --model NAME --checkpoint FILE --data-dir /data/flowers                  any timm network
+python -m nas.validate --weights results/<run> --knn                                            no classifier needed
 """
 
 import argparse
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,25 +20,30 @@ from search_spaces.errors import UserError, reason
 if TYPE_CHECKING:
     import torch
 
-    from nas.data.loader import Loader
     from nas.machine.timing import Network
+    from nas.stages.reported import Reported
 
-DATA = ("dataset", "data_dir", "val_split", "num_classes", "class_map", "batch_size", "workers")
+DATA = ("dataset", "data_dir", "val_split", "num_classes", "class_map", "labels", "batch_size", "workers")
 IMAGES = ("interpolation", "crop_pct", "mean", "std", "exif")
 OF_A_MODEL = ("model_kwargs", "checkpoint")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured. costs: params and gflops of each network. reported: what the images are, in words."""
+    """What is measured. features: the networks as far as their pooled features. costs: params and gflops of each.
+
+    classes: of their classifiers, 0 without. reference: the network that others are like or not, where it is there.
+    """
 
     title: str
     networks: "Mapping[str, Network]"
+    features: "Mapping[str, Network]"
     costs: Mapping[str, dict[str, float]]
-    images: "Loader"
+    reported: "Reported"
+    classes: int
     input_size: tuple[int, int, int]
-    reported: str
-    output: Path | None  # where the numbers go unless --output says
+    reference: str | None = None
+    output: Path | None = None  # where the numbers go unless --output says
     clocked: "Callable[[], dict[str, dict[str, float]]]" = dict  # milliseconds of networks, by a latency table
 
 
@@ -48,7 +55,7 @@ def run_validate(options: argparse.Namespace) -> dict[str, Any]:
     from nas.machine.devices import pick_device
     from nas.machine.files import write_json
     from nas.machine.timing import images_per_second
-    from nas.training.evaluate import print_table, top_k
+    from nas.training.evaluate import print_table
 
     if min(*options.speed_batches, options.batch_size) < 1:
         raise UserError("--batch-size and --speed-batches: expected at least 1")
@@ -59,11 +66,10 @@ def run_validate(options: argparse.Namespace) -> dict[str, Any]:
     autocast: Callable[[], Any] = (
         partial(torch.autocast, device.type, dtype=torch.bfloat16) if options.amp else nullcontext
     )
-    words = f"measuring on {subject.images.num_images:,} images of the {subject.reported}"
-    scores = top_k(subject.networks, subject.images, device, autocast, words)
-    rows: dict[str, dict[str, Any]] = {
-        name: subject.costs[name] | {k: scores[f"{name}_{k}"] for k in ("top1", "top5")} for name in subject.networks
-    }
+    rows: dict[str, dict[str, Any]] = {name: dict(subject.costs[name]) for name in subject.networks}
+    for name, found in scores_of(subject, options.knn, device, autocast).items():
+        rows[name] |= found
+    reported = subject.reported
     for batch in options.speed_batches:
         speeds = images_per_second(subject.networks, subject.input_size, batch, device, autocast)
         for name, speed in speeds.items():
@@ -76,19 +82,47 @@ def run_validate(options: argparse.Namespace) -> dict[str, Any]:
         "checkpoint": None if options.checkpoint is None else str(options.checkpoint),
         "dataset": options.dataset,
         "data_dir": None if options.data_dir is None else str(options.data_dir),
-        "split": subject.reported,
-        "images": subject.images.num_images,
-        "unreadable_images": len(subject.images.corrupt),
+        "split": reported.words,
+        "images": reported.images.num_images,
+        "unreadable_images": len(reported.images.corrupt),
         "precision": "bfloat16" if options.amp else "float32",
         "device": str(device),
         "threads": torch.get_num_threads(),
     }
-    print_table(rows, f"{subject.title}, {subject.reported}")
+    print_table(rows, f"{subject.title}, {reported.words}")
     result = facts | {"networks": rows}
     output = options.output or subject.output
     if output is not None:
         write_json(output, result)
     return result
+
+
+def scores_of(subject: Subject, wanted: bool, device: "torch.device", autocast: Any) -> dict[str, dict[str, float]]:
+    """{network: {column: value}}: accuracies, or likeness to the large network; k-NN where there is no classifier.
+
+    wanted: k-NN in any case.
+    """
+    from nas.training.evaluate import progress, top_k
+    from nas.training.likeness import likeness
+    from nas.training.nearest import knn
+
+    networks, reported, flat = subject.networks, subject.reported, dict[str, float]()
+    images, words = reported.images, f"measuring on {reported.images.num_images:,} images of the {reported.words}"
+    if wanted and not reported.classes:
+        raise UserError("--knn tells classes apart, and these images have no labels; leave it out, or give others")
+    if subject.classes and subject.classes == reported.classes:
+        flat |= top_k(networks, images, device, autocast, words)
+    elif subject.reference is not None and not (wanted and subject.classes):
+        looked = progress(images, words)
+        flat |= likeness(networks, networks[subject.reference], looked, device, autocast, not subject.classes)
+    if wanted or (reported.classes and not subject.classes):
+        bank = reported.bank()
+        seen = progress(bank, f"features of {bank.num_images:,} training images")
+        flat |= knn(subject.features, seen, progress(images, words), device, autocast)
+    if not flat:
+        print("nothing to hold the outputs against: the images have no labels, and the large network is not there")
+    columns = ("top1", "top5", "kl", "agreement", "cosine", "feature_error", "knn")
+    return {name: {k: flat[f"{name}_{k}"] for k in columns if f"{name}_{k}" in flat} for name in networks}
 
 
 def of_a_run(options: argparse.Namespace, device: "torch.device") -> Subject:
@@ -104,16 +138,18 @@ def of_a_run(options: argparse.Namespace, device: "torch.device") -> Subject:
         )
     opened = open_folder(options.weights, device)
     networks = opened.networks()
-    images, reported = reported_images(opened, device, _options(options, *DATA, *IMAGES))
+    reported = reported_images(opened, device, _options(options, *DATA, *IMAGES), any_classes=options.knn)
     small = [name for name in networks if name in ("subnet", "compact")]
     whole = opened.whole if opened.whole in networks and opened.whole != "previous" else None
     return Subject(
         title=f"{opened.arch.space}, {options.weights}",
         networks=networks,
+        features=opened.features(),
         costs={name: opened.costs(name) for name in networks},
-        images=images,
-        input_size=opened.arch.input_size,
         reported=reported,
+        classes=opened.arch.num_classes,
+        input_size=opened.arch.input_size,
+        reference=opened.whole if opened.whole in networks else None,
         output=opened.folder / "validation.json",
         clocked=partial(clocked, opened.arch, opened.compact, small, whole),
     )
@@ -122,12 +158,14 @@ def of_a_run(options: argparse.Namespace, device: "torch.device") -> Subject:
 def of_a_model(options: argparse.Namespace, device: "torch.device") -> Subject:
     """Any timm network with weights of its own: what a search would start from, read as a search reads it."""
     from nas.config import RetrainConfig
-    from nas.data.loader import eval_loader
     from nas.data.loaders import loader_spec, open_data
     from nas.machine.timing import count_macs
-    from nas.networks.backbone import Start, input_size, starting_backbone
+    from nas.networks.backbone import Start, TimmModel, input_size, starting_backbone
+    from nas.networks.classes import classes_held
     from nas.networks.key_values import parse_key_values
     from nas.networks.sources import source_of
+    from nas.runs.opened import features_of
+    from nas.stages.reported import reported_of
 
     model, model_kwargs = options.model, parse_key_values(tuple(options.model_kwargs))
     source = source_of(model)
@@ -142,19 +180,22 @@ def of_a_model(options: argparse.Namespace, device: "torch.device") -> Subject:
     config = RetrainConfig(val_fraction=0.0, **_options(options, *DATA, *IMAGES))
     splits = open_data(config)
     start = Start(checkpoint is None, checkpoint)
-    network, lines, fresh = starting_backbone(model, model_kwargs, splits.num_classes, start, splits.class_names)
+    classes = splits.num_classes if options.num_classes is None else options.num_classes
+    held = classes_held(TimmModel(model, model_kwargs), start) if options.knn or not classes else classes
+    if options.num_classes is None and (not classes or (options.knn and held != classes)):
+        classes = 0 if options.knn else held or 0  # what the weights have; for k-NN none is needed
+    network, lines, fresh = starting_backbone(model, model_kwargs, classes, start, splits.class_names)
     for line in lines:
         print(line)
     weights = checkpoint or "timm's pretrained weights"
     if fresh:
         raise UserError(
-            f"{weights}: no classifier for the {splits.num_classes} classes of this dataset, so there is no accuracy to"
-            " measure; give the data that the network was trained for"
+            f"{weights}: no classifier for the {classes} classes of this dataset, so there is no accuracy to measure;"
+            " give the data that the network was trained for, or --knn, which needs none"
         )
     network = network.to(device).eval()
     size = input_size(network, model_kwargs)
     spec = loader_spec(config, network, size, options.batch_size)
-    images = eval_loader(splits.test, spec, device)
     print(f"{options.model}, {weights}: {supported(network)}")
     print(
         f"images: {size[1]} x {size[2]} px, {spec.interpolation}, centre crop {spec.crop_pct:g},"
@@ -171,11 +212,11 @@ def of_a_model(options: argparse.Namespace, device: "torch.device") -> Subject:
     return Subject(
         title=f"{options.model}, {weights}",
         networks={"network": network},
+        features={"network": features_of(network)},
         costs={"network": costs},
-        images=images,
+        reported=reported_of(splits, spec, device),
+        classes=classes,
         input_size=size,
-        reported=splits.reported,
-        output=None,
     )
 
 
@@ -186,7 +227,7 @@ def supported(network: Any) -> str:
 
     families = [name for name, family in ADAPTED.items() if family.takes(network)]
     try:
-        shapes = Supernet(network).shapes
+        shapes = Supernet(copy.deepcopy(network)).shapes  # which may get a layer there
     except UserError as error:
         return f"measured only, no space takes it ({error})"
     return f"{len(shapes)} blocks; the spaces {' and '.join(f'{name}-*' for name in families)} take it"
@@ -219,7 +260,15 @@ def parser() -> argparse.ArgumentParser:
     add("--dataset", help="default: the run's own; with --data-dir: folder")
     add("--data-dir", type=Path)
     add("--val-split", help="the split to measure on; default: the run's own, validation")
-    add("--num-classes", type=int, help="only where the dataset does not record it")
+    add("--num-classes", type=int, help="only where the dataset does not record it; with --model 0: no classifier")
+    add(
+        "--no-labels",
+        dest="labels",
+        action="store_false",
+        default=None,
+        help="read none: how like the large network the others are (docs/unlabelled.md)",
+    )
+    add("--knn", action="store_true", help="k-NN top-1 too: the training part's features as bank, 20 neighbours")
     add("--class-map", metavar="FILE", help="timm's class map, where the folders' natural order is not the network's")
     add("--batch-size", type=int, default=64)
     add("--workers", type=int)

@@ -145,7 +145,9 @@ def _check_values(path: Path, data: dict[str, Any]) -> None:
 
     if data["width"] not in WIDTHS:
         raise UserError(f"{path}: field 'width' is {data['width']!r}; expected {' or '.join(WIDTHS)}")
-    for name in ("flops", "params", "backbone_flops", "backbone_params", "num_classes"):
+    if data["num_classes"] < 0:
+        raise UserError(f"{path}: field 'num_classes' is {data['num_classes']}; expected 0 (no classifier) or more")
+    for name in ("flops", "params", "backbone_flops", "backbone_params"):
         if data[name] < 1:
             raise UserError(f"{path}: field '{name}' is {data[name]}; expected at least 1")
     if len(data["input_size"]) != 3 or not whole(data["input_size"], 1):

@@ -12,6 +12,7 @@ from search_spaces.errors import UserError
 from search_spaces.slices import BlockShape, BlockSlice
 from supernets.axes import BlockAxes, HeadWidths, Params, layer_of, take_axis
 from supernets.compact_block import CompactBlock
+from supernets.feature_head import FeatureHead, feature_head
 from supernets.flops import BlockCosts, NetworkCosts, StreamCosts, block_costs
 from supernets.rotated import STREAMS
 
@@ -51,9 +52,20 @@ class Adapter(ABC):
         held: Any = getattr(self.backbone, STREAMS, None)
         return {} if held is None else held.rotations
 
+    @property
+    def feature_head(self) -> FeatureHead | None:
+        """The layer in the classifier's place where the network has none: its output are features then."""
+        found = feature_head(self.backbone)
+        return None if found is None else found[1]
+
     def stream_costs(self, costs: NetworkCosts) -> NetworkCosts:
-        """The costs, with what the stages whose stream is rotated cost more when they are cut."""
-        added = {}
+        """The costs, with what the stages whose stream is rotated cost more when they are cut.
+
+        And with what the network itself does without of what its compact networks have: `FeatureHead.added`.
+        """
+        added, head = {}, self.feature_head
+        if head is not None and head.added:
+            costs = replace(costs, spared=(head.weight.numel(), head.weight.numel() + head.bias.numel()))
         for stage in self.streams:
             found = StreamCosts()
             if stage == 0 and self.stem_norm is not None:

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from search_spaces.errors import UserError
+from supernets.adapter import Adapter
 from supernets.axes import qkv_rows
 from supernets.coordinates import compact_parameters, settle_norms
 from supernets.families import adapter_for
+from supernets.feature_head import feature_head, without_feature_head
 from supernets.importance import Orders, check_orders, permute
 from supernets.rotated import STREAMS, StemNorm, StreamNorm, Streams, replace_module
-from supernets.streams import fixed_streams, readings, scalings, stage_is_centred, stream_axes
+from supernets.streams import Reading, fixed_streams, readings, scalings, stage_is_centred, stream_axes
 from supernets.supernet import Supernet
 
 
@@ -114,7 +116,8 @@ def rewrite(supernet: Supernet, basis: Basis, again: bool = False) -> None:
     """Rewrite the backbone, in place. UserError when the basis is another network's.
 
     again: its weights have stood in this basis and were taken back by `timm_state`. Nothing is folded then, so that
-    every slice is what it was: a norm's bias that was trained there is one that slices cut.
+    every slice is what it was: a norm's bias that was trained there is one that slices cut. But for the norm before
+    features, which that has unfolded.
     """
     if supernet.basis is not None:
         raise ValueError("the network stands in a basis already; bases do not add up")
@@ -124,7 +127,9 @@ def rewrite(supernet: Supernet, basis: Basis, again: bool = False) -> None:
     like = next(supernet.backbone.parameters())
     rotations = {stage: q.to(like.device).double() for stage, q in basis.streams.items()}
     if rotations:
-        if not again:
+        if again:
+            _fold_features(supernet, set(rotations))
+        else:
             fold(supernet, set(rotations))
         _rotate(supernet, rotations)
         install(supernet, {stage: q.to(like.dtype) for stage, q in rotations.items()})
@@ -134,6 +139,29 @@ def rewrite(supernet: Supernet, basis: Basis, again: bool = False) -> None:
 @torch.no_grad()
 def timm_state(supernet: Supernet) -> dict[str, Tensor]:
     """The backbone's state dict in timm's own coordinates, as if it had never been rewritten (section 2.7)."""
+    state = _unrotated(supernet)
+    found = feature_head(supernet.backbone)
+    if found is None or not found[1].added:
+        return state
+    return without_feature_head(state, found[0], _norm_before(supernet.adapter, found[0]))
+
+
+def _norm_before(adapter: Adapter, layer: str) -> str | None:
+    """The outer norm through which a layer reads the stream."""
+    return next((norm for norm, readers in adapter.outer_readers.items() if layer in readers), None)
+
+
+def _fold_features(supernet: Supernet, stages: set[int]) -> None:
+    """The norm before the features, where the network has no layer after it, into the one that it was given."""
+    found = feature_head(supernet.backbone)
+    if found is None or not found[1].added:
+        return
+    for reading in readings(supernet.adapter):
+        if reading.stage in stages and f"{found[0]}.weight" in reading.matrices:
+            _fold_norm(dict(supernet.backbone.named_parameters()), reading)
+
+
+def _unrotated(supernet: Supernet) -> dict[str, Tensor]:
     state: dict[str, Tensor] = dict(supernet.backbone.state_dict())
     basis: Basis | None = supernet.basis
     if basis is None:
@@ -203,33 +231,37 @@ def fold(supernet: Supernet, stages: set[int]) -> None:
                 p.copy_(p.double() * (gamma if p.dim() == 1 else gamma[:, None]) / kept)
             params[scaling.gamma].fill_(kept)
     for reading in readings(supernet.adapter):
-        if reading.stage not in stages:
-            continue
-        weight, bias = params[f"{reading.norm}.weight"], params.get(f"{reading.norm}.bias")
-        gain = weight.double()
-        matrices = [params[name] for name in reading.matrices]
-        kept = _ratio(torch.cat([m.double() * gain for m in matrices]), torch.cat([m.detach() for m in matrices]))
-        folded = [m.double() * gain / kept for m in matrices]
-        constants = [] if bias is None else [m.double() @ bias.double() for m in matrices]
-        if bias is not None and reading.folded and all(name in params for name in reading.biases):
-            for name, constant in zip(reading.biases, constants, strict=True):
-                params[name].copy_(params[name].double() + constant)
-            bias.zero_()
-        elif bias is not None:
-            # No place in a bias. But what a LayerNorm gives has no mean, so that the matrix may take anything in the
-            # direction of the mean, and the norm's bias points there: in rotated channels the first, which slices keep.
-            mean = torch.full_like(gain, len(gain) ** -0.5)
-            large = float(torch.linalg.vector_norm(torch.cat(constants)) / torch.linalg.vector_norm(torch.cat(folded)))
-            size = large * len(gain) ** 0.5 or 1.0
-            folded = [
-                m + torch.outer(constant / size - m @ mean, mean) for m, constant in zip(folded, constants, strict=True)
-            ]
-            after = _ratio(torch.cat(folded), torch.cat([m.detach() for m in matrices]))
-            folded, kept = [m / after for m in folded], kept * after
-            bias.copy_(mean * size * after)
-        for matrix, value in zip(matrices, folded, strict=True):
-            matrix.copy_(value)
-        weight.fill_(kept)
+        if reading.stage in stages:
+            _fold_norm(params, reading)
+
+
+def _fold_norm(params: Mapping[str, Tensor], reading: Reading) -> None:
+    """A norm's affine into its readers, as far as they can take it."""
+    weight, bias = params[f"{reading.norm}.weight"], params.get(f"{reading.norm}.bias")
+    gain = weight.double()
+    matrices = [params[name] for name in reading.matrices]
+    kept = _ratio(torch.cat([m.double() * gain for m in matrices]), torch.cat([m.detach() for m in matrices]))
+    folded = [m.double() * gain / kept for m in matrices]
+    constants = [] if bias is None else [m.double() @ bias.double() for m in matrices]
+    if bias is not None and reading.folded and all(name in params for name in reading.biases):
+        for name, constant in zip(reading.biases, constants, strict=True):
+            params[name].copy_(params[name].double() + constant)
+        bias.zero_()
+    elif bias is not None:
+        # No place in a bias. But what a LayerNorm gives has no mean, so that the matrix may take anything in the
+        # direction of the mean, and the norm's bias points there: in rotated channels the first, which slices keep.
+        mean = torch.full_like(gain, len(gain) ** -0.5)
+        large = float(torch.linalg.vector_norm(torch.cat(constants)) / torch.linalg.vector_norm(torch.cat(folded)))
+        size = large * len(gain) ** 0.5 or 1.0
+        folded = [
+            m + torch.outer(constant / size - m @ mean, mean) for m, constant in zip(folded, constants, strict=True)
+        ]
+        after = _ratio(torch.cat(folded), torch.cat([m.detach() for m in matrices]))
+        folded, kept = [m / after for m in folded], kept * after
+        bias.copy_(mean * size * after)
+    for matrix, value in zip(matrices, folded, strict=True):
+        matrix.copy_(value)
+    weight.fill_(kept)
 
 
 def _ratio(a: Tensor, b: Tensor) -> float:

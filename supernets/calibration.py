@@ -4,7 +4,9 @@ The large network runs over the images once; what is kept of them is the second 
 stream as its readers see it, of q, k and the attention's output inside the heads, of heads and neurons where their
 order is by least squares. Where errors of halves are to be compared with each other, also the second moment of the
 gradient at what each half adds, the loss being cross-entropy with labels drawn from the network's own prediction: to
-second order, the divergence of the prediction that an error there makes is half its square in that metric.
+second order, the divergence of the prediction that an error there makes is half its square in that metric. Of a network
+without classifier the loss is <f, e>, f its features and e standard normal: to first order, half the squared error of
+the features is half the square in that metric.
 """
 
 import copy
@@ -121,8 +123,11 @@ class Metric:
                         module = (block.drop_path1, block.drop_path2)[half]
                         hooks.callback(module.register_forward_hook(self._watch((name, half))).remove)
             logits = self.supernet.large(images.detach().requires_grad_())
-            drawn = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=self.generator)
-            nn.functional.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum").backward()
+            if adapter.feature_head is None:
+                drawn = drawn_labels(logits, self.generator)
+                nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+            else:
+                (logits * drawn_directions(logits, self.generator)).sum().backward()
         self.seen += len(images)
         if self.seen <= QK_IMAGES or not self.images:
             self.images.append(images)
@@ -136,11 +141,25 @@ class Metric:
         return hook
 
     def root(self, name: str, half: int) -> Tensor:
-        """(E, E), float64: of what a half adds, the square of the root times it is nats of divergence per image."""
+        """(E, E), float64: of what a half adds, the square of the root times it is nats of divergence per image.
+
+        Without a classifier it is half the squared error of the features.
+        """
         moment = self.moments[name, half]
         tokens = moment.rows / self.seen
         root, _ = _root(moment.value() * (tokens / 2), floor=0.0)
         return root
+
+
+def drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """(B,) labels drawn from a prediction (B, classes); the generator is of the CPU."""
+    drawn = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=generator)
+    return drawn[:, 0].to(logits.device)
+
+
+def drawn_directions(features: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal, as many as the features (B, E); the generator is of the CPU."""
+    return torch.randn(features.shape, generator=generator).to(features)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from supernets.axes import head_widths
 from supernets.compact_block import CompactBlock, SkippedBlock
 from supernets.coordinates import compact_parameters, settle_norms
 from supernets.families import adapter_for
+from supernets.feature_head import feature_head
 
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:
@@ -52,6 +53,9 @@ def shrink(model: nn.Module, subnet: NetworkSlice) -> nn.Module:
     for name, shape, kept in zip(adapter.block_names, adapter.shapes, subnet.blocks, strict=True):
         _shrink_block(adapter, name, shape, kept, subnet.stage_widths[shape.stage])
     adapter.resize(subnet.stage_widths)
+    head = feature_head(model)
+    if head is not None:
+        head[1].added = False
     return model
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from search_spaces.errors import UserError
 from supernets.adapter import Adapter
 from supernets.eva import EvaAdapter
+from supernets.feature_head import with_feature_head
 from supernets.swin import SwinAdapter
 from supernets.t2t import T2TAdapter
 from supernets.t2t_vit import T2TViT
@@ -43,9 +44,13 @@ ADAPTED: dict[str, Adapted] = {
 
 
 def adapter_for(backbone: nn.Module) -> Adapter:
-    """The adapter of a timm model's family; UserError names the family or the feature that is not supported."""
+    """The adapter of a timm model's family; UserError names the family or the feature that is not supported.
+
+    A model without classifier gets a layer in its place (feature_head.py), which changes nothing yet.
+    """
     for family in ADAPTED.values():
         if family.takes(backbone):
+            with_feature_head(backbone)
             return family.adapter(backbone)
     names = dict.fromkeys(name for family in ADAPTED.values() for name in family.names())
     raise UserError(

@@ -153,12 +153,16 @@ class StreamCosts:
 
 @dataclass(frozen=True)
 class NetworkCosts:
-    """All that FLOPs and parameters of a network depend on besides its slices. streams: rotated stages."""
+    """All that FLOPs and parameters of a network depend on besides its slices. streams: rotated stages.
+
+    spared: FLOPs and parameters of layers that compact networks have and the network itself has not.
+    """
 
     blocks: tuple[BlockCosts, ...]
     flops: PerWidth
     params: PerWidth
     streams: Mapping[int, StreamCosts] = field(default_factory=dict)
+    spared: tuple[int, int] = (0, 0)
 
     def outer_flops(self) -> PerWidth:
         """FLOPs outside the blocks, every rotated stage being cut."""

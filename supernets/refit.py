@@ -3,8 +3,8 @@
 Two networks run side by side over images, half by half: the large one, and the subnet with the layers that are refitted
 so far. A layer of the subnet that reads the stream is fitted to what the large network has at its kept units; one that
 writes it to the large network's stream in the kept channels, so that what earlier layers got wrong is corrected; the
-classifier to the logits, and from there to the prediction. Kept of the images are Gram matrices, both streams, and one
-half's units.
+classifier to the logits, and from there to the prediction; of a network without one, the layer in its place to the
+features. Kept of the images are Gram matrices, both streams, and one half's units.
 
 Every fit is of a change D of the weights that the slice has: min |X D^T - R|^2 + ridge |D|^2, R what they leave. Where
 a cut removes nothing R is zero, and so is D.
@@ -341,7 +341,10 @@ class _Refit:
         self.small = [linear(small, layer, x) for x in inputs]
 
     def _classify(self) -> None:
-        """The classifiers, to the large network's logits; from there on to its prediction, if that is nearer."""
+        """The classifiers, to the large network's logits; from there on to its prediction, if that is nearer.
+
+        Of a network without one the layer in its place, to the features.
+        """
         adapter = self.adapter
         features = torch.cat([adapter.pool(self.small_outer, z) for z in self.small])
         targets = torch.cat([adapter.pool(self.large_outer, z) for z in self.large])
@@ -352,7 +355,7 @@ class _Refit:
             moments.add(x, expected - linear(self.small_outer, layer, x))
             weight, added = moments.solve(self.ridge.classifier)
             values = _changed(self.small_outer, matrix, weight, bias, added)
-            if math.isfinite(self.ridge.prediction):
+            if math.isfinite(self.ridge.prediction) and adapter.feature_head is None:
                 moved = towards_prediction(x, expected, values[matrix], values.get(bias), self.ridge.prediction)
                 values |= {name: value for name, value in zip((matrix, bias), moved, strict=True) if value is not None}
             self.values |= values

@@ -29,6 +29,7 @@ class Supernet(nn.Module):
         self.adapter: Adapter = adapter_for(backbone)
         self.shapes: tuple[BlockShape, ...] = self.adapter.shapes
         self.basis: Any = None  # the Basis in which it was rewritten (basis.py, which imports this file)
+        self.sorted: Any = {}  # the Orders in which its units stand without one (importance.py, which does too)
 
     def identity(self) -> NetworkSlice:
         """The backbone itself as a slice."""
@@ -36,11 +37,15 @@ class Supernet(nn.Module):
 
     def flops(self, subnet: NetworkSlice | None = None) -> int:
         """MACs of one image through a subnet, or through the backbone."""
-        return network_flops(self.shapes, self.adapter.costs, subnet or self.identity())
+        if subnet is None:
+            return network_flops(self.shapes, self.adapter.costs, self.identity()) - self.adapter.costs.spared[0]
+        return network_flops(self.shapes, self.adapter.costs, subnet)
 
     def params(self, subnet: NetworkSlice | None = None) -> int:
         """Parameters of a subnet's compact network, or of the backbone."""
-        return network_params(self.shapes, self.adapter.costs, subnet or self.identity())
+        if subnet is None:
+            return network_params(self.shapes, self.adapter.costs, self.identity()) - self.adapter.costs.spared[1]
+        return network_params(self.shapes, self.adapter.costs, subnet)
 
     def large(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> logits (B, classes) of the large network: timm's own forward."""
@@ -55,7 +60,21 @@ class Supernet(nn.Module):
 
     def small_with_features(self, images: Tensor, small: Small, gates: Gates = None) -> tuple[Tensor, Tensor]:
         """As `small`, and the pooled features that enter the classifier, (B, w)."""
-        adapter = self.adapter
+        features, outer, _ = self._features(images, small, gates)
+        return self.adapter.classify(outer, features), features
+
+    def small_with_streams(
+        self, images: Tensor, small: NetworkSlice, after: Sequence[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """As `small`, and its stream after these blocks, (B, N, w) or, in Swin, (B, H, W, w)."""
+        features, outer, streams = self._features(images, small, None, after)
+        return self.adapter.classify(outer, features), streams
+
+    def _features(
+        self, images: Tensor, small: Small, gates: Gates, after: Sequence[int] = ()
+    ) -> tuple[Tensor, dict[str, Tensor], dict[int, Tensor]]:
+        """The pooled features, the outer parameters, and the stream after some blocks."""
+        adapter, streams = self.adapter, {}
         if isinstance(small, NetworkSlice):
             mixtures: Sequence[BlockMixture] = [BlockMixture((Term(kept),)) for kept in small.blocks]
             widths = small.stage_widths
@@ -63,15 +82,21 @@ class Supernet(nn.Module):
             mixtures, widths = small, self.identity().stage_widths
         outer = adapter.outer(widths, gates)
         x, stage = images, -1
-        for block, shape, mixture in zip(adapter.blocks(), self.shapes, mixtures, strict=True):
+        for i, (block, shape, mixture) in enumerate(zip(adapter.blocks(), self.shapes, mixtures, strict=True)):
             if shape.stage != stage:
                 stage = shape.stage
                 x = adapter.enter_stage(stage, outer, x) if stage else adapter.stem(outer, images)
                 if gates is not None:
                     x = x * gates[stage].to(x.dtype)
             x = mixed_block(adapter, block, shape, mixture, x)
-        features = adapter.pool(outer, x)
-        return adapter.classify(outer, features), features
+            if i in after:
+                streams[i] = x
+        return adapter.pool(outer, x), outer, streams
+
+    def stream_order(self, stage: int) -> Sequence[int] | None:
+        """The old places of a stage's channels, where they were sorted and not rotated."""
+        orders = self.sorted if self.basis is None else self.basis.orders
+        return orders.get(f"stream.{stage}")  # type: ignore[no-any-return]
 
     def forward(self, images: Tensor, small: Small | None = None, gates: Gates = None) -> tuple[Tensor, Tensor]:
         """Logits of the large network and of a small one: p and q of equation (3.4)."""

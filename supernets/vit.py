@@ -124,7 +124,7 @@ class VitAdapter(TimmBlockAdapter):
         if backbone.global_pool == "":
             raise refuse(backbone, "a network without pooling", "use global_pool=avg or token")
         if not isinstance(backbone.head, nn.Linear):
-            raise refuse(backbone, "a network without classifier", "use num_classes > 0")
+            raise refuse(backbone, "two heads without classifiers", "use num_classes > 0, or the model of one head")
         if not len(backbone.blocks):
             raise refuse(backbone, "a network without blocks", "use a depth of 1 or more")
         for where in ("norm", "fc_norm", "norm_pre"):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape, BlockSlice, Kept, NetworkSlice, network_slice, prefix_slice
 from supernets.basis import Basis
+from supernets.feature_head import with_feature_head
 from supernets.streams import fixed_streams, stage_is_centred
 from supernets.supernet import Supernet
 from supernets.t2t_vit import T2TViT
@@ -298,5 +299,6 @@ def disturb(model: nn.Module, seed: int, by: float = 0.05) -> None:
 def expected_logits(backbone: nn.Module, net: Supernet, subnet: NetworkSlice, x: Tensor) -> Tensor:
     """The oracle's, in the basis of the network. backbone: timm's own, of any weights."""
     backbone = copy.deepcopy(backbone)
+    with_feature_head(backbone)  # where it has no classifier
     backbone.load_state_dict(net.backbone.state_dict())
     return oracle_logits(backbone, subnet, x, None if net.basis is None else net.basis.streams)

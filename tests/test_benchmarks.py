@@ -182,6 +182,8 @@ def test_a_table_of_latencies_is_held_against_networks(
     rows = list(csv.DictReader((tmp_path / "latency.csv").open(newline="")))
     assert list(rows[0]) == ["network", "gflops", "lines", "grid", "ms"] and len(rows) == 4
     assert (tmp_path / "latency.png").stat().st_size > 5000
-    write_json(tmp_path / "far.json", json.loads((tmp_path / "t.json").read_text().replace(setting.device, "a telephone")))
+    write_json(
+        tmp_path / "far.json", json.loads((tmp_path / "t.json").read_text().replace(setting.device, "a telephone"))
+    )
     with pytest.raises(UserError, match="the table is of a telephone"):
         run("latency", arguments.replace("t.json", "far.json"), monkeypatch, capsys)

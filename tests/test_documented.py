@@ -141,6 +141,15 @@ class Workshop:
         classes = [f"flower{i:02d}" for i in range(FLOWERS)]
         return root if root.exists() else self.pictures("flowers", classes, train=30, val=4)
 
+    def photos(self) -> Path:
+        """The flowers in one folder, of no class."""
+        root = self.data / "photos"
+        if not root.exists():
+            root.mkdir(parents=True)
+            for path in sorted(self.flowers().glob("train/*/*.jpg")):
+                shutil.copy(path, root / f"{path.parent.name}-{path.name}")
+        return root
+
     def weights(self, family: str) -> Path:
         path = self.folder / f"small-{family}.safetensors"
         if not path.exists():
@@ -203,6 +212,7 @@ class Workshop:
             pattern = rf"--data-dir {re.escape(name)}(?= |$)"
             if re.search(pattern, text):
                 text = re.sub(pattern, f"--data-dir {self.imagenet() if imagenet else self.flowers()}", text)
+        text = re.sub("--data-dir /data/photos(?= |$)", lambda _: f"--data-dir {self.photos()}", text)
         for name, space, classes in (("…", "vit-an-nano", 10), ("large.safetensors", "swin-dan-nano", FLOWERS)):
             if f"--checkpoint {name}" in text:
                 text = text.replace(f"--checkpoint {name}", f"--checkpoint {self.nano(space, classes)}")
@@ -216,6 +226,8 @@ class Workshop:
             text = text.replace("DIR", self.latest("supernet.safetensors"))
         if "--arch small" in text and not (self.folder / "small").exists():
             self.cut()
+        if "--arch FRONT" in text and not (self.folder / "FRONT").exists():
+            self.front()
         return text
 
     def with_model(self, text: str) -> str:
@@ -254,6 +266,11 @@ class Workshop:
         path, space = self.folder / f"{name}.safetensors", get_space(name)
         save_file(timm.create_model(space.model, num_classes=num_classes, **space.model_kwargs).state_dict(), path)
         return path
+
+    def front(self) -> None:
+        """The folder of a search for two budgets."""
+        line = "python search.py --space vit-free --data-dir data --searcher random --candidates 2 --front 0.4 0.6"
+        self.run(f"{self.adapted(line)} --output FRONT")
 
     def cut(self) -> None:
         """The folder that the README's library lines leave."""

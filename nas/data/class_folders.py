@@ -7,23 +7,26 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from nas.data.decoding import EIGHT_BITS, depth, opened
 from nas.data.images import Source
-from nas.data.listing import UNNAMED, Listing, few, is_foreign, list_images, natural_order, printable, walk
+from nas.data.listing import UNNAMED, Found, Listing, few, is_foreign, list_images, natural_order, printable, walk
 from nas.data.tars import SUFFIX, Place, members, read_member
 from search_spaces.errors import UserError
 
 LOOKED_INTO = 100  # images of a split, for what is said of their depth
 
 
-def read_split(path: Path, name: str, classes: dict[str, int] | str | None, expected: str) -> Source:
-    """The images of one folder of class folders, or of one tar of them.
+def read_split(
+    path: Path, name: str, classes: dict[str, int] | str | None, expected: str, labels: bool = True
+) -> Source:
+    """The images of one folder of class folders, or of one tar of them; or of a flat one, without labels.
 
     name: the data set's. classes: {class: label} where they are published, or the file of a class map. expected: the
-    layout, for messages. Raises UserError where there are no images, or none of some class, or where their class is
-    not said.
+    layout, for messages. labels: whether class folders are to be any. Raises UserError where there are no images, or
+    none of some class, or where their class is not said.
     """
     try:
         mapped = _class_map(classes, path)
@@ -33,14 +36,20 @@ def read_split(path: Path, name: str, classes: dict[str, int] | str | None, expe
     except Exception as error:  # a folder that cannot be listed, a damaged tar, no class map: each raises its own
         raise UserError(f"{path}: {one_line(error)}; {expected}") from error
     found = [listing.class_of(image) for image in listing.images]
-    if outside := found.count(""):
-        raise UserError(f"{path}: {outside} images lie outside of any class folder; expected {path}/<class>/*.JPEG")
+    outside = found.count("")
+    if listing.images and (not labels or (outside == len(found) and classes is None)):
+        return _unlabelled(path, listing)
+    if outside:
+        raise UserError(
+            f"{path}: {outside} images lie outside of any class folder; expected {path}/<class>/*.JPEG, or --no-labels,"
+            " which takes all of them"
+        )
     class_to_idx = mapped or {n: label for label, n in enumerate(natural_order(set(found)))}
-    images, labels = [], []
+    images, numbers = [], []
     for image, class_name in zip(listing.images, found, strict=True):
         if class_name in class_to_idx:
             images.append(image)
-            labels.append(class_to_idx[class_name])
+            numbers.append(class_to_idx[class_name])
         elif isinstance(classes, str):
             listing.left_out.add(UNNAMED, image.path)
     if not images:
@@ -48,16 +57,34 @@ def read_split(path: Path, name: str, classes: dict[str, int] | str | None, expe
         raise UserError(f"{path}: found 0 images{f', but {words}' if words else ''}; {expected}")
     if absent := _without_images(path, listing, classes, set(found)):
         raise UserError(f"{path}: no images in {len(absent)} classes of {name}: {few(absent, 100)}; {expected}")
+    return _source(path, listing, images, np.array(numbers, dtype=np.int64), names_by_label(class_to_idx), True)
+
+
+def _unlabelled(path: Path, listing: Listing) -> Source:
+    """All images, wherever they lie."""
+    return _source(path, listing, listing.images, np.zeros(len(listing.images), dtype=np.int64), None, False)
+
+
+def _source(
+    path: Path,
+    listing: Listing,
+    images: Sequence[Found],
+    labels: NDArray[np.int64],
+    names: tuple[str, ...] | None,
+    labelled: bool,
+) -> Source:
     paths = [image.path for image in images]
     in_tar = partial(_read_member, path, [image.place for image in images])
     source = Source(
         in_tar if path.is_file() else partial(_read_file, path, paths),
         partial(_name, path, paths),
-        np.array(labels, dtype=np.int64),
-        names_by_label(class_to_idx),
+        labels,
+        names,
         left_out=listing.left_out.counts(),
+        labelled=labelled,
     )
-    lines = (*_layout_said(listing), *_depths_said(paths, source), *_left_out_said(listing))
+    layout = _layout_said(listing) if labelled else ()
+    lines = (*layout, *_depths_said(paths, source), *_left_out_said(listing))
     return replace(source, remarks=tuple(f"{path}: {line}" for line in lines))
 
 

@@ -8,6 +8,7 @@
 | cifar10, cifar100 | torchvision's python files under data_dir | their test files |
 | folder, or nothing | folders train and val, or train.tar and val.tar, of class folders | val |
 | folder, or nothing | one folder of class folders, or one tar of them | a fixed fifth |
+| folder, or nothing | the same of images that lie in no class folder: without labels | val, or a fixed fifth |
 | torch/…, hfds/… | timm's random-access schemes | test_split |
 | hfids/…, tfds/…, wds/… | timm's streams, of which nothing can be held out | test_split |
 
@@ -55,12 +56,14 @@ class DataSpec:
     class_map: str = ""  # timm's: a text file of one class per line, or a pickled {name: label}
     num_classes: int | None = None  # needed only where the dataset does not record it
     download: bool = False
+    labels: bool = True  # whether they may be read
 
 
 @dataclass(frozen=True)
 class Splits:
     """Images to train on, to decide by (None iff val_fraction is 0) and to report on.
 
+    num_classes: that the labels are of; 0: there are no labels, or none that may be read, and theirs mean nothing.
     A stream is timm's IterableImageDataset; everything else is `Images`. reported: what the test images are, in
     words: "validation split", or "test fifth" where the dataset has no such split of its own.
     """
@@ -95,6 +98,8 @@ def open_splits(spec: DataSpec) -> Splits:
         train, test = (Images(_open_scheme(spec, name, which)) for which in (spec.train_split, split))
         if name in TORCH_FOLDERS and train.name(0) == test.name(0):
             raise UserError(f"{name}: no {spec.train_split} and {spec.test_split} folders in {spec.data_dir}")
+    if not spec.labels:
+        train, test = (Images(part.source.unlabelled(), part.indices) for part in (train, test))
     reported = reported_words(split)
     num_classes, names = _common_classes(spec, train, test, reported)
     val: Images | None = None
@@ -107,7 +112,7 @@ def open_splits(spec: DataSpec) -> Splits:
 def _open_folders(spec: DataSpec, name: str) -> tuple[Images, Images, str | None]:
     root = Path(_root(spec) or "")
     try:
-        return open_folders(name, root, spec.train_split, spec.test_split, spec.class_map, TEST_FRACTION)
+        return open_folders(name, root, spec.train_split, spec.test_split, spec.class_map, TEST_FRACTION, spec.labels)
     except OSError as error:  # no permission, a name that is too long
         raise UserError(f"--data-dir {root}: {one_line(error)}; expected {layout(name, root)}") from error
 
@@ -154,6 +159,8 @@ def _checked_name(spec: DataSpec) -> tuple[str, str]:
         )
     if name == "digits" and spec.data_dir:
         raise UserError(f"digits is built in and reads no --data-dir, got {spec.data_dir}; which --dataset is it?")
+    if spec.class_map and not spec.labels:
+        raise UserError(f"--class-map {spec.class_map} says which labels there are, --no-labels reads none; drop one")
     if spec.class_map and (name in ("digits", "imagenet", "imagenet100") or scheme == "torch"):
         raise UserError(f"--class-map: the classes of {spec.dataset} are fixed; use it with --dataset folder")
     if spec.download and scheme in ("", "wds"):
@@ -163,6 +170,9 @@ def _checked_name(spec: DataSpec) -> tuple[str, str]:
 
 def _common_classes(spec: DataSpec, train: Images, test: Images, reported: str) -> tuple[int, tuple[str, ...] | None]:
     """(num_classes, class names in label order) of both. Raises UserError where they differ."""
+    if train.source.labelled != test.source.labelled:
+        have, lack = ("training images", reported) if train.source.labelled else (reported, "training images")
+        raise UserError(f"{spec.dataset}: the {have} have class folders, the {lack} none; --no-labels reads none")
     names, test_names = train.source.class_names, test.source.class_names
     if names != test_names:
         raise UserError(
@@ -173,6 +183,8 @@ def _common_classes(spec: DataSpec, train: Images, test: Images, reported: str) 
         raise UserError(
             f"{spec.dataset}: {len(train)} training images, {len(test)} in the {reported}; both must have some"
         )
+    if not train.source.labelled:
+        return 0, None
     labels = np.concatenate([train.labels, test.labels])
     num_classes = len(names) if names else spec.num_classes or int(labels.max()) + 1
     if spec.num_classes not in (None, num_classes):
@@ -322,6 +334,8 @@ def _open_streams(spec: DataSpec, name: str) -> Splits:
     test = _create(spec, name, spec.test_split, input_img_mode=mode)
     class_to_idx: dict[str, int] = train.reader.class_to_idx
     num_classes = spec.num_classes or (max(class_to_idx.values()) + 1 if class_to_idx else 0)
+    if not spec.labels:
+        return Splits(train, None, test, 0, None, reported_words(spec.test_split))
     if not num_classes:
         raise UserError(f"--dataset {name} does not record its classes; pass --num-classes or --class-map")
     return Splits(train, None, test, num_classes, names_by_label(class_to_idx), reported_words(spec.test_split))

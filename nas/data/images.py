@@ -3,7 +3,7 @@
 import struct
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,10 +31,15 @@ class Source:
 
     read: Callable[[int], Image.Image]  # opens one image, of any mode; raises UNREADABLE
     name: Callable[[int], str]  # the file's name, for messages
-    labels: NDArray[np.int64]  # (n,)
+    labels: NDArray[np.int64]  # (n,); all 0 where there are none
     class_names: tuple[str, ...] | None  # in label order
     remarks: tuple[str, ...] = ()  # what a user is to be told of the files, a line each
     left_out: Mapping[str, int] = field(default_factory=dict)  # {kind of file: how many} that lie beside the images
+    labelled: bool = True
+
+    def unlabelled(self) -> "Source":
+        """The same images, whose labels are not to be read."""
+        return replace(self, labels=np.zeros_like(self.labels), class_names=None, labelled=False)
 
 
 class Images:

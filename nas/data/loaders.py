@@ -34,8 +34,9 @@ def open_data(options: DataOptions) -> Splits:
             train_split=options.train_split,
             test_split=options.val_split,
             class_map=options.class_map,
-            num_classes=options.num_classes,
+            num_classes=(options.num_classes or None) if options.labels else None,
             download=options.download,
+            labels=options.labels,
         )
     )
     for line in splits.remarks:
@@ -138,7 +139,7 @@ def make_loaders(
     as_evaluated = replace(spec, batch_size=CALIBRATION_BATCH)
     shard: dict[str, Any] = {"spec": spec, "device": device, "rank": rank(), "world_size": world_size()}
     mixup = mixup_fn(
-        splits.num_classes,
+        max(splits.num_classes, 1),
         options.mixup or 0.0,
         options.cutmix or 0.0,
         options.cutmix_minmax,
@@ -176,7 +177,8 @@ def data_line(options: DataOptions, splits: Splits, loaders: Loaders, trains: bo
     what = "decides on" if trains else "measures on"
     words += [] if loaders.val is None else [f"{what} {loaders.val.num_images:,} {loaders.held_out}"]
     words += [f"reports on the {loaders.reported} ({loaders.test.num_images:,} images)"]
-    return f"{options.dataset_name()}, {splits.num_classes} classes: {', '.join(words)}"
+    labels = f"{splits.num_classes} classes" if splits.num_classes else "without labels"
+    return f"{options.dataset_name()}, {labels}: {', '.join(words)}"
 
 
 def report_unreadable(loaders: Loaders) -> int:

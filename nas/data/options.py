@@ -20,7 +20,10 @@ class DataOptions:
     val_split: str = "validation"
     """the split that results are reported on (timm's name for it), once and at the end; it decides nothing"""
     num_classes: int | None = None
-    """only where the dataset does not record it"""
+    """only where the dataset does not record it. 0: no classifier, the network's pooled features are its output"""
+    labels: bool = True
+    """read the images' labels; by --no-labels they are images alone, as in a folder without class folders
+    (docs/unlabelled.md)"""
     val_fraction: float = 0.1
     """share of the training images held out of training; every decision is taken on it, none on --val-split"""
     class_map: str = ""
@@ -92,8 +95,8 @@ class DataOptions:
 
     def check_data(self) -> None:
         """Refuse values that no run can use."""
-        at_least_one(self, "recount", "num_classes")
-        not_negative(self, "aug_repeats", "mixup", "cutmix")
+        at_least_one(self, "recount")
+        not_negative(self, "aug_repeats", "mixup", "cutmix", "num_classes")
         share(self, "val_fraction", "reprob")
         probability(self, "hflip", "vflip", "mixup_prob", "mixup_switch_prob")
         positive(self, "crop_pct")

@@ -37,9 +37,6 @@ class FreeTraining(MethodTraining):
                 "--score error needs units in a basis, ordered by --importance error; leave both out, or take"
                 " --score taylor"
             )
-        if not options.labels and options.decide in ("top1", "loss"):
-            counts = "counts hits" if options.decide == "top1" else "reads labels"
-            raise UserError(f"--decide {options.decide} {counts}, --no-labels has none; take --decide kl")
 
     def settings(self, options: SearchOptions, space: Space) -> Settings:
         step = 8 if options.granularity is None else options.granularity

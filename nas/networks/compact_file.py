@@ -19,6 +19,7 @@ from nas.networks.weights import load_weights, save_weights
 from search_spaces.architecture import Architecture, load_architecture, save_architecture
 from search_spaces.errors import UserError
 from supernets.basis import install_stages
+from supernets.feature_head import FeatureHead
 from supernets.supernet import Supernet
 
 WEIGHTS = "compact.safetensors"
@@ -62,7 +63,8 @@ def load_compact(
     """The compact network of a folder that holds arch.json and compact.safetensors, in eval mode.
 
     pretrained False: timm's initial weights. num_classes: another number than it was trained with takes a new
-    classifier, 0 takes none. model_kwargs: arguments of the timm model that replace the architecture's, such as
+    classifier, 0 takes none; of a network without one that is what it was cut to give: as many features as before the
+    cut. model_kwargs: arguments of the timm model that replace the architecture's, such as
     img_size (position embeddings and tables are resized as timm does) or drop_path_rate.
     Raises UserError when a file is missing, truncated or does not belong to the other.
     """
@@ -71,7 +73,7 @@ def load_compact(
     classes = [t.shape[0] for name, t in weights.items() if name in ("head.weight", "head.fc.weight")]
     if pretrained and not classes:
         raise UserError(f"{folder / WEIGHTS} holds no classifier (head.weight or head.fc.weight)")
-    trained_with = classes[0] if classes else arch.num_classes
+    trained_with = classes[0] if classes and arch.num_classes else arch.num_classes
     compact: Any = build_compact(arch, num_classes or trained_with, model_kwargs)
     if pretrained:
         if "img_size" in model_kwargs:
@@ -86,7 +88,7 @@ def load_compact(
             raise UserError(
                 f"{folder / WEIGHTS} does not belong to {folder / 'arch.json'}: {' '.join(lines[1:3])}"
             ) from None
-    if num_classes == 0:
+    if num_classes == 0 and trained_with:
         compact.reset_classifier(0)
     if (folder / TIMM_CONFIG).is_file():
         saved = json.loads((folder / TIMM_CONFIG).read_text())["pretrained_cfg"]
@@ -126,7 +128,7 @@ def described(compact: nn.Module, arch: Architecture) -> Architecture:
             "the network has no linear classifier, and arch.json says of how many classes; give it one by"
             " reset_classifier(num_classes), or keep its state_dict() yourself"
         )
-    num_classes = classifiers[0].out_features
+    num_classes = 0 if isinstance(classifiers[0], FeatureHead) else classifiers[0].out_features
     if num_classes != arch.num_classes:
         arch = with_classes(arch, num_classes)
     with torch.device("meta"):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nas.objectives.members import Members, added
 from nas.objectives.options import StageTwoOptions
 from nas.objectives.teacher import Teacher
 from nas.training.losses import adjoined_weight, cross_entropy, kl_divergence
@@ -56,15 +57,18 @@ class Loss:
 
     def terms(self, p: Tensor, q: Tensor, expert: Tensor, target: Tensor, t: float) -> dict[str, Tensor]:
         """CE(p) + lambda(t) KL(expert || q) + small_ce CE(q), of logits (B, classes); expert: p unless another."""
-        kl = kl_divergence(expert, q, self.detach_teacher)
-        found = {"ce": cross_entropy(p, target, self.smoothing), "kl": self.lam(t) * kl}
+        return {"ce": cross_entropy(p, target, self.smoothing)} | self.of_small(q, expert, target, t)
+
+    def of_small(self, q: Tensor, expert: Tensor, target: Tensor, t: float) -> dict[str, Tensor]:
+        """The terms that a small network brings."""
+        found = {"kl": self.lam(t) * kl_divergence(expert, q, self.detach_teacher)}
         if self.small_ce:
             found["ce_small"] = self.small_ce * cross_entropy(q, target, self.smoothing)
         return found
 
 
 class Adjoined(Objective):
-    """L = CE(p) + lambda(t) KL(p || q) on a fixed subnet.
+    """L = CE(p) + lambda(t) KL(p || q) on a fixed subnet; of a front the sum of what those of a step bring.
 
     teacher: a frozen one in p's place in the KL term; averaged: the average of the large network's weights there.
     """
@@ -72,25 +76,26 @@ class Adjoined(Objective):
     def __init__(
         self,
         supernet: Supernet,
-        subnet: NetworkSlice,
+        subnet: NetworkSlice | Members,
         loss: Loss | None = None,
         teacher: Teacher | None = None,
         averaged: bool = False,
     ) -> None:
         super().__init__(supernet)
-        self.subnet, self.loss, self.teacher = subnet, loss or Loss(), teacher
+        self.members, self.loss, self.teacher = Members.of(subnet), loss or Loss(), teacher
         self.average: Any = average_of(supernet) if averaged else None
 
     @classmethod
-    def of(
-        cls, options: StageTwoOptions, supernet: Supernet, subnet: NetworkSlice, teacher: Teacher | None
-    ) -> "Adjoined":
+    def of(cls, options: StageTwoOptions, supernet: Supernet, members: Members, teacher: Teacher | None) -> "Adjoined":
         """As the options ask for it."""
-        return cls(supernet, subnet, Loss.of(options), teacher, options.adjoined_teacher == "ema")
+        return cls(supernet, members, Loss.of(options), teacher, options.adjoined_teacher == "ema")
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
-        p, q = self.supernet(images, self.subnet)
-        return self.loss.terms(p, q, self.expert(images, p), target, step.t)
+        p = self.supernet.large(images)
+        own = {"ce": cross_entropy(p, target, self.loss.smoothing)}
+        small = [self.supernet.small(images, subnet) for subnet in self.members.at(step.number)]
+        expert = self.expert(images, p)
+        return own | added([self.loss.of_small(q, expert, target, step.t) for q in small])
 
     def expert(self, images: Tensor, p: Tensor) -> Tensor:
         """The logits that the small network is to match; p: those of the large one as it is."""
@@ -114,10 +119,10 @@ class Adjoined(Objective):
 
     def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:
         teacher = {} if self.teacher is None else {"teacher": self.teacher}
-        return teacher | {"large": self.supernet.large, "subnet": lambda x: self.supernet.small(x, self.subnet)}
+        return teacher | {"large": self.supernet.large} | self.members.networks(self.supernet)
 
     def log(self, step: Step) -> dict[str, float]:
-        return {"lam": self.loss.lam(step.t), "selected_gflops": self.supernet.flops(self.subnet) / 1e9}
+        return {"lam": self.loss.lam(step.t)} | self.members.log(self.supernet)
 
 
 def average_of(supernet: Supernet) -> Any:

@@ -5,8 +5,10 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from nas.objectives.members import Members, added
 from nas.objectives.options import StageTwoOptions
 from nas.objectives.teacher import Teacher
+from nas.objectives.tokens import Tokens
 from nas.training.losses import cross_entropy
 from nas.training.objective import Objective, Step
 from search_spaces.slices import NetworkSlice
@@ -14,12 +16,16 @@ from supernets.supernet import Supernet
 
 
 class Distilled(Objective):
-    """L = (1 - w) CE(q) + w D(teacher, q): the small network alone, under a frozen teacher."""
+    """L = (1 - w) CE(q) + w D(teacher, q): the small network alone, under a frozen teacher.
+
+    Of a front: those of a step, the sum of their losses over weights that they share. tokens: those of the original
+    network, whose error is added, times a weight; of one small network.
+    """
 
     def __init__(
         self,
         supernet: Supernet,
-        subnet: NetworkSlice,
+        subnet: NetworkSlice | Members,
         teacher: Teacher,
         *,
         hard: bool = False,
@@ -27,42 +33,62 @@ class Distilled(Objective):
         temperature: float = 1.0,
         smoothing: float = 0.0,
         over_classes: bool = False,
+        tokens: tuple[float, Tokens] | None = None,
     ) -> None:
         super().__init__(supernet)
-        self.subnet, self.smoothing, self.over_classes = subnet, smoothing, over_classes
+        self.members, self.smoothing, self.over_classes, self.tokens = (
+            Members.of(subnet),
+            smoothing,
+            over_classes,
+            tokens,
+        )
         self.teacher, self.hard, self.weight, self.temperature = teacher, hard, weight, temperature
 
     @classmethod
-    def of(
-        cls, options: StageTwoOptions, supernet: Supernet, subnet: NetworkSlice, teacher: Teacher | None
-    ) -> "Distilled":
+    def of(cls, options: StageTwoOptions, supernet: Supernet, members: Members, teacher: Teacher | None) -> "Distilled":
         """As the options ask for it."""
         assert teacher is not None
+        matched = None
+        if options.distill_features:
+            only = members.only("--distill-features matches tokens")
+            matched = Tokens(supernet, only, teacher, options.distill_blocks)
         return cls(
             supernet,
-            subnet,
+            members,
             teacher,
             hard=options.distill == "hard",
             weight=options.teacher_share(),
             temperature=options.distill_temperature,
             smoothing=options.smoothing or 0.0,
             over_classes=options.over_classes(),
+            tokens=None if matched is None else (options.distill_features or 0.0, matched),
         )
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
-        expert, q = self.teacher(images), self.supernet.small(images, self.subnet)
+        if self.tokens is not None:
+            weight, tokens = self.tokens
+            expert = tokens.expected(images)
+            q, streams = self.supernet.small_with_streams(images, self.members.widest, tokens.after)
+            return self.terms(expert, q, target) | {"tokens": weight * tokens.error(self.supernet, streams)}
+        expert = self.teacher(images)
+        small = [self.supernet.small(images, subnet) for subnet in self.members.at(step.number)]
+        return added([self.terms(expert, q, target) for q in small])
+
+    def terms(self, expert: Tensor, q: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Those of one small network. expert, q: logits (B, classes)."""
         terms = distilled_terms(expert, q, target, self.hard, self.weight, self.temperature, self.smoothing)
         return per_class(terms, q) if self.over_classes and not self.hard else terms
 
     @property
     def may_leave_weights_unused(self) -> bool:
-        return not all(block.attn and block.mlp for block in self.subnet.blocks)
+        several = len(self.members.subnets) > 1
+        return several or not all(block.attn and block.mlp for block in self.members.widest.blocks)
 
     def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {"teacher": self.teacher, "subnet": lambda x: self.supernet.small(x, self.subnet)}
+        return {"teacher": self.teacher} | self.members.networks(self.supernet)
 
     def log(self, step: Step) -> dict[str, float]:
-        return {"selected_gflops": self.supernet.flops(self.subnet) / 1e9}
+        return self.members.log(self.supernet)
 
 
 def distilled_terms(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.objectives.adjoined import Adjoined, Loss
+from nas.objectives.members import Members
 from nas.objectives.options import KernelOptions, StageTwoOptions
 from nas.objectives.spectrum import EpochKernel, SecondMoment, separable_tnn
 from nas.objectives.teacher import Teacher
@@ -102,12 +103,12 @@ class KernelAdjoined(Adjoined):
 
     @classmethod
     def of(
-        cls, options: StageTwoOptions, supernet: Supernet, subnet: NetworkSlice, teacher: Teacher | None
+        cls, options: StageTwoOptions, supernet: Supernet, members: Members, teacher: Teacher | None
     ) -> "KernelAdjoined":
-        """As the options ask for it."""
+        """As the options ask for it. UserError for a front: the term is of one network's features."""
         return cls(
             supernet,
-            subnet,
+            members.only("the kernel term is of the features"),
             kernel=kernel_term(options),
             adjoined=not options.alone(),
             loss=Loss.of(options),
@@ -116,7 +117,7 @@ class KernelAdjoined(Adjoined):
         )
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
-        q, features = self.supernet.small_with_features(images, self.subnet)
+        q, features = self.supernet.small_with_features(images, self.members.widest)
         if self.adjoined:
             p = self.supernet.large(images)
             terms = self.loss.terms(p, q, self.expert(images, p), target, step.t)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from nas.machine.ranges import flag, not_negative, share
+from nas.machine.ranges import at_least_one, flag, not_negative, share
 from nas.networks.options import KeyValues
 from search_spaces.errors import UserError
 
@@ -134,10 +134,44 @@ class AdjoinedOptions:
 
 
 @dataclass(frozen=True)
+class TokenOptions:
+    """The small network's tokens after those of the original one (section 2.14)."""
+
+    distill_features: float | None = None
+    """weight of matching the original network's tokens in the channels that are kept: of --train features (1), of
+    --train distill (0)"""
+    distill_blocks: tuple[int, ...] = ()
+    """blocks, counted from 0, after which tokens are matched besides the last one"""
+
+    def check_tokens(self) -> None:
+        """Refuse values that no run can use."""
+        not_negative(self, "distill_features")
+        if any(block < 0 for block in self.distill_blocks):
+            raise UserError(f"--distill-blocks {min(self.distill_blocks)}; blocks are counted from 0")
+
+    def tokens_flag(self) -> str | None:
+        """The first of these options that was given, as it is typed."""
+        given = [field.name for field in fields(TokenOptions) if getattr(self, field.name) not in (None, ())]
+        return flag(given[0]) if given else None
+
+
+@dataclass(frozen=True)
 class LossOptions(KernelOptions, TeacherOptions, ObjectiveOptions):
     """All that an objective of either stage reads."""
 
 
 @dataclass(frozen=True)
-class StageTwoOptions(AdjoinedOptions, LossOptions):
+class MembersOptions:
+    """Several small networks over one set of weights."""
+
+    per_step: int | None = None
+    """of the networks of a front: so many take part in a step, in turn, beside the large one (2)"""
+
+    def check_members(self) -> None:
+        """Refuse a step of none."""
+        at_least_one(self, "per_step")
+
+
+@dataclass(frozen=True)
+class StageTwoOptions(MembersOptions, TokenOptions, AdjoinedOptions, LossOptions):
     """All that an objective of stage 2 reads."""

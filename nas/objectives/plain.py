@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from nas.objectives.members import Members
 from nas.objectives.options import StageTwoOptions
 from nas.objectives.teacher import Teacher
 from nas.training.losses import cross_entropy
 from nas.training.objective import Objective, Step
-from search_spaces.slices import NetworkSlice
 from supernets.supernet import Supernet
 
 
@@ -20,7 +20,7 @@ class Plain(Objective):
         self.smoothing = smoothing
 
     @classmethod
-    def of(cls, options: StageTwoOptions, supernet: Supernet, subnet: NetworkSlice, teacher: Teacher | None) -> "Plain":
+    def of(cls, options: StageTwoOptions, supernet: Supernet, members: Members, teacher: Teacher | None) -> "Plain":
         """As the options ask for it."""
         return cls(supernet, options.smoothing or 0.0)
 

@@ -45,7 +45,7 @@ def make_teacher(options: TeacherOptions, prepared: Prepared, base: Start, asked
     Raises UserError when the teacher was never trained for the dataset's classes, or cannot read its images.
     """
     mean, std = own_mean, own_std = prepared.loaders.stats()
-    model, splits, start = prepared.model, prepared.splits, prepared.start
+    model, classes, start = prepared.model, prepared.num_classes, prepared.start
     named = options.teacher is not None or options.teacher_checkpoint is not None
     cut = None if named else model.cut
     own_name = model.name if cut is None else f"compact network of {model.name}"
@@ -60,7 +60,7 @@ def make_teacher(options: TeacherOptions, prepared: Prepared, base: Start, asked
             base = Start(options.teacher_checkpoint is None, options.teacher_checkpoint, start.seed)
         model_name = options.teacher or model.name
         network, lines, fresh = starting_backbone(
-            model_name, arguments, splits.num_classes, base, splits.class_names, cut=cut
+            model_name, arguments, classes, base, prepared.splits.class_names, cut=cut
         )
         print("\n".join(f"teacher: {line}" for line in lines), end="\n" if lines else "")
         cfg = getattr(network, "pretrained_cfg", {}) if options.teacher is not None else {}
@@ -68,7 +68,7 @@ def make_teacher(options: TeacherOptions, prepared: Prepared, base: Start, asked
             own_mean, own_std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
     if fresh:
         raise UserError(
-            f"{asked}: {name} was not trained for the dataset's {splits.num_classes} classes;"
+            f"{asked}: {name} was not trained for the dataset's {classes} classes;"
             " give --teacher-checkpoint one that was"
         )
     device, size = prepared.device, prepared.supernet.adapter.input_size
@@ -82,5 +82,7 @@ def make_teacher(options: TeacherOptions, prepared: Prepared, base: Start, asked
             f" give --teacher-kwargs img_size={size[1]}, or another --teacher"
         ) from None
     params = sum(p.numel() for p in network.parameters())
+    if not named:
+        params, macs = prepared.supernet.params(), prepared.supernet.flops()
     print(f"teacher: {name}, {params / 1e6:.3f} M, {macs / 1e9:.4g} GFLOPs (MACs)")
     return Teacher(name, network, params, macs, scale, shift, named)

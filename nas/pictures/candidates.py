@@ -15,6 +15,7 @@ MEASURED = {
     "kl": "KL(large ‖ cut) (nats per image)",
     "top1": "missed by top-1 (%)",
     "loss": "cross-entropy (nats per image)",
+    "features": "error of the features (share of their variance)",
 }
 ORIGINS = ("importance", "random", "crossover", "mutation")  # of a candidate of evolution
 WIDE = 2.0  # a ratio of values above which an axis is logarithmic

@@ -7,6 +7,7 @@ on the Agg canvas, with no global state and no window.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ TERMS = {
     "ce_small": "cross-entropy, small",
     "tnn": "truncated nuclear norm",
     "distill": "distillation",
+    "tokens": "error of tokens",
+    "features": "error of features",
 }
 SCHEDULES = {
     "temperature τ": ("tau",),
@@ -210,7 +213,7 @@ def curves_figure(
     moving = "expected_gflops" in names or ("selected_gflops" in names and log["selected_gflops"].nunique() > 1)
     panels = {
         "loss": any(c == "loss" or c.startswith("loss_") for c in names),
-        "accuracy": any(c.startswith(("held_out_large_top", "held_out_subnet_top")) for c in names),
+        "accuracy": any(c.startswith("held_out_") and "_top" in c for c in names),
         "cost": moving,
         "complexity": "kc_normalised" in names,
         "schedules": any(c in names for columns in SCHEDULES.values() for c in columns),
@@ -281,7 +284,9 @@ def _losses(axes: Axes, log: pd.DataFrame) -> None:
 
 
 def _accuracies(axes: Axes, log: pd.DataFrame, held_out: str) -> None:
-    for i, who in enumerate(("large", "subnet")):
+    found = (re.fullmatch("held_out_(.*)_top1", str(column)) for column in log.columns)
+    small = [match[1] for match in found if match and match[1] not in ("large", "subnet")]  # of a front
+    for i, who in enumerate(("large", "subnet", *small)):
         for top, light in (("top1", 1.0), ("top5", 0.55)):
             column = f"held_out_{who}_{top}"
             if column in log:

@@ -15,11 +15,14 @@ WIDE = 2.0  # a ratio of values above which an axis is logarithmic
 SCORES = {"held_out_top1": "held-out training images", "top1": "reported split"}
 
 
-def front_figure(front: pd.DataFrame, candidates: pd.DataFrame | None, title: str) -> Figure | None:
+def front_figure(
+    front: pd.DataFrame, candidates: pd.DataFrame | None, title: str, trained: bool = False
+) -> Figure | None:
     """What was measured against price, candidates in grey, and the accuracy of the front's networks as they are cut.
 
     front: front.csv as a frame, columns price (a share of the backbone's), value, top1, held_out_top1, some of which
-    may be missing. candidates: candidates.csv, columns price, value, measured. None without a value.
+    may be missing. candidates: candidates.csv, columns price, value, measured. trained: by a retrain. None without a
+    value.
     """
     if "price" not in front:
         return None
@@ -32,7 +35,7 @@ def front_figure(front: pd.DataFrame, candidates: pd.DataFrame | None, title: st
             for (column, words), color in zip(SCORES.items(), PALETTE, strict=False):
                 if column in front and front[column].notna().any():
                     axes.plot(front["price"], front[column], "o-", color=color, label=words)
-            tidy(axes, "price, a share of the backbone's", "top-1 as cut (%)")
+            tidy(axes, "price, a share of the backbone's", "top-1 (%)" if trained else "top-1 as cut (%)")
         else:
             cloud: Any = front.iloc[:0]
             if candidates is not None and {"price", "value"} <= set(candidates.columns):

@@ -45,7 +45,8 @@ def rows_of(arch: Architecture) -> list[Row]:
         rows[-1] = Row("stem", (rows[-1].flops[0] + layer[0] + layer[1] * subnet.stage_widths[0], whole))
     for s, (pair, single) in enumerate(zip(per.merge_pair, per.merge_in, strict=True)):
         part(f"merging {s + 1}", lambda w, s=s, pair=pair, single=single: w[s] * (pair * w[s + 1] + single))
-    part("classifier", lambda w: per.last * w[-1])
+    part("classifier" if arch.num_classes else "features", lambda w: per.last * w[-1])
+    rows[-1] = Row(rows[-1].name, (rows[-1].flops[0], rows[-1].flops[1] - costs.spared[0]))
     return rows
 
 

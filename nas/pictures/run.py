@@ -74,7 +74,7 @@ def plot_run(
         written += save(figure, folder / "candidates.png") if figure is not None else []
     front = _csv(folder / "front.csv")
     if front is not None:
-        figure = front_figure(front, candidates, title)
+        figure = front_figure(front, candidates, title, summary.get("stage") == "retrain")
         written += save(figure, folder / "front.png") if figure is not None else []
     if _by_halves(arch.get("method")):
         figure = _architecture(folder)
@@ -160,6 +160,20 @@ def run_points(folder: Path) -> list[dict[str, Any]]:
         config = alone if role in WHOLE else _configuration(folder, summary, arch)
         label = "" if role in WHOLE else _label(summary, arch)
         rows.append(facts | values | {"role": role, "config": config, "label": label, "alpha": _alpha(arch)})
+    return rows + [facts | own for own in _of_front(folder, summary, arch)]
+
+
+def _of_front(folder: Path, summary: Mapping[str, Any], arch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The networks of a front as rows of `run_points`."""
+    rows, found = [], summary.get("front")
+    as_cut = "refitted" if summary.get("refitted") else "subnet"
+    role = "compact" if summary.get("stage") == "retrain" else as_cut
+    for member in found if isinstance(found, list) else []:
+        values = {k: _value(member, k) for k in ("params", "gflops", "top1", "top5", "held_out_top1")}
+        values["images_per_s"] = _value(member, "images_per_s_32")
+        label = f"budget {_value(member, 'budget'):.3g}"
+        config = f"{_configuration(folder, summary, arch)} {label}"
+        rows.append(values | {"role": role, "config": config, "label": label, "alpha": float("nan")})
     return rows
 
 
@@ -242,7 +256,7 @@ def _title(folder: Path, summary: Mapping[str, Any], arch: Mapping[str, Any]) ->
     space = summary.get("space") or arch.get("space") or options.get("space") or folder.name
     dataset, seed = (summary.get(k, options.get(k)) for k in ("dataset", "seed"))
     parts = [str(summary["stage"])] if summary.get("stage") else []
-    parts += [_label(summary, arch)] if summary or arch else []
+    parts += [_label(summary, arch)] if (summary or arch) and "front" not in summary else []
     parts += [f"seed {seed}"] if seed is not None else []
     return f"{space}" + (f" on {dataset}" if dataset else "") + (f" ({', '.join(parts)})" if parts else "")
 

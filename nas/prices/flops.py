@@ -22,5 +22,8 @@ class Flops(Price):
     def network(self, shapes: Sequence[BlockShape], costs: NetworkCosts, subnet: NetworkSlice) -> int:
         return network_flops(shapes, costs, subnet)
 
+    def backbone(self, shapes: Sequence[BlockShape], costs: NetworkCosts) -> int:
+        return super().backbone(shapes, costs) - costs.spared[0]
+
 
 FLOPS = Flops()

@@ -21,3 +21,6 @@ class Parameters(Price):
 
     def network(self, shapes: Sequence[BlockShape], costs: NetworkCosts, subnet: NetworkSlice) -> int:
         return network_params(shapes, costs, subnet)
+
+    def backbone(self, shapes: Sequence[BlockShape], costs: NetworkCosts) -> int:
+        return super().backbone(shapes, costs) - costs.spared[1]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 from nas.prices.options import PriceOptions
-from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice
+from search_spaces.slices import BlockShape, BlockSlice, NetworkSlice, identity_slice, network_slice
 from search_spaces.space import SearchSpace
 from supernets.flops import BlockCosts, NetworkCosts
 from supernets.supernet import Supernet
@@ -78,3 +78,7 @@ class Price(ABC):
         """Of a whole subnet; exactly, where a price says how."""
         blocks = zip(shapes, costs.blocks, subnet.blocks, strict=True)
         return sum(self.block(*block) for block in blocks) + self.outer(costs).at(subnet.stage_widths)
+
+    def backbone(self, shapes: Sequence[BlockShape], costs: NetworkCosts) -> int:
+        """Of the network itself, without what only its compact networks have."""
+        return self.network(shapes, costs, network_slice(shapes, [identity_slice(s) for s in shapes]))

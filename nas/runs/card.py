@@ -15,6 +15,8 @@ from search_spaces.errors import UserError, reason
 from search_spaces.registry import METHODS
 
 CARD = "README.md"
+TASKS = {True: "image-classification", False: "image-feature-extraction"}  # by whether there is a classifier
+POINTS = ("top1", "top5", "agreement", "knn")  # in per cent
 UPLOADED = ("arch.json", WEIGHTS, TIMM_CONFIG, CARD, "compact.onnx", "compact.pt2", "summary.json", "export.json")
 
 
@@ -30,7 +32,7 @@ def model_card(folder: Path, arch: Architecture) -> str:
     summary, speed = _json(folder / "summary.json"), _json(folder / "export.json")
     options = read_options(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     name = folder.resolve().name
-    front = {"library_name": "timm", "pipeline_tag": "image-classification", "tags": ["timm", arch.method]}
+    front = {"library_name": "timm", "pipeline_tag": TASKS[arch.num_classes > 0], "tags": ["timm", arch.method]}
     if summary.get("dataset"):
         front["datasets"] = [summary["dataset"]]
     parts = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {name}", ""]
@@ -44,7 +46,7 @@ def model_card(folder: Path, arch: Architecture) -> str:
         "",
         "## Architecture",
         "",
-        f"* input {' x '.join(map(str, arch.input_size))}, {arch.num_classes} classes, stage widths"
+        f"* input {' x '.join(map(str, arch.input_size))}, {_outputs(arch)}, stage widths"
         f" {', '.join(map(str, arch.stage_widths))}",
     ]
     for choice in [k for k, v in arch.blocks[0].items() if not isinstance(v, list)]:
@@ -72,6 +74,10 @@ def model_card(folder: Path, arch: Architecture) -> str:
         "",
     ]
     return "\n".join(parts)
+
+
+def _outputs(arch: Architecture) -> str:
+    return f"{arch.num_classes} classes" if arch.num_classes else "features, no classifier"
 
 
 def _one_by_one(arch: Architecture) -> bool:
@@ -114,6 +120,11 @@ def _networks_table(arch: Architecture, summary: dict[str, Any]) -> list[str]:
         ("gflops", "GFLOPs (MACs)", 1),
         ("top1", "top-1 %", 1),
         ("top5", "top-5 %", 1),
+        ("agreement", "same first class %", 1),
+        ("kl", "KL to the large network, nats", 1),
+        ("knn", "k-NN top-1 %", 1),
+        ("cosine", "cosine similarity to the large network", 1),
+        ("feature_error", "squared error of the features, of their variance", 1),
     ):
         if key not in compact:
             continue
@@ -121,7 +132,7 @@ def _networks_table(arch: Architecture, summary: dict[str, Any]) -> list[str]:
         if a is None:
             lines.append(f"| {words} | – | {b:.4g} | – |")
             continue
-        last = f"{b - a:+.2f}" if key.startswith("top") else f"{b / (a / unit):.3f}"
+        last = f"{b - a:+.2f}" if key in POINTS else f"{b / (a / unit):.3f}" if a else "–"
         lines.append(f"| {words} | {a / unit:.4g} | {b:.4g} | {last} |")
     return lines
 

@@ -55,7 +55,7 @@ def images_of(splits: Splits) -> dict[str, Any]:
     """The classes, and how many images each has in each part; of a stream the classes alone."""
     parts = {part: getattr(splits, part) for part in PARTS}
     counts = {
-        part: None if not isinstance(images, Images) else images.counts(splits.num_classes)
+        part: None if not isinstance(images, Images) else images.counts(max(splits.num_classes, 1))
         for part, images in parts.items()
     }
     names = splits.class_names

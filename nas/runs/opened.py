@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,11 +49,26 @@ class Opened:
             found |= {"subnet": lambda x: supernet.small(x, self.subnet)}
         return found if self.compact is None else found | {"compact": self.compact}
 
+    def features(self) -> dict[str, Network]:
+        """The same networks, to their pooled features (B, E), which enter a classifier where there is one."""
+        found, supernet = self.networks(), self.supernet
+        if supernet is not None and supernet.adapter.feature_head is None:
+            found |= {"subnet": lambda x: supernet.small_with_features(x, self.subnet)[1].flatten(1)}
+        whole = {} if self.whole is None or supernet is None else {self.whole: features_of(supernet.backbone)}
+        return found | whole | ({} if self.compact is None else {"compact": features_of(self.compact)})
+
     def costs(self, name: str) -> dict[str, float]:
         """Parameters, and GFLOPs (MACs), of one of the networks."""
         if name == self.whole and self.supernet is not None:
             return {"params": self.supernet.params(), "gflops": self.supernet.flops() / 1e9}
         return {"params": self.arch.params, "gflops": self.arch.flops / 1e9}
+
+
+def features_of(network: Any) -> Network:
+    """A timm network as far as its pooled features; the output of one without classifier."""
+    if network.num_classes == 0:
+        return network  # type: ignore[no-any-return]
+    return lambda x: network.forward_head(network.forward_features(x), pre_logits=True)
 
 
 def open_folder(path: Path, device: torch.device) -> Opened:

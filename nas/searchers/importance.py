@@ -20,8 +20,7 @@ from nas.searchers.measure import Candidate, Measure, Ruler, check_images, subne
 from nas.searchers.measured import Explorer, Measured
 from nas.searchers.options import ImportanceOptions, SearchOptions
 from nas.searchers.searcher import Question, Run
-from nas.training.calibration import calibration_images, with_drawn_labels
-from nas.training.losses import cross_entropy
+from nas.training.calibration import calibration_images, to_score
 from nas.training.prepared import Prepared
 from nas.training.refit import counted
 from search_spaces.errors import UserError
@@ -126,5 +125,5 @@ def lost_of(options: SearchOptions, prepared: Prepared) -> Mapping[str, Tensor]:
     if options.score == "error":
         return supernet.basis.lost  # type: ignore[no-any-return]
     images = calibration_images(options, prepared, min(TAYLOR_IMAGES, prepared.plan.images))
-    batches = [*(images if options.labels else with_drawn_labels(supernet, images, options.seed))]
-    return taylor_lost(supernet, taylor_pass(supernet, batches, cross_entropy, inside=True))
+    batches, loss = to_score(supernet, images, prepared.plan.labels, options.seed)
+    return taylor_lost(supernet, taylor_pass(supernet, batches, loss, inside=True))

@@ -28,6 +28,7 @@ from search_spaces.errors import UserError
 from search_spaces.method import Picks
 from search_spaces.slices import NetworkSlice, network_slice
 from supernets.refit import refit, written
+from supernets.supernet import Supernet
 
 CANDIDATES = "candidates.csv"
 REFITTED = 512  # images on which a candidate is refitted
@@ -35,6 +36,7 @@ UNITS = {
     "kl": " nats from the large network's prediction",
     "top1": " % missed",
     "loss": " nats from the labels",
+    "features": " of the features' variance",
 }
 
 
@@ -100,7 +102,8 @@ class Table:
 
 class Measure:
     """How far a candidate's prediction is from what is wanted, by --decide: KL(large || candidate) in nats, missed
-    top-1 in %, or cross-entropy with the labels in nats.
+    top-1 in %, or cross-entropy with the labels in nats. Of a network without classifier kl is the squared error of its
+    features, as a share of their variance.
 
     candidates: what this search has asked for, by its picks, in order; of a resumed search those that it has asked for
     again.
@@ -111,6 +114,7 @@ class Measure:
     ) -> None:
         self.options, self.priced, self.prepared, self.advance = options, priced, prepared, advance
         self.table = Table(prepared.folder / CANDIDATES, options.resume)
+        self.kind = options.decide if prepared.supernet.adapter.feature_head is None else "features"
         self.candidates: dict[str, Candidate] = {}
         self.images: Images | None = None
 
@@ -126,7 +130,7 @@ class Measure:
                 "stage_widths": " ".join(map(str, subnet.stage_widths)),
                 "seconds": round(time.perf_counter() - start, 2),
             }
-            self.table.add(value, key, {"measured": self.options.decide, **facts, **of_subnet})
+            self.table.add(value, key, {"measured": self.kind, **facts, **of_subnet})
         self.advance()
         value = self.table.known[key]
         value = math.inf if math.isnan(value) else value
@@ -142,7 +146,7 @@ class Measure:
         values = [candidate.value for candidate in self.candidates.values()]
         refitted = "refitted and " if self.prepared.plan.refits else ""
         return (
-            f"{len(values)} candidates {refitted}measured: {values[0]:.4g}{UNITS[self.options.decide]} at first,"
+            f"{len(values)} candidates {refitted}measured: {values[0]:.4g}{UNITS[self.kind]} at first,"
             f" {min(values):.4g} at best"
         )
 
@@ -155,22 +159,31 @@ class Measure:
         with written(supernet, subnet, refit(supernet, subnet, refitting) if refitting else {}):
             for images, labels, expected in self.images.deciding:
                 q = supernet.small(images, subnet).float()
-                if self.options.decide == "top1":
+                if self.kind == "features":
+                    total += float((q - expected).square().sum())
+                elif self.kind == "top1":
                     total += 100 * float((q.argmax(1) != labels).sum())
-                elif self.options.decide == "loss":
+                elif self.kind == "loss":
                     total += float(F.cross_entropy(q, labels, reduction="sum"))
                 else:
                     total += float(F.kl_div(q.log_softmax(1), expected, log_target=True, reduction="sum"))
                 seen += len(images)
-        return total / seen
+        return total / (self.images.variance() if self.kind == "features" else seen)
 
 
 @dataclass(frozen=True)
 class Images:
-    """refitting: batches (B, C, H, W). deciding: batches, their labels, and the large network's log-probabilities."""
+    """refitting: batches (B, C, H, W). deciding: batches, their labels, and the large network's log-probabilities, or
+    its features.
+    """
 
     refitting: Sequence[Tensor]
     deciding: Sequence[tuple[Tensor, Tensor, Tensor]]
+
+    def variance(self) -> float:
+        """Of the large network's features over all images, their number times it; in float64."""
+        features = torch.cat([expected for _, _, expected in self.deciding]).double()
+        return float((features - features.mean(0)).square().sum())
 
 
 def images_of(options: SearchOptions, prepared: Prepared) -> Images:
@@ -181,7 +194,13 @@ def images_of(options: SearchOptions, prepared: Prepared) -> Images:
     return Images(
         [images for images, _ in calibration_images(options, prepared, count)] if count else [],
         [
-            (images, labels, prepared.supernet.large(images).float().log_softmax(1))
+            (images, labels, output_of(prepared.supernet, images))
             for images, labels in deciding_images(options, prepared)
         ],
     )
+
+
+def output_of(supernet: Supernet, images: Tensor) -> Tensor:
+    """The large network's log-probabilities (B, classes), or its features (B, E)."""
+    output = supernet.large(images).float()
+    return output.log_softmax(1) if supernet.adapter.feature_head is None else output

@@ -116,8 +116,6 @@ class ImportanceOptions:
     """of a search by importance: a unit is worth the error that a refit leaves without it, or what Taylor says"""
     evals: int | None = None
     """of a search by importance: candidates that are refitted and measured, of 1 none (1; in the -nano spaces 12)"""
-    labels: bool = True
-    """of a search by importance: let Taylor scores read labels; --no-labels: draw them from the network itself"""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ class Searcher(ABC):
 
     starts: whether --start says where it begins. banded: whether --band says what it may choose among. measures:
     whether it measures candidates, on images that nothing else may look at. untrained: whether options of a training
-    are refused, for it has none. defaults: of options that were left open, before the space's own.
+    are refused, for it has none. learns: whether it trains, from labels. defaults: of options that were left open,
+    before the space's own.
     """
 
     name: ClassVar[str]
@@ -64,6 +65,7 @@ class Searcher(ABC):
     banded: ClassVar[bool] = False
     measures: ClassVar[bool] = False
     untrained: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Any]] = {}
 
     def owned(self, method: Method) -> tuple[type, ...]:

@@ -26,8 +26,7 @@ from nas.searchers.importance import TAYLOR_IMAGES, Importance
 from nas.searchers.losses import slice_losses, tails
 from nas.searchers.searcher import Run
 from nas.searchers.supernet_search import Search
-from nas.training.calibration import calibration_images, with_drawn_labels
-from nas.training.losses import cross_entropy
+from nas.training.calibration import calibration_images, to_score
 from nas.training.state import CHECKPOINT
 from search_spaces.errors import UserError
 from search_spaces.method import Candidate, Picks
@@ -265,5 +264,5 @@ def unit_scores(run: Run) -> dict[str, Tensor]:
     if prepared.fresh_classifier:
         return magnitude_scores(prepared.supernet)
     images = calibration_images(options, prepared, min(TAYLOR_IMAGES, prepared.plan.images))
-    batches = [*(images if options.labels else with_drawn_labels(prepared.supernet, images, options.seed))]
-    return taylor_pass(prepared.supernet, batches, cross_entropy)
+    batches, loss = to_score(prepared.supernet, images, prepared.plan.labels, options.seed)
+    return taylor_pass(prepared.supernet, batches, loss)

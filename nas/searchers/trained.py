@@ -17,7 +17,7 @@ from search_spaces.method import Method
 class Trained(Searcher):
     """By the one training loop; what is minimised is the method's objective."""
 
-    name, starts, banded = "gradient", True, True
+    name, starts, banded, learns = "gradient", True, True, True
 
     def owned(self, method: Method) -> tuple[type, ...]:
         """Its mixture's, and those of a solution where it may begin at one that is measured."""

@@ -8,9 +8,18 @@ from nas.config import SearchConfig, with_defaults
 from nas.data.datasets import Splits
 from nas.methods.method import GAMMA
 from nas.methods.recipe import recipe_lines, with_recipe
-from nas.methods.table import check_owned, check_searcher, searcher_of, training_of, with_searcher, without_foreign
+from nas.methods.table import (
+    alternatives,
+    check_owned,
+    check_searcher,
+    searcher_of,
+    training_of,
+    with_searcher,
+    without_foreign,
+)
 from nas.networks.backbone import Start, TimmModel
 from nas.networks.basis_file import streams_of
+from nas.networks.classes import Outputs, outputs_of
 from nas.networks.compact_file import WEIGHTS
 from nas.networks.opening import meta_supernet, model_of, start_of
 from nas.networks.rounds import Round, check_widths, narrowed_stem, round_of, with_stem
@@ -22,6 +31,7 @@ from nas.prices.table import bound_of, bounds_of, budget_of, price_of, with_pric
 from nas.runs.folder import results_path
 from nas.searchers.options import one_front
 from nas.searchers.searcher import Question, Searcher
+from nas.searchers.table import SEARCHERS
 from nas.stages.continued import continued, continued_words, folder_of
 from nas.stages.planned import cuts_of, planned
 from nas.training.plan import BasisPlan
@@ -36,8 +46,8 @@ from supernets.supernet import Supernet
 class Asked:
     """What is searched for, known before any weight is loaded. backbone: on the meta device.
 
-    earlier: the run whose compact network that is (rounds.py). original: timm's own model on the meta device, of which
-    the answer is an architecture; the backbone itself where there is no earlier run.
+    outputs: what the networks give. earlier: the run whose compact network that is (rounds.py). original: timm's own
+    model on the meta device, of which the answer is an architecture; the backbone itself where there is no earlier run.
     """
 
     config: SearchConfig
@@ -48,6 +58,7 @@ class Asked:
     searcher: Searcher
     plan: BasisPlan
     original: Supernet
+    outputs: Outputs
     earlier: Round | None = None
 
 
@@ -78,12 +89,15 @@ def ask(config: SearchConfig, space: Space, splits: Splits) -> Asked:
     """The choices over the backbone's blocks, their basis and price, the budget, and who is to answer."""
     earlier = None if config.arch is None else round_of(config.arch)
     model = model_of(config, space) if earlier is None else earlier.model
-    original = meta_supernet(replace(model, cut=None), splits.num_classes, space)
+    searcher, start, price = searcher_of(config, space), started_from(config), price_of(config.price)
+    as_it_is = training_of(space).refits or searcher.measures
+    outputs = outputs_of(config.num_classes, splits.num_classes, model, start, as_it_is)
+    check_outputs(config, space, searcher, outputs)
+    original = meta_supernet(replace(model, cut=None), outputs.classes, space)
     if earlier is not None:
         check_widths(earlier, original)
-    backbone = original if earlier is None else meta_supernet(model, splits.num_classes, space)
+    backbone = original if earlier is None else meta_supernet(model, outputs.classes, space)
     choices = make_space(space.name, space.method, training_of(space).settings(config, space), backbone.shapes)
-    searcher, start, price = searcher_of(config, space), started_from(config), price_of(config.price)
     price, others = price.opened(config), [each.opened(config) for each in bounds_of(config, price)]
     for each in (price, *others):
         each.check(choices, original)
@@ -95,7 +109,7 @@ def ask(config: SearchConfig, space: Space, splits: Splits) -> Asked:
         install_stages(original, streams_of(with_stem({"streams": plan.streams}, backbone)))
 
     def priced_by(each: Price) -> PricedSpace:
-        full = each.network(original.shapes, original_costs, original.identity())
+        full = each.backbone(original.shapes, original_costs)
         return priced(choices, backbone.adapter.costs, each, config.stage_width == "full", full)
 
     costs = priced_by(price)
@@ -105,7 +119,21 @@ def ask(config: SearchConfig, space: Space, splits: Splits) -> Asked:
     if earlier is not None:
         check_smaller(earlier, question)
     searcher.check(config, question)
-    return Asked(config, space, model, backbone, question, searcher, plan, original, earlier)
+    return Asked(config, space, model, backbone, question, searcher, plan, original, outputs, earlier)
+
+
+def check_outputs(config: SearchConfig, space: Space, searcher: Searcher, outputs: Outputs) -> None:
+    """Refuse a search that learns from labels where there are none, or where no classifier tells classes apart."""
+    lacks = outputs.lacks()
+    if not lacks:
+        return
+    if searcher.learns:
+        names = [name for name in training_of(space).searchers if not SEARCHERS[name].learns]
+        other = f"take --searcher {alternatives(names)}" if names else "take a space of free widths"
+        raise UserError(f"{space.name} is searched by {searcher.name}, which learns from labels; {lacks}: {other}")
+    if config.decide in ("top1", "loss"):
+        counts = "counts hits" if config.decide == "top1" else "reads labels"
+        raise UserError(f"--decide {config.decide} {counts}; {lacks}: take --decide kl")
 
 
 def check_smaller(earlier: Round, question: Question) -> None:
@@ -123,7 +151,8 @@ def check_smaller(earlier: Round, question: Question) -> None:
 def said(asked: Asked) -> tuple[str, ...]:
     """What is worth saying before the search: what a recipe and an earlier run have decided, and what is left out."""
     recipe, earlier = recipe_lines(asked.config, asked.space, "search"), continued_words(asked.config)
-    return (*recipe, *earlier, *dropped(asked), *filter(None, (price.remark() for price in prices_of(asked))))
+    remarks = filter(None, (price.remark() for price in prices_of(asked)))
+    return (*recipe, *earlier, *asked.outputs.lines(), *dropped(asked), *remarks)
 
 
 def prices_of(asked: Asked) -> list[Price]:

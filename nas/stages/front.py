@@ -17,19 +17,19 @@ from nas.pictures.run import plot_run
 from nas.prices.whole import clocked
 from nas.prices.whole import facts_of as clock_facts
 from nas.runs.folder import results_path
+from nas.runs.front import FRONT, architecture_file
 from nas.searchers.searcher import Answer
 from nas.stages.afterwards import Afterwards
 from nas.stages.next_command import next_command
 from nas.stages.original import as_it_was
-from nas.training.evaluate import by_split, print_table, top_k
+from nas.training.evaluate import by_split, print_table
 from nas.training.prepared import Prepared
 from nas.training.refit import refitted
+from nas.training.scores import scores_of
 from search_spaces.architecture import Architecture, save_architecture
 from search_spaces.slices import NetworkSlice
 from supernets.compact import cut
 from supernets.refit import written
-
-FRONT = "front.csv"
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,8 @@ class Member:
 
     @property
     def file(self) -> str:
-        """Its name in the run's folder; budgets of more than two digits keep theirs."""
-        short = f"{self.budget:.2f}"
-        return f"arch-{short if float(short) == self.budget else repr(self.budget)}.json"
+        """Its name in the run's folder."""
+        return architecture_file(self.budget)
 
 
 def conclude_front(config: SearchConfig, prepared: Prepared, members: Sequence[Member], after: Afterwards) -> None:
@@ -58,11 +57,11 @@ def conclude_front(config: SearchConfig, prepared: Prepared, members: Sequence[M
     scores: dict[str, dict[str, float]] = {name: {} for name in (before, *(f"{m.budget:g}" for m in members))}
     with after.part(f"measuring accuracy on the {loaders.reported}", together=True):
         if prepared.start.given() and not prepared.fresh_classifier:
-            scores[before] = accuracies(config, prepared, prepared.supernet.large)
+            scores[before] = scores_at(config, prepared, prepared.supernet.large)
         for member in members:
             subnet = slices_of(member.arch, prepared.supernet.shapes)
             with cut_like(config, prepared, subnet) as network:
-                scores[f"{member.budget:g}"] = accuracies(config, prepared, network)
+                scores[f"{member.budget:g}"] = scores_at(config, prepared, network)
     clocks: dict[str, dict[str, float]] = {}
     with after.part("timing the networks"):
         for member in members if is_main() else ():
@@ -92,13 +91,15 @@ def conclude_front(config: SearchConfig, prepared: Prepared, members: Sequence[M
     print(f"next, for any of them: {next_command(config, folder, members[0].file)}")
 
 
-def accuracies(config: SearchConfig, prepared: Prepared, network: Network) -> dict[str, float]:
-    """Top-1 and top-5 of a network on the reported split, and as held_out_... on the held-out part."""
+def scores_at(config: SearchConfig, prepared: Prepared, network: Network) -> dict[str, float]:
+    """What a network is worth on the reported split, and as held_out_... on the held-out part."""
     loaders, precision = prepared.loaders, partial(autocast, config, prepared.device)
+    measured = scores_of(prepared, config.seed, precision, prepared.supernet.large)
     found: dict[str, float] = {}
     for prefix, batches in (("", loaders.test), ("held_out_", loaders.val)):
         if batches is not None:
-            scores = top_k({"network": network}, batches, prepared.device, precision)
+            networks, words = {"network": network}, f"measuring on the {loaders.reported}"
+            scores = measured(networks, batches) if prefix else measured.reported(networks, batches, words)
             found |= {f"{prefix}{name.removeprefix('network_')}": value for name, value in scores.items()}
     return found
 
@@ -125,4 +126,5 @@ def facts_of(config: SearchConfig, prepared: Prepared, members: Sequence[Member]
         "unreadable_images": report_unreadable(loaders),
         "left_out_files": dict(prepared.splits.left_out),
         "seconds": dict(members[0].answer.seconds),
+        "refitted": prepared.plan.refits,
     }

@@ -17,4 +17,5 @@ def next_command(config: SearchConfig, folder: Path, arch: str = "arch.json") ->
 def data_words(config: SearchConfig) -> list[str]:
     """The data set, as it is typed."""
     words = ["--dataset", str(config.dataset)] if config.dataset != "digits" else []
-    return words + (["--data-dir", str(config.data_dir)] if config.data_dir else [])
+    words += ["--data-dir", str(config.data_dir)] if config.data_dir else []
+    return words if config.labels else [*words, "--no-labels"]

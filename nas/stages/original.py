@@ -17,8 +17,6 @@ def untouched(prepared: Prepared, start: Start) -> Network | None:
     """The large network at its weights before the run, loaded again; None where they know nothing of the classes."""
     if not start.given():
         return None
-    model, splits = prepared.model, prepared.splits
-    backbone, _, fresh = starting_backbone(
-        model.name, model.kwargs, splits.num_classes, start, splits.class_names, cut=model.cut
-    )
+    model, names = prepared.model, prepared.splits.class_names
+    backbone, _, fresh = starting_backbone(model.name, model.kwargs, prepared.num_classes, start, names, cut=model.cut)
     return None if fresh else backbone.to(prepared.device).eval().requires_grad_(False)

@@ -59,7 +59,7 @@ def planned(
         cuts.fixed,
     )
     plan = plan_basis(config, backbone, facts)
-    return replace(plan, labels=getattr(config, "labels", True), refits=training.refits)
+    return replace(plan, labels=splits.num_classes > 0, refits=training.refits)
 
 
 def looked_at(space: Space, splits: Splits) -> BasisPlan:

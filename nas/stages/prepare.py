@@ -27,13 +27,15 @@ from supernets.supernet import Supernet
 class Beginning:
     """What a stage knows before any weight is loaded. stage: its word in a folder's name. plan: of the basis.
 
-    measures: whether candidates are measured, which takes a trained classifier.
+    classes: that the network is to tell apart. measures: whether candidates are measured, which takes a trained
+    classifier.
     """
 
     stage: str
     space: Space
     model: TimmModel
     splits: Splits
+    classes: int
     start: Start
     device: torch.device
     plan: BasisPlan = field(default_factory=BasisPlan)
@@ -51,12 +53,13 @@ def prepare(
     b = beginning
     splits = b.splits
     supernet, words, fresh = started_supernet(
-        b.model, splits.num_classes, b.start, b.space, splits.class_names, config.drop_path
+        b.model, b.classes, b.start, b.space, splits.class_names, config.drop_path
     )
     if fresh and b.stage == "search" and (b.plan.weighed or b.measures):
         raise UserError(
             f"{b.space.name} asks what a trained network can do without, and its weights have no classifier for these"
-            f" {splits.num_classes} classes; train one first: python retrain.py --space {b.space.name} --train plain"
+            f" {b.classes} classes; train one first: python retrain.py --space {b.space.name} --train plain (or let no"
+            " label be read: --no-labels)"
         )
     if not config.resume:
         config = with_threads(config, b.device, step_of(supernet), config.batch_size or 64)

@@ -3,6 +3,7 @@
 Or, for comparison: the large network alone (--train plain), the small one under a frozen teacher (--train distill).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,26 +19,31 @@ from nas.machine.distributed import is_main, joined, on_main, quiet_unless_main
 from nas.machine.files import write_csv, write_json
 from nas.machine.timing import Network, images_per_second
 from nas.methods.recipe import recipe_lines, with_recipe
-from nas.methods.table import check_owned, training_of
+from nas.methods.table import alternatives, check_owned, training_of
 from nas.networks.architecture import architecture_of, slices_of, write_architecture
 from nas.networks.backbone import Start, TimmModel
 from nas.networks.basis_file import basis_of, recorded, save_basis, streams_of
+from nas.networks.classes import FEATURES, Outputs
+from nas.networks.classes import outputs_of as outputs_anew
 from nas.networks.compact_file import save_compact, with_classes
 from nas.networks.opening import meta_supernet, model_of, start_of
 from nas.networks.rounds import ROUND, check_unchanged, copy_round, large_model
 from nas.networks.weights import save_weights
+from nas.objectives.members import ONE, PER_STEP, Members
 from nas.objectives.options import TeacherOptions
-from nas.objectives.table import Kind, kind_of
+from nas.objectives.table import KINDS, UNLABELLED, Kind, kind_of
 from nas.objectives.teacher import Teacher, make_teacher
 from nas.pictures.run import plot_run
 from nas.prices.whole import clocked, facts_of
 from nas.runs.folder import LARGE, SUPERNET, results_path
+from nas.runs.front import is_front, read_front
 from nas.stages.afterwards import Afterwards
 from nas.stages.original import LARGE_NETWORK, as_it_was, untouched
 from nas.stages.planned import Cuts, looked_at, planned
 from nas.stages.prepare import Beginning, compared, preparation, prepare
+from nas.stages.several import Member, conclude_several
 from nas.training.basis import find_basis
-from nas.training.evaluate import print_table, top_k
+from nas.training.evaluate import print_table
 from nas.training.loop import OnEpoch, fit
 from nas.training.make import make_training
 from nas.training.meter import Diverged
@@ -46,6 +52,7 @@ from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
 from nas.training.rate import find_rate, may_be_tried
 from nas.training.refit import refitted
+from nas.training.scores import scores_of
 from nas.training.state import BEST, CHECKPOINT, go_back, settle
 from nas.training.training import Training
 from search_spaces.architecture import Architecture, load_architecture
@@ -68,19 +75,35 @@ SEARCHED, ORIGINAL, DRAWN = "the search's supernet", "the original weights", "ti
 class Goal:
     """What is trained, known before any weight is loaded. backbone: on the meta device.
 
-    arch: None where the large network is trained alone. given: the architecture as --arch holds it. plan: of the basis,
-    where that is still to be found; basis: that of --arch.
+    members: the small networks, none where the large one is trained alone; archs: their architectures, by the same
+    names. given: the architecture as --arch holds it, of a front the narrowest. plan: of the basis, where that is still
+    to be found; basis: that of --arch.
     """
 
     config: RetrainConfig
     space: Space
     model: TimmModel
     backbone: Supernet
-    subnet: NetworkSlice
-    arch: Architecture | None
+    members: Members
+    archs: Mapping[str, Architecture]
     given: Architecture | None
     plan: BasisPlan = field(default_factory=BasisPlan)
     basis: Basis | None = None
+    budgets: tuple[float, ...] = ()
+
+    @property
+    def arch(self) -> Architecture | None:
+        """The one that is trained, of a front the widest; None where there is none."""
+        return list(self.archs.values())[-1] if self.archs else None
+
+    @property
+    def subnet(self) -> NetworkSlice:
+        """Its slice."""
+        return self.members.widest
+
+    def with_archs(self, **fields: Any) -> "Goal":
+        """The same with these fields in each architecture."""
+        return replace(self, archs={name: replace(arch, **fields) for name, arch in self.archs.items()})
 
 
 @dataclass(frozen=True)
@@ -97,20 +120,29 @@ def run_retrain(config: RetrainConfig, on_epoch: OnEpoch | None = None) -> Path:
 
     on_epoch: as in `fit`.
     """
+    asked = config.train
     config, space, given = resolve(config)
     device = pick_device(config)
     with joined(device), quiet_unless_main():
-        return _retrain(config, space, given, device, on_epoch)
+        return _retrain(config, space, given, device, on_epoch, asked)
 
 
 def _retrain(
-    config: RetrainConfig, space: Space, given: Architecture | None, device: torch.device, on_epoch: OnEpoch | None
+    config: RetrainConfig,
+    space: Space,
+    given: Architecture | None,
+    device: torch.device,
+    on_epoch: OnEpoch | None,
+    asked: str | None,
 ) -> Path:
     splits = open_data(config)
-    goal = goal_of(config, space, given, splits)
-    origin = origin_of(goal, splits.num_classes)
-    beginning = Beginning("retrain", space, goal.model, splits, origin.start, device, goal.plan)
-    config, prepared = prepare(config, beginning, recipe_lines(config, space, "retrain"), seen_by=origin.seen_by)
+    outputs = outputs_of(config, space, given, splits)
+    config, lines = learning(config, asked, outputs)
+    goal = goal_of(config, space, given, splits, outputs.classes)
+    origin = origin_of(goal, outputs.classes)
+    beginning = Beginning("retrain", space, goal.model, splits, outputs.classes, origin.start, device, goal.plan)
+    lines = (*recipe_lines(config, space, "retrain"), *outputs.lines(), *lines)
+    config, prepared = prepare(config, beginning, lines, seen_by=origin.seen_by)
     goal = replace(goal, config=config)
     teacher = teacher_of(goal, prepared)
     goal = rewritten(goal, origin, prepared)
@@ -122,13 +154,16 @@ def _retrain(
     training = make_training(config, objective, prepared)
     training.measure_start = config.result == "best"
     print(headline(goal, origin))
-    if goal.arch is not None:
+    if goal.arch is not None and not goal.budgets:
         write_architecture(goal.arch, prepared.folder)
     if goal.model.cut is not None:
         on_main(lambda: copy_round(folder_of(config), prepared.folder))
     after = Afterwards(prepared.folder)
     train(goal, training, after, on_epoch)
-    conclude(goal, prepared, training, teacher, after)
+    if goal.budgets:
+        conclude_front(goal, prepared, training, teacher, after)
+    else:
+        conclude(goal, prepared, training, teacher, after)
     after.end()
     return prepared.folder
 
@@ -160,7 +195,7 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture |
             raise UserError("--alpha goes with --space; the architecture of --arch has its own factors")
         if config.model is not None:
             raise UserError("--model goes with --space; the architecture of --arch names its own model")
-        given = load_architecture(config.arch)
+        given = next(iter(architectures(config.arch).values()))
         space = get_space(given.space)
         if config.pretrained is None and isinstance(given.search.get("pretrained"), bool):
             config = replace(config, pretrained=given.search["pretrained"])  # the permutation belongs to these weights
@@ -180,14 +215,55 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, Architecture |
     config = replace(config, dataset=config.dataset_name())
     config.check()
     check_objective(config, kind)
+    if config.per_step is not None and not (config.arch is not None and is_front(config.arch)):
+        raise UserError(f"--per-step {config.per_step} is of the networks of a front; --arch names none")
     if kind.teacher and config.distill == "none":
         raise UserError(f"--train {config.train} learns from a teacher; --distill none takes it away")
     check_owned(config, space, shared=(TeacherOptions,))
     return config, space, given
 
 
+def outputs_of(config: RetrainConfig, space: Space, given: Architecture | None, splits: Splits) -> Outputs:
+    """What the networks give: as --num-classes says, or as they gave when they were searched, or as the labels say."""
+    labelled, asked = splits.num_classes, config.num_classes
+    if given is None:
+        return outputs_anew(asked, labelled, model_of(config, space), original(config, given), as_it_is=False)
+    if asked is None and (given.num_classes == 0 or not labelled):
+        return Outputs(given.num_classes, labelled > 0, "" if given.num_classes else FEATURES)
+    return outputs_anew(asked, labelled, TimmModel(given.model, given.model_kwargs), Start(), as_it_is=False)
+
+
+def learning(config: RetrainConfig, asked: str | None, outputs: Outputs) -> tuple[RetrainConfig, tuple[str, ...]]:
+    """The options with a way to train that what there is allows, and what is to be said of it. asked: --train.
+
+    UserError where another was asked for.
+    """
+    kind, lacks = kind_of(config.trained()), outputs.lacks()
+    if config.distill_blocks and kind.labels and not config.distill_features and not (asked is None and lacks):
+        raise UserError("--distill-blocks names blocks whose tokens nothing weighs; give --distill-features")
+    unread = kind.teacher and outputs.classes > 0 and config.teacher_share() == 1 and config.distill != "hard"
+    if not lacks or not kind.labels or unread:
+        return config, ()
+    if asked is not None or not kind.small:
+        raise UserError(f"--train {config.train} learns from labels; {lacks}: take --train {UNLABELLED}")
+    config = replace(config, train=UNLABELLED)
+    check_objective(config, kind_of(UNLABELLED))
+    return config, (f"--train {UNLABELLED}, which reads no labels: {lacks}",)
+
+
 def check_objective(config: RetrainConfig, kind: Kind) -> None:
     """Refuse options of another way to train than --train's."""
+    tokens = config.tokens_flag()
+    if tokens is not None and not kind.tokens:
+        ways = alternatives([each.name for each in KINDS.values() if each.tokens])
+        raise UserError(f"{tokens} goes with --train {ways}, not with --train {config.train}")
+    if config.named() and kind.tokens and (config.distill_features or not kind.labels):
+        raise UserError(
+            f"{config.named()[0]}: tokens are matched in the channels of the original network, no other has them;"
+            " leave it out"
+        )
+    if kind.teacher and not kind.labels and (config.distill == "hard" or config.over_classes()):
+        raise UserError(f"--train {config.train} follows the teacher's whole output; leave --distill hard and mean out")
     frozen = config.adjoined_teacher == "frozen"
     given = config.adjoined_flag()
     if given is not None and kind.name != "adjoined":
@@ -225,41 +301,56 @@ def check_unsearched(config: RetrainConfig, space: Space) -> None:
         raise UserError(f"{space.name} needs --alpha, the compression factor of every block")
 
 
-def goal_of(config: RetrainConfig, space: Space, given: Architecture | None, splits: Splits) -> Goal:
-    """The architecture that is trained: --arch's, with the dataset's classes, or the one factor of --alpha."""
+def goal_of(config: RetrainConfig, space: Space, given: Architecture | None, splits: Splits, classes: int) -> Goal:
+    """The architecture that is trained: --arch's, with so many classes, or the one factor of --alpha."""
     model = model_of(config, space) if given is None else large_model(given, folder_of(config))
     if model.cut is not None:
         check_round(config, given)
-    backbone = meta_supernet(model, splits.num_classes, space)
+    backbone = meta_supernet(model, classes, space)
     if not kind_of(config.trained()).small:
-        return Goal(config, space, model, backbone, backbone.identity(), None, given)
+        return Goal(config, space, model, backbone, Members.of(backbone.identity()), {}, given)
     if given is None:
         assert config.alpha is not None
         settings = Settings(config.width, space.alphas)
         check_uniform_alpha(make_space(space.name, space.method, settings, backbone.shapes), config.alpha)
         picks = [{"alpha": config.alpha}] * len(backbone.shapes)
-        arch = architecture_of(backbone, space.name, model.name, model.kwargs, picks, config.width)
+        archs = {ONE: architecture_of(backbone, space.name, model.name, model.kwargs, picks, config.width)}
     else:
-        arch = given
-    subnet, plan, basis = slices_of(arch, backbone.shapes), BasisPlan(), None
+        assert config.arch is not None
+        archs = architectures(config.arch)
+    subnets = {name: slices_of(arch, backbone.shapes) for name, arch in archs.items()}
+    members, plan, basis = Members(subnets, config.per_step or PER_STEP), BasisPlan(), None
     if given is None or unfounded(given):
+        subnet = members.widest
         narrowed = {shape.stage for shape in backbone.shapes} - whole_stages(backbone.shapes, subnet)
         plan = planned(config, space, backbone, Cuts(narrowed), splits, original(config, given))
     elif config.arch is not None:
         basis = basis_of(given, folder_of(config))
         plan = looked_at(space, splits)
-    install_stages(backbone, plan.streams or streams_of(arch.basis))
+    install_stages(backbone, plan.streams or streams_of(next(iter(archs.values())).basis))
     if model.cut is not None:  # the architecture is one of timm's model, whatever it was cut from
-        return Goal(config, space, model, backbone, subnet, with_classes(arch, splits.num_classes), given, plan, basis)
-    arch = replace(
-        arch,
-        num_classes=splits.num_classes,
-        flops=backbone.flops(subnet),
-        params=backbone.params(subnet),
-        backbone_flops=backbone.flops(),
-        backbone_params=backbone.params(),
-    )
-    return Goal(config, space, model, backbone, subnet, arch, given, plan, basis)
+        archs = {name: with_classes(arch, classes) for name, arch in archs.items()}
+    else:
+        archs = {
+            name: replace(
+                arch,
+                num_classes=classes,
+                flops=backbone.flops(subnets[name]),
+                params=backbone.params(subnets[name]),
+                backbone_flops=backbone.flops(),
+                backbone_params=backbone.params(),
+            )
+            for name, arch in archs.items()
+        }
+    budgets = tuple(map(float, archs)) if ONE not in archs else ()
+    return Goal(config, space, model, backbone, members, archs, given, plan, basis, budgets)
+
+
+def architectures(path: Path) -> dict[str, Architecture]:
+    """Of --arch, by the names of their networks: one, or those of a front, the narrowest first."""
+    if is_front(path):
+        return {f"{budget:g}": arch for budget, arch in read_front(path).items()}
+    return {ONE: load_architecture(path)}
 
 
 def folder_of(config: RetrainConfig) -> Path:
@@ -316,7 +407,7 @@ def original(config: RetrainConfig, given: Architecture | None) -> Start:
 def teacher_of(goal: Goal, prepared: Prepared) -> Teacher | None:
     """Whom the small network learns from, where it does."""
     config = goal.config
-    asked = "--train distill" if kind_of(config.trained()).teacher else "--adjoined-teacher frozen"
+    asked = f"--train {config.train}" if kind_of(config.trained()).teacher else "--adjoined-teacher frozen"
     if asked == "--adjoined-teacher frozen" and config.adjoined_teacher != "frozen":
         return None
     return make_teacher(config, prepared, original(config, goal.given), asked)
@@ -329,22 +420,26 @@ def rewritten(goal: Goal, origin: Origin, prepared: Prepared) -> Goal:
         return goal  # a basis would change nothing
     if goal.given is None or unfounded(goal.given):
         standing = find_basis(goal.config, prepared)
-        return replace(goal, arch=replace(arch, permutation=standing.permutation, basis=standing.basis))
+        return goal.with_archs(permutation=standing.permutation, basis=standing.basis)
     basis = goal.basis
     if basis is not None:
         on_main(lambda: save_basis(basis, prepared.folder))
         rewrite(prepared.supernet, basis, again=origin.words == SEARCHED)
-        return replace(goal, arch=replace(arch, basis=recorded(basis) | {"streams": arch.basis["streams"]}))
+        return goal.with_archs(basis=recorded(basis) | {"streams": arch.basis["streams"]})
     if arch.permutation and origin.words != SEARCHED:  # the search's weights are in that order already
         permute(prepared.supernet, arch.permutation)
+    prepared.supernet.sorted = arch.permutation
     return goal
 
 
 def begin(goal: Goal, prepared: Prepared) -> None:
-    """Refit the subnet in the supernet's weights, where it alone is trained on from there (section 2.11)."""
+    """Refit the subnet in the supernet's weights, where it alone is trained on from there (section 2.11).
+
+    The networks of a front share their weights: what one's refit writes is not for another.
+    """
     kind = kind_of(goal.config.trained())
     resumed = goal.config.resume and on_main((prepared.folder / CHECKPOINT).is_file)
-    if goal.arch is not None and kind.teacher and training_of(goal.space).refits and not resumed:
+    if len(goal.archs) == 1 and kind.teacher and training_of(goal.space).refits and not resumed:
         write(prepared.supernet, goal.subnet, refitted(goal.config, prepared, goal.subnet))
 
 
@@ -352,7 +447,7 @@ def objective_of(goal: Goal, prepared: Prepared, teacher: Teacher | None) -> Obj
     """What --train minimises, by the space's method where that has its own."""
     kind: Kind = kind_of(goal.config.trained())
     make = training_of(goal.space).objectives.get(kind.name, kind.make)
-    return make(goal.config, prepared.supernet, goal.subnet, teacher)
+    return make(goal.config, prepared.supernet, goal.members, teacher)
 
 
 def rate_of(goal: Goal, objective: Objective, prepared: Prepared) -> float:
@@ -374,6 +469,8 @@ def headline(goal: Goal, origin: Origin) -> str:
     words += f" {large.flops() / 1e9:.4g} GFLOPs (MACs)"
     if small is None:
         return f"{words}, trained alone"
+    if goal.budgets:
+        return f"{words}; small {', '.join(f'{arch.flops / 1e9:.4g}' for arch in goal.archs.values())} GFLOPs"
     return f"{words}; small {small.params / 1e6:.3f} M, {small.flops / 1e9:.4g} GFLOPs"
 
 
@@ -396,9 +493,10 @@ def conclude(goal: Goal, prepared: Prepared, training: Training, teacher: Teache
         with after.part("comparing compact.safetensors with the subnet"):
             facts |= compared(networks["subnet"], networks["compact"], loaders, device)
     with after.part(f"measuring accuracy on the {loaders.reported}", together=True):
-        scores = top_k(networks, loaders.test, device, training.autocast, f"measuring on the {loaders.reported}")
+        measured = scores_of(prepared, config.seed, training.autocast, networks.get(as_it_was(goal.model)))
+        scores = measured.reported(networks, loaders.test, f"measuring on the {loaders.reported}")
         for name in networks:
-            table[name] |= {k: scores[f"{name}_{k}"] for k in ("top1", "top5")}
+            table[name] |= {k: scores[f"{name}_{k}"] for k in measured.columns if f"{name}_{k}" in scores}
     facts |= {"unreadable_images": report_unreadable(loaders), "left_out_files": dict(prepared.splits.left_out)}
     if not is_main():
         return
@@ -426,6 +524,21 @@ def conclude(goal: Goal, prepared: Prepared, training: Training, teacher: Teache
         plot_run(folder)
     files = [name for name in ("compact.safetensors", LARGE, "arch.json") if (folder / name).is_file()]
     print(f"results in {results_path(folder)}: {', '.join(files)}, table.csv and pictures")
+
+
+def conclude_front(
+    goal: Goal, prepared: Prepared, training: Training, teacher: Teacher | None, after: Afterwards
+) -> None:
+    """As `conclude`, for the networks of a front."""
+    prepared.supernet.eval()
+    whole = {k: network for k, network in training.objective.networks().items() if k not in goal.archs}
+    if LARGE_NETWORK in whole and is_main():
+        save_weights(timm_state(prepared.supernet), prepared.folder / LARGE)
+    with after.part("loading the original network"):
+        whole = beside_original(goal, prepared, whole, teacher)
+    rows = zip(goal.budgets, goal.archs.values(), goal.members.subnets.values(), strict=True)
+    members = [Member(budget, arch, subnet) for budget, arch, subnet in rows]
+    conclude_several(goal.config, prepared, training, members, whole, after)
 
 
 def beside_original(

@@ -39,10 +39,11 @@ from nas.stages.next_command import data_words, next_command
 from nas.stages.original import LARGE_NETWORK, as_it_was, untouched
 from nas.stages.prepare import Beginning, compared, preparation, prepare
 from nas.training.basis import Standing
-from nas.training.evaluate import by_split, print_table, top_k
+from nas.training.evaluate import by_split, print_table
 from nas.training.loop import OnEpoch
 from nas.training.prepared import Prepared
 from nas.training.refit import refitted
+from nas.training.scores import scores_of
 from search_spaces.architecture import Architecture
 from search_spaces.registry import SPACES, Space
 from search_spaces.slices import NetworkSlice, network_slice
@@ -75,7 +76,8 @@ def _search(config: SearchConfig, space: Space, device: torch.device, on_epoch: 
     if answer is not None:
         return picked(asked, answer)
     start = started_from(config)
-    beginning = Beginning("search", space, asked.model, splits, start, device, asked.plan, asked.searcher.measures)
+    classes, measures = asked.outputs.classes, asked.searcher.measures
+    beginning = Beginning("search", space, asked.model, splits, classes, start, device, asked.plan, measures)
     held_out = config.arch_data == "val"
     config, prepared = prepare(config, beginning, said(asked), start.name(), held_out)
     keep_earlier(asked, prepared)
@@ -208,22 +210,23 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
             networks["compact"] = refitted_compact(config, prepared, arch, subnet, after)
     else:
         more["full_width"] = partial(supernet.small, small=full)
+    measured = scores_of(prepared, config.seed, precision, networks.get(reference))
     held_out: dict[str, float] = {}
     scores: dict[str, float] = {}
     with after.part(f"measuring accuracy on the {loaders.reported}", together=True):
         if loaders.val is not None:
-            held_out = top_k(networks | more, loaders.val, prepared.device, precision)
+            held_out = measured(networks | more, loaders.val)
         words = f"measuring on the {loaders.reported}"
         results = {name: each for name, each in networks.items() if name != "subnet" or "compact" not in networks}
-        scores = top_k(results, loaders.test, prepared.device, precision, words)
+        scores = measured.reported(results, loaders.test, words)
     small = {"params": arch.params, "gflops": arch.flops / 1e9}
     table = {reference: {"params": asked.backbone.params(), "gflops": asked.backbone.flops() / 1e9}}
     table |= {name: dict(small) for name in networks if name != reference}
     for name in networks:
-        for k in ("top1", "top5"):
+        for k in measured.columns:
             if f"{name}_{k}" in scores:
                 table[name][k] = scores[f"{name}_{k}"]
-            if held_out:
+            if f"{name}_{k}" in held_out:
                 table[name][f"held_out_{k}"] = held_out[f"{name}_{k}"]
     facts: dict[str, Any] = {"stage": "search", "space": arch.space, "dataset": config.dataset, "seed": config.seed}
     facts |= facts_of(arch)
@@ -249,7 +252,7 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
         facts |= dict(answer.found) | ({"seconds": seconds} if seconds else {}) | after.facts()
         write_json(prepared.folder / "summary.json", facts | table | {"narrowing": narrowing})
     print_table(table, f"{arch.space} on {config.dataset}", by_split(loaders.reported, loaders.held_out))
-    if "full_width" in more and subnet != full and held_out:
+    if "full_width" in more and subnet != full and "full_width_top1" in held_out:
         print(
             f"top-1 of the subnet before narrowing its stages {held_out['full_width_top1']:.2f} %,"
             f" after {held_out['subnet_top1']:.2f} %, on {loaders.held_out}"

@@ -24,7 +24,7 @@ FIXED = ("output", "resume", "list_spaces", "verbose", "processes", *OWN)  # not
 FIXED_IN_RETRAIN = ("arch", "space", "alpha", "width", "model", "model_kwargs", *FIXED)  # the search decides them
 # What stage 2 takes from stage 1's options: the data, the place, the seed. Training is the space's own, or retrain.X.
 SHARED = (
-    "dataset", "data_dir", "train_split", "val_split", "num_classes", "val_fraction", "class_map", "download",
+    "dataset", "data_dir", "train_split", "val_split", "num_classes", "labels", "val_fraction", "class_map", "download",
     "checkpoint", "pretrained", "interpolation", "crop_pct", "mean", "std", "amp", "amp_dtype", "channels_last",
     "compile", "device", "workers", "threads", "seed", "keep", "tensorboard", "recipe",
     "literature",

@@ -11,9 +11,8 @@ from nas.machine.distributed import is_main, mean_gradients, on_main
 from nas.machine.files import write_text
 from nas.machine.randomness import seed_everything
 from nas.networks.basis_file import BASIS, read_basis, recorded, save_basis
-from nas.training.calibration import calibration_images, with_drawn_labels
+from nas.training.calibration import calibration_images, to_score
 from nas.training.evaluate import progress
-from nas.training.losses import cross_entropy
 from nas.training.options import LoopOptions
 from nas.training.prepared import Prepared
 from supernets.basis import Basis, rewrite
@@ -73,6 +72,7 @@ def _ordered(options: LoopOptions, prepared: Prepared, kind: str) -> Orders:
         if is_main():
             write_text(path, json.dumps(orders))
     permute(prepared.supernet, orders)
+    prepared.supernet.sorted = orders
     print(f"heads, neurons and channels sorted by importance ({kind})")
     return orders
 
@@ -102,9 +102,8 @@ def _orders(options: LoopOptions, prepared: Prepared, kind: str, by_error: Order
         loader, device = prepared.loaders.train, prepared.device
         loader.set_epoch(0)
         batches = [(x.to(device), y.to(device)) for x, y in itertools.islice(loader, TAYLOR_BATCHES)]
-        if not prepared.plan.labels:
-            batches = [*with_drawn_labels(prepared.supernet, batches, options.seed)]
-        scores = taylor_pass(prepared.supernet, batches, cross_entropy, mean_gradients)
+        batches, loss = to_score(prepared.supernet, batches, prepared.plan.labels, options.seed)
+        scores = taylor_pass(prepared.supernet, batches, loss, mean_gradients)
     orders = on_main(lambda: orders_of(scores))
     return {name: order for name, order in orders.items() if not streams.get(name)}
 

@@ -17,9 +17,16 @@ COLUMNS = {
     "ms": "ms, measured",
     "top1": "top-1 %",
     "top5": "top-5 %",
+    "agreement": "same first class %",
+    "kl": "KL, nats",
+    "knn": "k-NN top-1 %",
+    "cosine": "cosine similarity",
+    "feature_error": "feature error",
     "images_per_s_1": "images/s, batch 1",
     "images_per_s_32": "images/s, batch 32",
 }
+SCORES = ("top1", "top5", "agreement", "kl", "knn", "cosine", "feature_error")
+POINTS = ("top1", "top5", "agreement", "knn")  # in per cent
 
 
 @torch.no_grad()
@@ -82,7 +89,7 @@ def print_table(rows: dict[str, dict[str, float]], title: str, words: Mapping[st
         if first is None or last is None or not first:
             ratio = "–"
         else:
-            ratio = f"{last - first:+.2f}" if "top" in key else f"{last / first:.3f}"
+            ratio = f"{last - first:+.2f}" if key.endswith(POINTS) else f"{last / first:.3f}"
         table.add_row(name, *cells, *([ratio] if len(names) > 1 else []))
     Console().print(title, table, sep="\n", highlight=False, soft_wrap=True)
 
@@ -90,8 +97,8 @@ def print_table(rows: dict[str, dict[str, float]], title: str, words: Mapping[st
 def by_split(reported: str, held_out: str) -> dict[str, str]:
     """COLUMNS of a table with accuracies on two sets of images, each named."""
     where = {"": reported, "held_out_": held_out}
-    scores = {f"{prefix}{k}": f"{COLUMNS[k]}, {of}" for prefix, of in where.items() for k in ("top1", "top5")}
-    return {k: v for k, v in COLUMNS.items() if not k.startswith("top")} | scores
+    scores = {f"{prefix}{k}": f"{COLUMNS[k]}, {of}" for prefix, of in where.items() for k in SCORES}
+    return {k: v for k, v in COLUMNS.items() if k not in SCORES} | scores
 
 
 def format_value(key: str, value: float) -> str:
@@ -101,5 +108,6 @@ def format_value(key: str, value: float) -> str:
     if key == "gflops":
         return f"{value:.4f}" if value < 1 else f"{value:.2f}"
     if key.startswith("ms"):
-        return f"{value:.4g}"
-    return f"{value:.2f}" if "top" in key else f"{value:,.0f}"
+        if key.endswith(POINTS):
+        return f"{value:.2f}"
+    return f"{value:.4f}" if key.endswith(SCORES) else f"{value:,.0f}"

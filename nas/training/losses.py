@@ -12,6 +12,11 @@ def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Ten
     return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
 
 
+def projected(features: Tensor, directions: Tensor) -> Tensor:
+    """<f, e>, mean over the batch: the loss of a network without classifier that has no labels (section 2.10)."""
+    return (features.float() * directions).sum(dim=-1).mean()
+
+
 def kl_divergence(p_logits: Tensor, q_logits: Tensor, detach_teacher: bool = False) -> Tensor:
     """KL(p || q) = sum_i p_i log(p_i / q_i), mean over the batch, float32.
 

@@ -4,11 +4,11 @@ import torch
 
 from nas.machine.devices import amp_dtype
 from nas.machine.every import every
-from nas.training.evaluate import top_k
 from nas.training.objective import Objective
 from nas.training.optim import lay_out, make_clip, make_ema, make_optimizer, make_scheduler, updates_per_epoch
 from nas.training.options import LoopOptions
 from nas.training.prepared import Prepared
+from nas.training.scores import scores_of
 from nas.training.training import Training
 
 
@@ -26,8 +26,11 @@ def make_training(
     def evaluate() -> dict[str, float]:
         if loaders.val is None:
             return {}
-        networks = {name: network for name, network in objective.networks().items() if name != "teacher"}
-        scores = top_k(networks, loaders.val, device, training.autocast)
+        networks = dict(objective.networks())
+        measured = scores_of(prepared, options.seed, training.autocast, networks.pop("teacher", None))
+        with training.autocast():
+            own = objective.held_out(loaders.val)
+        scores = dict(own) | measured(networks, loaders.val)
         return {f"held_out_{name}": score for name, score in scores.items()}
 
     training = Training(

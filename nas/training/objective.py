@@ -1,7 +1,7 @@
 """What the one training loop minimises: a module from a batch to the terms of the loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,10 @@ class Objective(nn.Module, ABC):
     def pace(self, step: Step) -> float:
         """What the rate of the architecture parameters is multiplied by at a step."""
         return 1.0
+
+    def held_out(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Mapping[str, float]:
+        """What it measures of held-out images by itself, besides what its networks score: {name: less is better}."""
+        return {}
 
     def after_step(self, step: Step) -> None:
         """Updates that are not gradient steps."""

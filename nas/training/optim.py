@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nas.networks.backbone import classifier_names
 from nas.training.options import TrainingOptions
 from search_spaces.errors import UserError, reason
+from search_spaces.slices import NetworkSlice
 from supernets.supernet import Gates, Small, Supernet
 
 
@@ -142,8 +143,8 @@ def compile_forwards(supernet: Supernet) -> None:
     A search evaluates another subnet every epoch, and each would be compiled anew. The forwards are compiled and
     not the objective, whose schedules change with every step.
     """
-    large, small = supernet.large, supernet.small_with_features
-    fast_large, fast_small = torch.compile(large), torch.compile(small)
+    large, small, streams = supernet.large, supernet.small_with_features, supernet.small_with_streams
+    fast_large, fast_small, fast_streams = torch.compile(large), torch.compile(small), torch.compile(streams)
 
     def run_large(images: Tensor) -> Tensor:
         with compile_errors():
@@ -153,7 +154,12 @@ def compile_forwards(supernet: Supernet) -> None:
         with compile_errors():
             return (fast_small if supernet.training else small)(images, kept, gates)
 
+    def run_streams(images: Tensor, kept: NetworkSlice, after: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        with compile_errors():
+            return (fast_streams if supernet.training else streams)(images, kept, after)
+
     supernet.large, supernet.small_with_features = run_large, run_small  # type: ignore[method-assign, assignment]
+    supernet.small_with_streams = run_streams  # type: ignore[method-assign, assignment]
 
 
 @contextlib.contextmanager

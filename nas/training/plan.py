@@ -82,7 +82,9 @@ def plan_basis(options: TrainingOptions, backbone: Supernet, facts: Facts) -> Ba
             kind = "none" if importance in (None, "none") else "order"
     if kind != "rotate":
         deciding, images = facts.parts()
-        return BasisPlan(kind, weighed=facts.refits and kind != "none", deciding=deciding, images=images)
+        # without a classifier the order is part of the basis, lest the features of the large network come in that order
+        weighed = (facts.refits or backbone.adapter.feature_head is not None) and kind != "none"
+        return BasisPlan(kind, weighed=weighed, deciding=deciding, images=images)
     return _rotation(options, backbone, facts)
 
 

@@ -31,3 +31,13 @@ class Prepared:
     fresh_classifier: bool
     loaders: Loaders
     plan: BasisPlan = field(default_factory=BasisPlan)
+
+    @property
+    def num_classes(self) -> int:
+        """That the network tells apart; 0: its output are features."""
+        return int(self.supernet.backbone.num_classes)  # type: ignore[arg-type]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have labels that may be read."""
+        return self.splits.num_classes > 0

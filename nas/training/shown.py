@@ -1,5 +1,6 @@
 """How a run shows that it lives: a bar on a terminal, elsewhere a line now and then, and TensorBoard's points."""
 
+import re
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -103,8 +104,9 @@ def duration(seconds: float) -> str:
 def summary_line(row: Mapping[str, Any], epochs: int, held_out: str) -> str:
     """One epoch in one line."""
     parts = [f"epoch {row['epoch']}/{epochs}"] + ([f"loss {row['loss']:.3f}"] if "loss" in row else [])
-    keys = {name: f"held_out_{name}_top1" for name in ("large", "subnet")}
-    scores = [f"{name} {row[key]:.2f} %" for name, key in keys.items() if key in row]
+    scores = [f"{found[1]} {row[key]:.2f} %" for key in row if (found := re.fullmatch("held_out_(.*)_top1", key))]
+    words = {"error": "error", "kl": "KL", "cosine": "cosine"}
+    scores += [f"{word} {row[key]:.4f}" for name, word in words.items() if (key := f"held_out_subnet_{name}") in row]
     parts += [f"{', '.join(scores)} on {held_out}"] if scores else []
     if "expected_gflops" in row:
         parts.append(f"expected {row['expected_gflops']:.4g} G, selected {row['selected_gflops']:.4g} G")

@@ -5,8 +5,11 @@ epoch a checkpoint also holds what has been drawn and added up since, by every p
 killed at any step and resumed gives the run that was not.
 """
 
+import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from statistics import fmean as mean
 from typing import Any
 
 from nas.machine import distributed
@@ -20,6 +23,7 @@ from search_spaces.errors import UserError
 CHECKPOINT = "checkpoint.pt"
 BEFORE = "checkpoint-before.pt"  # the one before it, should that one be torn
 BEST = "best.pt"
+JUDGED = {"error": -1, "top1": 1, "kl": -1}  # what the best epoch has most or least of: the first that is there
 
 
 def save(training: Training, epochs_done: int) -> None:
@@ -88,18 +92,28 @@ def check_weights(training: Training, step: int) -> None:
 def keep_copies(training: Training) -> None:
     """Keep the checkpoint just written under further names: as the best, and among the last epochs.
 
-    The best is the epoch (0: the start) whose subnet (or large network, where that is all there is) has the highest
-    top-1 on the held-out part, the first of equals; without a held-out part there is none.
+    The best is the epoch (0: the start) whose subnet (of a front their mean; or large network, where that is all there
+    is) has the highest top-1 on the held-out part, or the least of what counts without labels, the first of equals;
+    without a held-out part there is none.
     """
     path, epoch = training.folder / CHECKPOINT, int(training.rows[-1]["epoch"])
-    key = "held_out_subnet_top1" if "held_out_subnet_top1" in training.rows[-1] else "held_out_large_top1"
-    scores = [row[key] for row in training.rows if key in row]
-    if scores and scores[-1] > max(scores[:-1], default=-1.0):
+    scores = [mean(own) for row in training.rows if (own := held_out_of(row))]
+    if scores and scores[-1] > max(scores[:-1], default=-math.inf):
         copy_atomically(path, training.folder / BEST)
     if training.keep:
         copy_atomically(path, training.folder / f"epoch-{epoch:04d}.pt")
         for old in sorted(training.folder.glob("epoch-*.pt"))[: -training.keep]:
             old.unlink()
+
+
+def held_out_of(row: Mapping[str, Any]) -> list[float]:
+    """What small networks are judged by in a row of log.csv, or the large one where it is alone: more is better."""
+    for column, sign in JUDGED.items():
+        found = {key: sign * float(row[key]) for key in row if re.fullmatch(f"held_out_.*_{column}", key)}
+        large = found.pop(f"held_out_large_{column}", None)
+        if found or large is not None:
+            return list(found.values()) or [large]  # type: ignore[list-item]
+    return []
 
 
 def write_tables(training: Training) -> None:

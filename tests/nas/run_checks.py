@@ -44,6 +44,9 @@ def assert_whole(folder: Path) -> None:
         ".pdf": lambda p: p.read_bytes().rstrip().endswith(b"%%EOF") or pytest.fail(f"{p} is cut off"),
     }
     for name, path in visible(folder).items():
+        if path.is_dir():  # a network of a front
+            assert_whole(path)
+            continue
         found = readers[path.suffix](path)
         if path.suffix == ".csv":
             assert found == [], f"{name} has short rows"
@@ -57,7 +60,9 @@ def assert_same_run(folder: Path, undisturbed: Path) -> None:
     assert names == expected
     for name, path in visible(undisturbed).items():
         other = folder / name
-        if path.suffix == ".safetensors":
+        if path.is_dir():
+            assert_same_files(other, path)
+        elif path.suffix == ".safetensors":
             a, b = load_file(path), load_file(other)
             assert a.keys() == b.keys()
             assert [n for n in a if not torch.equal(a[n], b[n])] == []
@@ -67,6 +72,12 @@ def assert_same_run(folder: Path, undisturbed: Path) -> None:
         assert (folder / "arch.json").read_text() == (undisturbed / "arch.json").read_text()
     first, second = (load_checkpoint(f / "checkpoint.pt")["objective"] for f in (folder, undisturbed))
     assert [n for n in first if not alike(first[n], second[n])] == []
+
+
+def assert_same_files(folder: Path, undisturbed: Path) -> None:
+    """Of a network of a front, to the byte."""
+    for path in undisturbed.iterdir():
+        assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
 
 
 def alike(first: Any, second: Any) -> bool:

@@ -31,7 +31,7 @@ FAMILIES: dict[str, Any] = {
         | kwargs
     ),
     "t2t": lambda **kwargs: T2TViT(
-        img_size=32, num_classes=5, embed_dim=24, depth=3, num_heads=6, mlp_ratio=2, token_dim=8, **kwargs
+        **dict(img_size=32, num_classes=5, embed_dim=24, depth=3, num_heads=6, mlp_ratio=2, token_dim=8) | kwargs
     ),
     "eva": lambda **kwargs: Eva(**VIT | EVA | kwargs),
 }

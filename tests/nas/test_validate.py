@@ -44,13 +44,13 @@ def test_all_three_networks_of_a_run(run: Path, monkeypatch: pytest.MonkeyPatch)
     large, small = opened.supernet.flops() / 1e9, opened.supernet.flops(opened.subnet) / 1e9
     assert [row["gflops"] for row in rows.values()] == [large, small, small]
     with torch.no_grad():
-        batches, reported = reported_images(opened, CPU, {})
-        for images, labels in batches:
+        reported = reported_images(opened, CPU, {})
+        for images, labels in reported.images:
             right += int((network(images).argmax(1) == labels).sum())
             seen += len(labels)
     assert rows["compact"]["top1"] == pytest.approx(100 * right / seen)
     assert json.loads((run / "validation.json").read_text()) == result
-    assert reported == result["split"] == "test fifth" and result["images"] == 359
+    assert reported.words == result["split"] == "test fifth" and result["images"] == 359
 
 
 def test_one_file_is_one_network(run: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown field": ({"colour": 1}, "unknown field 'colour'"),
     "width of no name": ({"width": "narrow"}, "field 'width' is 'narrow'; expected stream or inner"),
     "no FLOPs": ({"flops": 0}, "field 'flops' is 0; expected at least 1"),
-    "no classes": ({"num_classes": -1}, "field 'num_classes' is -1; expected at least 1"),
+    "no classes": ({"num_classes": -1}, r"field 'num_classes' is -1; expected 0 \(no classifier\) or more"),
     "two sizes": ({"input_size": [32, 32]}, r"field 'input_size' is \[32, 32\]; expected \[channels, height, width\]"),
     "sizes of text": ({"input_size": [3, "32", 32]}, "field 'input_size'"),
     "no stage": ({"stage_widths": []}, "field 'stage_widths'"),

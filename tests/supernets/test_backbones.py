@@ -118,6 +118,8 @@ SUPPORTED: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 SUPPORTED += [
+    *(("`num_classes=0`", family, {"num_classes": 0}) for family in ("vit", "swin", "t2t", "eva")),
+    ("`num_classes=0`", "vit", AVG | {"num_classes": 0, "fc_norm": False}),
     ("`dynamic_img_size`", "vit", {"dynamic_img_size": True}),
     ("`SwiGLU`, `SwiGLUPacked`, `GluMlp`", "vit", {"mlp_layer": SwiGLU, "scale_mlp_norm": True}),
     ("`SwiGLU`, `SwiGLUPacked`, `GluMlp`", "vit", {"mlp_layer": SwiGLUPacked, "init_values": 1.0}),
@@ -157,7 +159,7 @@ REFUSED: list[tuple[str, str, Build]] = [
     ('`global_pool="map"` or `"prr"`', "attention pooling", partial(build["vit"], global_pool="map")),
     ('`global_pool="map"` or `"prr"`', "attention pooling", partial(build["vit"], global_pool="prr")),
     ('`global_pool=""`', "without pooling", partial(build["vit"], global_pool="")),
-    ("`num_classes=0`", "without classifier", partial(build["vit"], num_classes=0)),
+    ("`VisionTransformerDistilled` with `num_classes=0`", "two heads", partial(build["distilled"], num_classes=0)),
     ("`ResPostBlock`", "ResPostBlock", partial(build["vit"], block_fn=ResPostBlock)),
     ("`ParallelScalingBlock`", "ParallelScalingBlock", partial(build["vit"], block_fn=ParallelScalingBlock)),
     ("`ParallelThingsBlock`", "ParallelThingsBlock", partial(build["vit"], block_fn=ParallelThingsBlock)),
@@ -175,11 +177,8 @@ REFUSED: list[tuple[str, str, Build]] = [
     ("`strict_img_size=False`, `dynamic_img_size`", "strict_img_size", partial(build["swin"], dynamic_img_size=True)),
     ('`global_pool="catavgmax"`', "catavgmax", partial(build["swin"], global_pool="catavgmax")),
     ('`global_pool=""`', "without pooling", partial(build["swin"], global_pool="")),
-    ("`num_classes=0`", "without classifier", partial(build["swin"], num_classes=0)),
-    ("`num_classes=0`", "without classifier", partial(build["t2t"], num_classes=0)),
     ("`global_pool` other than the class token", "global_pool", partial(build["t2t"], global_pool="avg")),
     ('`global_pool="map"`', "attention pooling", partial(build["eva"], global_pool="map")),
-    ("`num_classes=0`", "without classifier", partial(build["eva"], num_classes=0)),
     ("`use_post_norm`", "EvaBlockPostNorm", partial(build["eva"], use_post_norm=True)),
     (
         "`num_kv_heads`",

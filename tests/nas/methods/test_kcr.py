@@ -336,7 +336,7 @@ def searches() -> dict[str, Callable[[], Objective]]:
 
 
 def subnet_now(objective: Objective) -> NetworkSlice:
-    return objective.subnet if isinstance(objective, Adjoined) else objective.current_subnet()
+    return objective.members.widest if isinstance(objective, Adjoined) else objective.current_subnet()
 
 
 @pytest.mark.parametrize("kind", searches())

@@ -42,14 +42,14 @@ TRAINED = Start(checkpoint=Path("weights"))
 
 def run_of(supernet: Supernet, costs: PricedSpace, budget: float | None = 0.5, **options: Any) -> Any:
     """A run as far as it is looked at. options: of the search; `start`, `weights` of the preparation, `folder`."""
-    known = dict(start=None, resume=False, labels=True, seed=0) | options
+    known = dict(start=None, resume=False, seed=0) | options
     prepared = SimpleNamespace(
         supernet=supernet,
         fresh_classifier=True,  # magnitudes: no images
         start=known.pop("weights", TRAINED),
         folder=known.pop("folder", None),
         device=torch.device("cpu"),
-        plan=SimpleNamespace(images=8),
+        plan=SimpleNamespace(images=8, labels=True),
     )
     return SimpleNamespace(options=SimpleNamespace(**known), question=Question(costs, budget), prepared=prepared)
 

@@ -20,6 +20,7 @@ from nas.networks.compact_file import load_compact
 from nas.runs.checkpoint import load_checkpoint
 from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
+from nas.training.scores import scores_of
 from nas.training.state import BEST, CHECKPOINT
 from search_spaces.errors import UserError
 from tests.nas.run_checks import draw_pictures
@@ -54,11 +55,21 @@ def disturbed(cut: Callable[..., Any], by: float) -> Callable[..., Any]:
     return wrong
 
 
+def unscored(*arguments: Any) -> Any:
+    """Scores that cannot be had."""
+    return replace(scores_of(*arguments), autocast=failing)
+
+
 FAULTS: dict[str, tuple[str, Any, str, tuple[str, ...]]] = {  # of nas.stages.retrain; what is said; what is there
     "another network": ("cut", disturbed(nas.stages.retrain.cut, 0.1), "they differ by", ("summary.json", "table.csv")),
     "not a number": ("cut", disturbed(nas.stages.retrain.cut, float("nan")), "differ by nan", ("summary.json",)),
     "the comparison": ("compared", failing, "comparing compact.safetensors with the subnet", ("summary.json",)),
-    "accuracy": ("top_k", failing, "measuring accuracy on the test fifth: CUDA out of memory", ("summary.json",)),
+    "accuracy": (
+        "scores_of",
+        unscored,
+        "measuring accuracy on the test fifth: CUDA out of memory",
+        ("summary.json",),
+    ),
     "speed": ("images_per_second", failing, "measuring speed: CUDA out of memory", ("summary.json", "curves.png")),
     "tables": ("write_json", failing, "writing tables: CUDA out of memory", ("curves.png",)),
     "pictures": ("plot_run", failing, "drawing pictures: CUDA out of memory", ("summary.json", "table.csv")),
@@ -90,7 +101,7 @@ def test_12_a_resume_measures_what_could_not_be_measured(
     quick(monkeypatch)
     config = RetrainConfig(data_dir=pictures, output=tmp_path / "run", **AN)
     with monkeypatch.context() as patch:
-        patch.setattr(nas.stages.retrain, "top_k", failing)
+        patch.setattr(nas.stages.retrain, "scores_of", unscored)
         with pytest.raises(UserError, match="measuring accuracy"):
             run_retrain(config)
     before = (tmp_path / "run" / "compact.safetensors").read_bytes()
@@ -100,14 +111,14 @@ def test_12_a_resume_measures_what_could_not_be_measured(
     assert "troubles" not in summary and summary["compact"]["top1"] > 0
 
 
-@pytest.mark.parametrize("name", ["plot_run", "top_k", "write_json"])
+@pytest.mark.parametrize(("name", "put"), [("plot_run", failing), ("scores_of", unscored), ("write_json", failing)])
 def test_12_what_fails_after_a_search(
-    name: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, put: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {k: v for k, v in AN.items() if k not in ("space", "alpha")}
     config = SearchConfig(space="vit-dan-nano", budget=0.5, alphas=(1, 2, 4), data_dir=pictures, **options)
     quick(monkeypatch)
-    monkeypatch.setattr(nas.stages.search, name, failing)
+    monkeypatch.setattr(nas.stages.search, name, put)
     with pytest.raises(UserError, match="CUDA out of memory"):
         run_search(replace(config, output=tmp_path / "run"))
     assert (tmp_path / "run" / "arch.json").is_file() and (tmp_path / "run" / "supernet.safetensors").is_file()
@@ -123,7 +134,7 @@ def test_12_a_refitted_network_that_differs(world: World, tmp_path: Path, monkey
 
 
 def test_the_tolerance_is_that_of_the_precision_in_force() -> None:
-    assert tolerance(CPU) == EXACT
+    assert EXACT <= tolerance(CPU) < 2 * EXACT  # by the rounding of a machine's products
     exact = product_error(CPU)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded, allowed = product_error(CPU), tolerance(CPU)

@@ -41,7 +41,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a choice that is none": (["--fix", "width"], "--fix width; expected some of stream, heads, qk, v, hidden"),
     "a step of nothing": (["--granularity", "0"], "--granularity 0; expected a whole number of at least 1"),
     "top-1 without labels": (
-        ["--decide", "top1", "--no-labels"], "--decide top1 counts hits, --no-labels has none; take --decide kl",
+        ["--decide", "top1", "--no-labels"], "--decide top1 counts hits; these images have none: take --decide kl",
     ),
     "epochs": (["--epochs", "3"], "--epochs 3: a search by importance trains nothing; leave it out"),
     "no basis": (["--basis", "none"], "--score error needs units in a basis, ordered by --importance error; leave"),

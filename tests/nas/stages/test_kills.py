@@ -28,18 +28,18 @@ KILLS: list[Kill] = [  # one after the other, each in the run that the one befor
     ("torch", "save", 1, "half"),  # half a checkpoint
     None,
     ("nas.training.state", "write_tables", 2, ""),  # the first is the resume's own, if there is a checkpoint by now
-    ("nas.training.make", "top_k", 1, ""),  # in validation
+    ("nas.training.scores", "top_k", 1, ""),  # in validation
     None,
     ("torch", "save", 2, "half"),
     None,
     ("nas.training.loop", "update_weights", 1, ""),  # in the first step after a resume
     None,
-    ("nas.training.make", "top_k", 2, ""),
+    ("nas.training.scores", "top_k", 2, ""),
     None,
     ("os", "replace", 5, ""),
     None,
     ("nas.training.loop", "update_weights", 9, ""),
-    ("nas.stages.search", "top_k", 1, ""),  # all epochs done
+    ("nas.stages.search", "scores_of", 1, ""),  # all epochs done
     ("nas.networks.weights", "save_file", 1, "half"),  # half of the weights written
     ("nas.pictures.run", "save", 2, ""),  # among the pictures
 ]

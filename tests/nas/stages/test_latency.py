@@ -115,9 +115,7 @@ def test_another_devices_table_is_used_and_nothing_is_timed(world: World, capsys
     assert point["latency"] == found["ms_predicted"] and point["on"].startswith("a telephone, 1 thread, eager fp32")
 
 
-def test_milliseconds_are_drawn_device_by_device(
-    world: World, searched: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_milliseconds_are_drawn_device_by_device(world: World, searched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     test_another = world.root / "far"
     if not test_another.exists():
         own = dict(price="latency", latency_table=table_file(world, FAR), evals=1)

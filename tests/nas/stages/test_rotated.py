@@ -145,8 +145,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         x = pixels(next(family for family in FAMILIES if type(supernet.adapter).__name__.lower().startswith(family)))
         with torch.no_grad():
             found.begun[training.folder] = {"large": supernet.large(x)}
-            if hasattr(training.objective, "subnet"):
-                found.begun[training.folder]["subnet"] = supernet.small(x, training.objective.subnet)
+            if hasattr(training.objective, "members"):
+                found.begun[training.folder]["subnet"] = supernet.small(x, training.objective.members.widest)
         fit(training, *rest)
 
     with pytest.MonkeyPatch.context() as patch:

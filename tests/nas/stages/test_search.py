@@ -17,7 +17,7 @@ import nas.pictures.run
 import nas.stages.retrain
 import nas.stages.search
 import nas.training.loop
-import nas.training.make
+import nas.training.scores
 import nas.training.state
 from nas.config import RetrainConfig, SearchConfig
 from nas.networks.compact_file import load_compact
@@ -179,7 +179,7 @@ def test_7_an_interrupted_validation_resumes_to_the_same_run(
     config, undisturbed = search
     config = replace(config, output=tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(nas.training.make, "top_k", Interrupt(nas.training.make.top_k, 2))
+        patch.setattr(nas.training.scores, "top_k", Interrupt(nas.training.scores.top_k, 2))
         with pytest.raises(KeyboardInterrupt):
             run_search(config)
     with monkeypatch.context() as patch:  # and once more, when all is trained but nothing concluded

@@ -14,7 +14,7 @@ from torch import Tensor
 import nas.training.basis
 from nas.networks.basis_file import BASIS, basis_of, read_basis
 from nas.training.basis import PERMUTATION, Standing, find_basis
-from nas.training.calibration import calibration_images, deciding_images, images_from, with_drawn_labels
+from nas.training.calibration import calibration_images, deciding_images, images_from, to_score
 from nas.training.plan import BasisPlan
 from nas.training.prepared import Prepared
 from search_spaces.architecture import Architecture
@@ -226,7 +226,7 @@ def test_labels_are_drawn_anew_for_every_batch() -> None:
     batches = [(image, torch.zeros(1, dtype=torch.long))] * 400
 
     def labels(seed: int) -> list[int]:
-        return [int(y) for _, y in with_drawn_labels(supernet, batches, seed)]
+        return [int(y) for _, y in to_score(supernet, batches, False, seed)[0]]
 
     found = torch.bincount(torch.tensor(labels(0)), minlength=5) / 400
     torch.testing.assert_close(found, supernet.large(image).softmax(1)[0].detach().float(), atol=0.1, rtol=0)
