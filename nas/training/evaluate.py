@@ -108,6 +108,7 @@ def format_value(key: str, value: float) -> str:
     if key == "gflops":
         return f"{value:.4f}" if value < 1 else f"{value:.2f}"
     if key.startswith("ms"):
-        if key.endswith(POINTS):
+        return f"{value:.4g}"
+    if key.endswith(POINTS):
         return f"{value:.2f}"
     return f"{value:.4f}" if key.endswith(SCORES) else f"{value:,.0f}"

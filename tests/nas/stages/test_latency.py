@@ -165,7 +165,7 @@ def test_a_minimax_search_holds_one_price() -> None:
     config = SearchConfig(space="deit-uvc-nano", budget=0.5, mparams=0.1, price="flops")
     config, space = resolve(config)
     assert config.price == "flops" and space.name == "deit-uvc-nano"
-    with pytest.raises(UserError, match="--mparams 0.1: a minimax search holds one budget, in FLOPs"):
+    with pytest.raises(UserError, match=r"--mparams 0.1: a minimax search holds one budget, in FLOPs"):
         run_search(replace(config, epochs=1, batch_size=256, workers=0, threads=1))
 
 
