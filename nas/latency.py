@@ -53,23 +53,22 @@ class Point:
         return f"{self.kind.words()}: {words}"
 
 
-def values_of(name: str, whole: int, unit: int = 1) -> tuple[int, ...]:
+SHARES = {  # of the whole, beside the least and the whole: of a fine grid, of a coarse one
+    "stream": ((1 / 4, 1 / 2, 3 / 4), (1 / 4, 1 / 2)),
+    "heads": ((1 / 2,), (1 / 2,)),
+    "qk": ((1 / 4, 1 / 2), (1 / 2,)),
+    "v": ((1 / 4, 1 / 2), (1 / 2,)),
+    "hidden": ((1 / 8, 1 / 4, 1 / 2), (1 / 4, 1 / 2)),
+}
+
+
+def values_of(name: str, whole: int, unit: int = 1, fine: bool = True) -> tuple[int, ...]:
     """The grid of one width: the least of free spaces and shares of the whole, multiples of 8 where it is wide."""
-    step = 8 if whole >= 32 else 1
-    shares = {
-        "stream": (1 / 4, 1 / 2, 3 / 4),
-        "heads": (1 / 2,),
-        "qk": (1 / 4, 1 / 2),
-        "v": (1 / 4, 1 / 2),
-        "hidden": (1 / 8, 1 / 4, 1 / 2),
-    }[name]
-    if name == "heads":
-        step, least = 1, 1
-    elif name == "stream":
-        least = step * -(-whole // (4 * step))
-    else:
-        least = step if name in ("qk", "v") else step * max(1, round(whole / 32 / step))
-    found = {min(whole, max(least, step * round(share * whole / step))) for share in shares} | {least, whole}
+    step = 8 if whole >= 32 and name != "heads" else 1
+    least = {"stream": step * -(-whole // (4 * step)), "hidden": step * max(1, round(whole / 32 / step))}.get(
+        name, step
+    )
+    found = {min(whole, max(least, step * round(share * whole / step))) for share in SHARES[name][not fine]} | {least}
     return tuple(sorted({max(unit, value - value % unit) for value in found} | {whole}))
 
 
@@ -88,12 +87,12 @@ def unit_of(name: str, shape: Any) -> int:
     return int(shape.qk_unit) if name == "qk" else 1
 
 
-def grid_of(parts: "Parts", kind: "Kind") -> dict[str, tuple[int, ...]]:
+def grid_of(parts: "Parts", kind: "Kind", fine: bool) -> dict[str, tuple[int, ...]]:
     """The grid of a kind of half; q, k and v on the same values where heads are as wide in both."""
     from supernets.chains import widths_of
 
     shape = parts.shape(kind)
-    return {n: values_of(n, whole, unit_of(n, shape)) for n, whole in widths_of(kind, shape).items()}
+    return {n: values_of(n, whole, unit_of(n, shape), fine) for n, whole in widths_of(kind, shape).items()}
 
 
 def lines_of(parts: "Parts", kind: "Kind") -> dict[str, tuple[int, ...]]:
@@ -110,7 +109,7 @@ def stage_grids(base: Sequence[int], rotated: bool, fine: bool) -> list[tuple[tu
     Where a stem ends in a layer, all but the whole width has it: the last one before that is timed, too.
     """
     step = [8 if width >= 32 else 1 for width in base]
-    grids = [set(values_of("stream", width)) for width in base]
+    grids = [set(values_of("stream", width, fine=fine)) for width in base]
     if fine and len(base) == 1:
         grids[0] |= set(line_of("stream", base[0])[::4])
     if rotated:
@@ -123,7 +122,7 @@ def points_of(parts: "Parts", fine: bool) -> list[Point]:
     """All that is timed, each once."""
     found: dict[Point, None] = {}
     for kind in parts.blocks:
-        grid = grid_of(parts, kind)
+        grid = grid_of(parts, kind, fine)
         for values in product(*grid.values()):
             found[Point(kind, tuple(zip(grid, values, strict=True)))] = None
         if fine:
@@ -169,13 +168,14 @@ class Timing:
         import torch
 
         from nas.machine.runtimes import PRECISIONS
+        from supernets.chains import widths_of
 
         self.parts, self.setting, self.device, self.rounds = parts, setting, device, rounds
         self.images = torch.randn(setting.batch_size, *parts.input_size)
         self.dtype = PRECISIONS[setting.precision]
         self.done: Done = {}
         kind = next(kind for kind in reversed(parts.blocks) if kind.half == "mlp")
-        self.reference = Point(kind, tuple((name, values[-1]) for name, values in grid_of(parts, kind).items()))
+        self.reference = Point(kind, tuple(widths_of(kind, parts.shape(kind)).items()))
 
     def run_of(self, point: Point) -> "tuple[Run, torch.Tensor, int]":
         """What is called, with what, and how many halves it is."""
@@ -242,7 +242,7 @@ def half_times(parts: "Parts", kind: "Kind", ns: Mapping[str, float], fine: bool
 
     from nas.prices.latency_table import HalfTimes, grid_products
 
-    grid = grid_of(parts, kind)
+    grid = grid_of(parts, kind, fine)
     largest = {name: values[-1] for name, values in grid.items()}
 
     def at(widths: Mapping[str, int]) -> float:

@@ -1,6 +1,7 @@
 """python -m nas.latency: what it times, that it goes on, and that it needs torch and timm only (section 2.13)."""
 
 import argparse
+import copy
 import json
 import os
 import subprocess
@@ -27,7 +28,7 @@ from tests.nas.small import FAMILIES, small_supernet
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "vit_tiny_patch16_224"
-KWARGS = ["img_size=32", "patch_size=16", "embed_dim=16", "depth=3", "num_heads=2"]
+KWARGS = ["img_size=32", "patch_size=16", "embed_dim=4", "depth=2", "num_heads=1", "mlp_ratio=2"]
 CPU = torch.device("cpu")
 
 
@@ -60,8 +61,6 @@ def test_a_chain_is_made_of_what_the_compact_network_runs(family: str) -> None:
     supernet = small_supernet(family).float()
     expected = Supernet(supernet.backbone)
     images = torch.randn(2, *supernet.adapter.input_size)
-    import copy
-
     parts = Parts(copy.deepcopy(supernet.backbone))
     for kind, name in parts.blocks.items():
         shape = parts.shape(kind)
@@ -96,9 +95,9 @@ def test_a_table_of_every_half_is_made(clock: list[int], tmp_path: Path, capsys:
     printed = capsys.readouterr()
     assert "points on" in printed.out and "left" in printed.err and "quiet" not in printed.out
     (mlp,) = (times for kind, times in table.halves.items() if kind.half == "mlp")
-    S, M = 16, 64
+    S, M = 4, 8
     assert mlp.at({"stream": S, "hidden": M}) == pytest.approx(1e3 * (2 * S * M + M + S + 2 * S), rel=0.01)
-    whole = timm.create_model(MODEL, img_size=32, patch_size=16, embed_dim=S, depth=3, num_heads=2, num_classes=5)
+    whole = timm.create_model(MODEL, img_size=32, patch_size=16, embed_dim=S, depth=2, num_heads=1, num_classes=5)
     own = sum(p.numel() for name, p in whole.named_parameters() if not name.startswith("blocks."))
     assert table.outside.at((S,)) == pytest.approx(1e3 * (own + 1))
     with pytest.raises(UserError, match="is there already; remove it, or give another"):
