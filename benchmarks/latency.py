@@ -22,6 +22,7 @@ import numpy as np
 import timm
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from nas.machine.files import write_csv
 from nas.networks.key_values import parse_key_values
@@ -71,15 +72,23 @@ def spearman(a: Floats, b: Floats) -> float:
     return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
 
-def timed(supernet: Supernet, subnets: Sequence[NetworkSlice], table: LatencyTable, rounds: int) -> Floats:
-    """Milliseconds of each compact network."""
+def timed(
+    supernet: Supernet, subnets: Sequence[NetworkSlice], table: LatencyTable, rounds: int
+) -> tuple[Floats, list[float]]:
+    """Milliseconds of each compact network; of the backbone, which is timed with every group of them."""
     found: list[float] = []
+    backbone: list[float] = []
     for first in range(0, len(subnets), TOGETHER):
         group = subnets[first : first + TOGETHER]
-        networks = {str(i): cut(supernet.backbone, subnet).eval() for i, subnet in enumerate(group)}
-        times = milliseconds(networks, supernet.adapter.input_size, table.setting, rounds)
+        networks: dict[str, nn.Module] = {
+            str(i): cut(supernet.backbone, subnet).eval() for i, subnet in enumerate(group)
+        }
+        times = milliseconds(
+            networks | {"backbone": supernet.backbone}, supernet.adapter.input_size, table.setting, rounds
+        )
         found += [times[name] for name in networks]
-    return np.array(found)
+        backbone.append(times["backbone"])
+    return np.array(found), backbone
 
 
 def picture(gflops: Floats, measured: Floats, predicted: Floats, words: str, title: str) -> Any:
@@ -101,10 +110,10 @@ def picture(gflops: Floats, measured: Floats, predicted: Floats, words: str, tit
 def row(name: str, values: Floats, measured: Floats) -> str:
     """How far off a prediction is, in words."""
     errors = values / measured - 1
-    mean, worst = float(abs(errors).mean()), float(abs(errors).max())
+    mean, worst, bias = float(abs(errors).mean()), float(abs(errors).max()), float(errors.mean())
     return (
-        f"{name:8} mean error {mean:6.1%}  worst {worst:6.1%}  bias {float(errors.mean()):+6.1%}"
-        f"  Spearman {spearman(values, measured):.4f}"
+        f"{name:8} mean error {mean:6.1%}  worst {worst:6.1%}  bias {bias:+6.1%}, without it"
+        f" {float(abs(errors - bias).mean()):6.1%}  Spearman {spearman(values, measured):.4f}"
     )
 
 
@@ -143,8 +152,11 @@ def main() -> None:
         name: np.array([Latency(t).network(supernet.shapes, supernet.adapter.costs, s) / 1e6 for s in subnets])
         for name, t in readings(table).items()
     }
-    columns["ms"] = measured = timed(supernet, subnets, table, args.rounds)
+    columns["ms"], backbone = timed(supernet, subnets, table, args.rounds)
+    measured = columns["ms"]
     print(f"{args.model or asked.model}, {len(subnets)} networks, {table.setting.words()}")
+    said = Latency(table).network(supernet.shapes, supernet.adapter.costs, subnets[0]) / 1e6
+    print(f"the backbone, timed with every {TOGETHER}: {min(backbone):.4g} to {max(backbone):.4g} ms, table {said:.4g}")
     names = [name for name in columns if name not in ("gflops", "ms")]
     for name in names:
         print(row(name, columns[name], measured))
