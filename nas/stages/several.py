@@ -42,7 +42,7 @@ class Member:
     @property
     def name(self) -> str:
         """In tables and in log.csv."""
-        return f"{self.budget:g}"
+        return str(self.budget)
 
     @property
     def costs(self) -> dict[str, float]:
@@ -75,9 +75,10 @@ def conclude_several(
     networks: dict[str, Network] = {**whole, **compact}
     with after.part(f"measuring accuracy on the {loaders.reported}", together=True):
         measured = scores_of(prepared, config.seed, training.autocast, whole.get(as_it_was(prepared.model)))
-        for prefix, batches in (("", loaders.test), ("held_out_", loaders.val)):
+        parts = ("", loaders.reported, loaders.test), ("held_out_", loaders.held_out, loaders.val)
+        for prefix, images, batches in parts:
             if batches is not None:
-                found = measured(networks, batches, f"measuring on the {prefix.replace('_', '-')}images")
+                found = measured(networks, batches, f"measuring on the {images}")
                 for name, k in ((name, k) for name in networks for k in measured.columns if f"{name}_{k}" in found):
                     table[name][f"{prefix}{k}"] = found[f"{name}_{k}"]
     facts: dict[str, Any] = {"stage": "retrain", "train": config.train, "space": prepared.space.name}
