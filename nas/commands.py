@@ -24,10 +24,11 @@ def start_search(config: SweepConfig) -> None:
 
         list_spaces(config.verbose)
         return
-    from nas.sweeps.ray_settings import settle
     from nas.sweeps.trials import make_trials, single_search
 
     if config.sweep:
+        from nas.sweeps.ray_settings import settle
+
         settle(config.ray_address)  # before a range is drawn, by Ray's samplers
         trials = make_trials(config)
         from nas.sweeps.sweep import run_sweep

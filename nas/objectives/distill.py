@@ -36,22 +36,18 @@ class Distilled(Objective):
         tokens: tuple[float, Tokens] | None = None,
     ) -> None:
         super().__init__(supernet)
-        self.members, self.smoothing, self.over_classes, self.tokens = (
-            Members.of(subnet),
-            smoothing,
-            over_classes,
-            tokens,
-        )
+        self.members, self.tokens = Members.of(subnet), tokens
+        self.smoothing, self.over_classes = smoothing, over_classes
         self.teacher, self.hard, self.weight, self.temperature = teacher, hard, weight, temperature
 
     @classmethod
     def of(cls, options: StageTwoOptions, supernet: Supernet, members: Members, teacher: Teacher | None) -> "Distilled":
         """As the options ask for it."""
         assert teacher is not None
-        matched = None
-        if options.distill_features:
+        weight, tokens = options.distill_features, None
+        if weight:
             only = members.only("--distill-features matches tokens")
-            matched = Tokens(supernet, only, teacher, options.distill_blocks)
+            tokens = weight, Tokens(supernet, only, teacher, options.distill_blocks)
         return cls(
             supernet,
             members,
@@ -61,7 +57,7 @@ class Distilled(Objective):
             temperature=options.distill_temperature,
             smoothing=options.smoothing or 0.0,
             over_classes=options.over_classes(),
-            tokens=None if matched is None else (options.distill_features or 0.0, matched),
+            tokens=tokens,
         )
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
@@ -81,8 +77,7 @@ class Distilled(Objective):
 
     @property
     def may_leave_weights_unused(self) -> bool:
-        several = len(self.members.subnets) > 1
-        return several or not all(block.attn and block.mlp for block in self.members.widest.blocks)
+        return self.members.may_leave_weights_unused
 
     def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:
         return {"teacher": self.teacher} | self.members.networks(self.supernet)

@@ -36,7 +36,7 @@ class Features(Objective):
         temperature: float = 1.0,
     ) -> None:
         super().__init__(supernet)
-        self.subnet, self.teacher, self.weight, self.temperature = subnet, teacher, weight, temperature
+        self.members, self.teacher, self.weight, self.temperature = Members.of(subnet), teacher, weight, temperature
         self.tokens = Tokens(supernet, subnet, teacher, blocks)
 
     @classmethod
@@ -50,7 +50,7 @@ class Features(Objective):
 
     def forward(self, images: Tensor, target: Tensor, step: Step) -> dict[str, Tensor]:
         expert = self.tokens.expected(images)
-        output, streams = self.supernet.small_with_streams(images, self.subnet, self.tokens.after)
+        output, streams = self.supernet.small_with_streams(images, self.members.widest, self.tokens.after)
         terms = {"tokens": self.weight * self.tokens.error(self.supernet, streams)}
         if self.supernet.adapter.feature_head is None:
             return terms | {"distill": soft_distillation(expert, output, self.temperature)}
@@ -58,7 +58,7 @@ class Features(Objective):
 
     @property
     def may_leave_weights_unused(self) -> bool:
-        return not all(block.attn and block.mlp for block in self.subnet.blocks)
+        return self.members.may_leave_weights_unused
 
     @torch.no_grad()
     def held_out(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
@@ -74,10 +74,10 @@ class Features(Objective):
         return {"subnet_error": float(sums[0] / sums[1].clamp_min(1))}
 
     def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {"teacher": self.teacher, "subnet": lambda x: self.supernet.small(x, self.subnet)}
+        return {"teacher": self.teacher} | self.members.networks(self.supernet)
 
     def log(self, step: Step) -> dict[str, float]:
-        return {"selected_gflops": self.supernet.flops(self.subnet) / 1e9}
+        return self.members.log(self.supernet)
 
 
 def relative_error(expected: Tensor, found: Tensor) -> Tensor:

@@ -36,6 +36,11 @@ class Members:
             raise UserError(f"{what} of one network, --arch names a front; name one of its files, or --train distill")
         return self.widest
 
+    @property
+    def may_leave_weights_unused(self) -> bool:
+        """Whether some block's weights are in no network of a step."""
+        return len(self.subnets) > 1 or not all(block.attn and block.mlp for block in self.widest.blocks)
+
     def at(self, number: int) -> list[NetworkSlice]:
         """Those of a step: all of them, or so many in a row, round and round."""
         every = list(self.subnets.values())

@@ -7,11 +7,11 @@ on the Agg canvas, with no global state and no window.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nas.data.split_names import HELD_OUT
+from nas.runs.log_columns import held_out as held_out_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -284,9 +284,7 @@ def _losses(axes: Axes, log: pd.DataFrame) -> None:
 
 
 def _accuracies(axes: Axes, log: pd.DataFrame, held_out: str) -> None:
-    found = (re.fullmatch("held_out_(.*)_top1", str(column)) for column in log.columns)
-    small = [match[1] for match in found if match and match[1] not in ("large", "subnet")]  # of a front
-    for i, who in enumerate(("large", "subnet", *small)):
+    for i, who in enumerate(dict.fromkeys(("large", "subnet", *held_out_columns(log.columns, "top1")))):
         for top, light in (("top1", 1.0), ("top5", 0.55)):
             column = f"held_out_{who}_{top}"
             if column in log:

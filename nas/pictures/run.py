@@ -148,11 +148,7 @@ def run_points(folder: Path) -> list[dict[str, Any]]:
         found = summary.get(name)
         if not isinstance(found, dict):
             continue
-        values = {k: _value(found, k) for k in ("params", "gflops", "top1", "top5", "held_out_top1")}
-        values["images_per_s"] = _value(found, "images_per_s_32")
-        values["latency"] = _value(found, "ms")
-        if math.isnan(values["latency"]):
-            values["latency"] = _value(found, "ms_predicted")
+        values = _measured(found)
         # Whole, a network is the same whatever the small one's budget, and runs are its seeds; trained, it is another
         # one after each stage.
         stage = summary.get("stage") if role == "large" else ""
@@ -163,17 +159,24 @@ def run_points(folder: Path) -> list[dict[str, Any]]:
     return rows + [facts | own for own in _of_front(folder, summary, arch)]
 
 
+def _measured(found: Mapping[str, Any]) -> dict[str, float]:
+    """What a network of a summary costs and is worth."""
+    values = {k: _value(found, k) for k in ("params", "gflops", "top1", "top5", "held_out_top1")}
+    measured, predicted = _value(found, "ms"), _value(found, "ms_predicted")
+    latency = predicted if math.isnan(measured) else measured
+    return values | {"images_per_s": _value(found, "images_per_s_32"), "latency": latency}
+
+
 def _of_front(folder: Path, summary: Mapping[str, Any], arch: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The networks of a front as rows of `run_points`."""
     rows, found = [], summary.get("front")
     as_cut = "refitted" if summary.get("refitted") else "subnet"
     role = "compact" if summary.get("stage") == "retrain" else as_cut
     for member in found if isinstance(found, list) else []:
-        values = {k: _value(member, k) for k in ("params", "gflops", "top1", "top5", "held_out_top1")}
-        values["images_per_s"] = _value(member, "images_per_s_32")
         label = f"budget {_value(member, 'budget'):.3g}"
         config = f"{_configuration(folder, summary, arch)} {label}"
-        rows.append(values | {"role": role, "config": config, "label": label, "alpha": float("nan")})
+        own = {"role": role, "config": config, "label": label, "alpha": float("nan")}
+        rows.append(_measured(member) | own)
     return rows
 
 

@@ -12,15 +12,9 @@ from search_spaces.registry import space_of
 
 S = TypeVar("S", bound=SearchConfig)
 
-IMAGES = (
-    "dataset",
-    "data_dir",
-    "train_split",
-    "val_split",
-    "num_classes",
-    "class_map",
-    "labels",
-)  # all of a run, or none
+IMAGES = (  # all of a run, or none
+    "dataset", "data_dir", "train_split", "val_split", "num_classes", "class_map", "labels",
+)  # fmt: skip
 PREPARATION = ("val_fraction", "exif", "interpolation", "crop_pct", "mean", "std")
 OF_THE_RUN = ("model", "model_kwargs", "checkpoint", "pretrained")  # which its network has decided
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(SearchConfig)}

@@ -54,19 +54,19 @@ def conclude_front(config: SearchConfig, prepared: Prepared, members: Sequence[M
         for member in members:
             save_architecture(member.arch, folder / member.file)
     before = as_it_was(prepared.model)
-    scores: dict[str, dict[str, float]] = {name: {} for name in (before, *(f"{m.budget:g}" for m in members))}
+    scores: dict[str, dict[str, float]] = {name: {} for name in (before, *(str(m.budget) for m in members))}
     with after.part(f"measuring accuracy on the {loaders.reported}", together=True):
         if prepared.start.given() and not prepared.fresh_classifier:
             scores[before] = scores_at(config, prepared, prepared.supernet.large)
         for member in members:
             subnet = slices_of(member.arch, prepared.supernet.shapes)
             with cut_like(config, prepared, subnet) as network:
-                scores[f"{member.budget:g}"] = scores_at(config, prepared, network)
+                scores[str(member.budget)] = scores_at(config, prepared, network)
     clocks: dict[str, dict[str, float]] = {}
     with after.part("timing the networks"):
         for member in members if is_main() else ():
             compact = cut(prepared.supernet.backbone, slices_of(member.arch, prepared.supernet.shapes))
-            clocks |= clocked(member.arch, compact, [f"{member.budget:g}"], None)
+            clocks |= clocked(member.arch, compact, [str(member.budget)], None)
     if not is_main():
         return
     first, supernet = members[0].arch, prepared.supernet
@@ -74,10 +74,10 @@ def conclude_front(config: SearchConfig, prepared: Prepared, members: Sequence[M
     rows: list[dict[str, Any]] = []
     for m in members:
         costs = {"params": m.arch.params, "gflops": m.arch.flops / 1e9}
-        costs |= clocks.get(f"{m.budget:g}", {})
-        table[f"{m.budget:g}"] = costs | scores[f"{m.budget:g}"]
+        costs |= clocks.get(str(m.budget), {})
+        table[str(m.budget)] = costs | scores[str(m.budget)]
         facts = {"budget": m.budget, "price": m.share, **costs, "in_band": m.answer.in_band, "file": m.file}
-        rows.append(facts | {"value": m.answer.value} | scores[f"{m.budget:g}"])
+        rows.append(facts | {"value": m.answer.value} | scores[str(m.budget)])
     with after.part("writing tables"):
         write_csv(folder / FRONT, rows)
         write_json(folder / "summary.json", facts_of(config, prepared, members) | after.facts() | {"front": rows})

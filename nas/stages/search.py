@@ -170,6 +170,7 @@ def found(asked: Asked, answer: Answer) -> Architecture:
     settings |= {"searcher": asked.searcher.name, "budget": asked.question.budget, "space_size": float(space.size())}
     settings |= dict(answer.found) | {"recipe": config.recipe}
     costs, subnet = asked.question.priced, slices_of(arch, asked.question.priced.space.shapes)
+    settings["share"] = costs.network_cost(subnet) / costs.full
     for each in (costs, *(bound.priced for bound in costs.bounds)):
         settings |= each.price.recorded(each.network_cost(subnet), each.full)
     if other := departures(config, asked.space, "search"):

@@ -15,6 +15,7 @@ from nas.machine.timing import Network, images_per_second
 from nas.networks.basis_file import basis_of, save_basis
 from nas.networks.compact_file import save_compact
 from nas.pictures.run import plot_run
+from nas.prices.whole import clocked, facts_of
 from nas.runs.folder import results_path
 from nas.runs.front import FRONT, compact_folder
 from nas.stages.afterwards import Afterwards
@@ -42,7 +43,7 @@ class Member:
     @property
     def name(self) -> str:
         """In tables and in log.csv."""
-        return f"{self.budget:g}"
+        return str(self.budget)
 
     @property
     def costs(self) -> dict[str, float]:
@@ -75,9 +76,10 @@ def conclude_several(
     networks: dict[str, Network] = {**whole, **compact}
     with after.part(f"measuring accuracy on the {loaders.reported}", together=True):
         measured = scores_of(prepared, config.seed, training.autocast, whole.get(as_it_was(prepared.model)))
-        for prefix, batches in (("", loaders.test), ("held_out_", loaders.val)):
+        parts = ("", loaders.reported, loaders.test), ("held_out_", loaders.held_out, loaders.val)
+        for prefix, images, batches in parts:
             if batches is not None:
-                found = measured(networks, batches, f"measuring on the {prefix.replace('_', '-')}images")
+                found = measured(networks, batches, f"measuring on the {images}")
                 for name, k in ((name, k) for name in networks for k in measured.columns if f"{name}_{k}" in found):
                     table[name][f"{prefix}{k}"] = found[f"{name}_{k}"]
     facts: dict[str, Any] = {"stage": "retrain", "train": config.train, "space": prepared.space.name}
@@ -91,6 +93,10 @@ def conclude_several(
             speeds = images_per_second(networks, supernet.adapter.input_size, batch, device, training.autocast)
             for name, speed in speeds.items():
                 table[name][f"images_per_s_{batch}"] = speed
+    with after.part("timing the networks"):
+        for member in members:
+            table[member.name] |= clocked(member.arch, compact[member.name], [member.name], None).get(member.name, {})
+    facts |= facts_of(members[0].arch)
     facts |= {"precision": str(training.amp_dtype or torch.float32), "threads": torch.get_num_threads()}
     rows = [row_of(member, table[member.name]) for member in members]
     with after.part("writing tables"):
@@ -108,7 +114,7 @@ def conclude_several(
 
 def row_of(member: Member, measured: Mapping[str, Any]) -> dict[str, Any]:
     """Of front.csv."""
-    share = member.arch.flops / member.arch.backbone_flops
+    share = member.arch.search.get("share", member.arch.flops / member.arch.backbone_flops)  # of the search's own price
     return {"budget": member.budget, "price": share, **measured, "folder": compact_folder(member.budget)}
 
 

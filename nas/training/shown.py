@@ -1,12 +1,12 @@
 """How a run shows that it lives: a bar on a terminal, elsewhere a line now and then, and TensorBoard's points."""
 
-import re
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 from nas.machine import distributed
 from nas.machine.every import Clock
+from nas.runs.log_columns import held_out as held_out_columns
 from nas.runs.tensorboard import EventFiles
 from nas.training.training import Pass, Training
 
@@ -104,7 +104,7 @@ def duration(seconds: float) -> str:
 def summary_line(row: Mapping[str, Any], epochs: int, held_out: str) -> str:
     """One epoch in one line."""
     parts = [f"epoch {row['epoch']}/{epochs}"] + ([f"loss {row['loss']:.3f}"] if "loss" in row else [])
-    scores = [f"{found[1]} {row[key]:.2f} %" for key in row if (found := re.fullmatch("held_out_(.*)_top1", key))]
+    scores = [f"{name} {row[key]:.2f} %" for name, key in held_out_columns(row, "top1").items()]
     words = {"error": "error", "kl": "KL", "cosine": "cosine"}
     scores += [f"{word} {row[key]:.4f}" for name, word in words.items() if (key := f"held_out_subnet_{name}") in row]
     parts += [f"{', '.join(scores)} on {held_out}"] if scores else []

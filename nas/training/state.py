@@ -6,7 +6,6 @@ killed at any step and resumed gives the run that was not.
 """
 
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from statistics import fmean as mean
@@ -16,6 +15,7 @@ from nas.machine import distributed
 from nas.machine.files import copy_atomically, write_csv
 from nas.machine.randomness import generators, seed_everything
 from nas.runs.checkpoint import Unreadable, load_checkpoint, save_checkpoint
+from nas.runs.log_columns import held_out
 from nas.training.meter import Diverged, Meter
 from nas.training.training import Pass, Training
 from search_spaces.errors import UserError
@@ -108,11 +108,11 @@ def keep_copies(training: Training) -> None:
 
 def held_out_of(row: Mapping[str, Any]) -> list[float]:
     """What small networks are judged by in a row of log.csv, or the large one where it is alone: more is better."""
-    for column, sign in JUDGED.items():
-        found = {key: sign * float(row[key]) for key in row if re.fullmatch(f"held_out_.*_{column}", key)}
-        large = found.pop(f"held_out_large_{column}", None)
-        if found or large is not None:
-            return list(found.values()) or [large]  # type: ignore[list-item]
+    for measure, sign in JUDGED.items():
+        found = {name: sign * float(row[key]) for name, key in held_out(row, measure).items()}
+        small = [value for name, value in found.items() if name != "large"]
+        if found:
+            return small or list(found.values())
     return []
 
 

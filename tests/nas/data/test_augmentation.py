@@ -13,7 +13,7 @@ from nas.config import RetrainConfig, SearchConfig, with_defaults
 from nas.data.augmentation import STRENGTHS, augmentation_line, in_effect
 from nas.data.loaders import loader_spec
 from nas.data.transforms import LoaderSpec, Transform
-from nas.stages.retrain import resolve
+from nas.stages.goal import resolve
 from search_spaces.errors import UserError
 from search_spaces.registry import SPACES, get_space
 

@@ -18,7 +18,7 @@ from nas.searchers.gradient import Gradient
 from nas.searchers.primal_dual import AveragedSGD, Rates, Rules
 from nas.searchers.supernet_search import Mixing
 from nas.spaces import list_spaces, settings_of
-from nas.stages.retrain import resolve as resolve_retrain
+from nas.stages.goal import resolve as resolve_retrain
 from nas.stages.search import resolve, run_search
 from nas.sweeps.options import SweepConfig
 from nas.sweeps.trials import make_trials

@@ -16,7 +16,7 @@ from nas.networks.backbone import Start
 from nas.objectives.adjoined import Adjoined, Loss
 from nas.objectives.kernel import KernelAdjoined, KernelTerm
 from nas.objectives.teacher import Teacher
-from nas.stages.retrain import resolve
+from nas.stages.goal import resolve
 from nas.training.loop import fit
 from nas.training.objective import Step
 from nas.training.rate import RATES, find_rate, may_be_tried

@@ -12,7 +12,7 @@ from nas.objectives.distill import Distilled, soft_distillation
 from nas.objectives.plain import Plain
 from nas.objectives.table import kind_of
 from nas.objectives.teacher import Teacher, make_teacher
-from nas.stages.retrain import resolve
+from nas.stages.goal import resolve
 from nas.training.loop import fit
 from nas.training.objective import Step
 from search_spaces.errors import UserError

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 import nas
+import nas.stages.front
+import nas.stages.several
 from nas.config import RetrainConfig
 from nas.objectives.adjoined import Adjoined, Loss
 from nas.objectives.distill import Distilled
@@ -23,7 +25,7 @@ from search_spaces.architecture import load_architecture
 from search_spaces.errors import UserError
 from tests.nas import tiny
 from tests.nas.run_checks import assert_same_run, assert_whole
-from tests.nas.stages.free_world import COMMON, World, world
+from tests.nas.stages.free_world import COMMON, World, quick, world
 from tests.nas.stages.test_searchers import search
 
 __all__ = ["world"]  # the fixture
@@ -33,12 +35,14 @@ BUDGETS = 0.6, 0.8
 @pytest.fixture(scope="module")
 def fronts(world: World) -> dict[tuple[str, str], Path]:
     """A search for two budgets, by method and family."""
-    found = {}
+    found, drawn = {}, pytest.MonkeyPatch()
+    drawn.setattr(nas.stages.front, "plot_run", lambda folder: None)
     for method, family in [("dan", "vit"), ("free", "swin"), ("kcr", "vit")]:
         budgets = (0.9, 0.95) if method == "kcr" else BUDGETS
         output = world.root / f"several-{method}"
         config = search(world, output, "random", method, family, front=budgets, budget=None, candidates=2)
         found[method, family] = run_search(config)
+    drawn.undo()
     return found
 
 
@@ -49,7 +53,13 @@ def retrain(world: World, front: Path, output: Path, **options: Any) -> RetrainC
 
 @pytest.mark.parametrize(("method", "family", "train"), [("dan", "vit", "adjoined"), ("free", "swin", "distill")])
 def test_a_front_is_trained_at_once_and_cut(
-    method: str, family: str, train: str, fronts: dict[tuple[str, str], Path], world: World, tmp_path: Path
+    method: str,
+    family: str,
+    train: str,
+    fronts: dict[tuple[str, str], Path],
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = run_retrain(retrain(world, fronts[method, family], tmp_path / "run"))
     summary = json.loads((folder / "summary.json").read_text())
@@ -70,6 +80,7 @@ def test_a_front_is_trained_at_once_and_cut(
     header = (folder / "log.csv").read_text().splitlines()[0]
     assert "held_out_0.6_top1" in header and "held_out_0.8_top1" in header
     assert_whole(folder)
+    quick(monkeypatch)
     trained_on = retrain(world, folder / "compact-0.60", tmp_path / "on", epochs=1)
     assert run_retrain(trained_on).joinpath("compact.safetensors").exists()
 
@@ -77,6 +88,8 @@ def test_a_front_is_trained_at_once_and_cut(
 def test_7_an_interrupted_run_resumes_to_the_same(
     fronts: dict[tuple[str, str], Path], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(nas.stages.several, "plot_run", lambda folder: None)
+    monkeypatch.setattr(nas.stages.several, "images_per_second", lambda networks, *_: dict.fromkeys(networks, 1.0))
     front = fronts["dan", "vit"]
     whole = run_retrain(retrain(world, front, tmp_path / "whole", per_step=1))
 
