@@ -75,7 +75,10 @@ def spearman(a: Floats, b: Floats) -> float:
 def timed(
     supernet: Supernet, subnets: Sequence[NetworkSlice], table: LatencyTable, rounds: int
 ) -> tuple[Floats, list[float]]:
-    """Milliseconds of each compact network; of the backbone, which is timed with every group of them."""
+    """Milliseconds of each compact network; of the backbone, which is timed with every group of them.
+
+    As if the backbone had taken in each group what it took in the middle of them: what drifts is taken out.
+    """
     found: list[float] = []
     backbone: list[float] = []
     for first in range(0, len(subnets), TOGETHER):
@@ -86,9 +89,9 @@ def timed(
         times = milliseconds(
             networks | {"backbone": supernet.backbone}, supernet.adapter.input_size, table.setting, rounds
         )
-        found += [times[name] for name in networks]
         backbone.append(times["backbone"])
-    return np.array(found), backbone
+        found += [times[name] / times["backbone"] for name in networks]
+    return np.array(found) * float(np.median(backbone)), backbone
 
 
 def picture(gflops: Floats, measured: Floats, predicted: Floats, words: str, title: str) -> Any:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 GROUP = {"eager": 12, "compiled": 6, "onnxruntime": 12}  # points that are timed in turn
 LENGTH = 4  # halves of a chain
-PASSES = {"eager": 2, "compiled": 1, "onnxruntime": 1}  # over all points, in another order and company each time
+AT_LEAST = {"cpu": 0.0, "cuda": 0.005}  # seconds of a sample; on a CPU one call, after others: weights are not in a cache
+PASSES = {"eager": 3, "compiled": 1, "onnxruntime": 1}  # over all points, in another order and company each time
 PROFILED = {"eager": True, "compiled": False, "onnxruntime": False}  # not where a point takes seconds to make
 
 
@@ -210,7 +211,7 @@ class Timing:
         asked = {point.key() for point in points}
         made = {point.key(): self.run_of(point) for point in dict.fromkeys((self.reference, *points))}
         calls = {key: lambda run=run, x=x: run(x) for key, (run, x, _) in made.items()}
-        seconds = in_turn(calls, self.device, self.rounds)
+        seconds = in_turn(calls, self.device, self.rounds, AT_LEAST[self.device.type])
         ns = {key: [1e9 * each / made[key][2] for each in of] for key, of in seconds.items()}
         beside = statistics.median(ns[self.reference.key()])
         for key, each in ns.items():
@@ -222,10 +223,11 @@ class Timing:
     def settled(self) -> dict[str, float]:
         """Nanoseconds by key, as if every group had seen the reference take what it took in the middle of them.
 
-        The least of all passes: what else runs on a machine adds time and takes none.
+        The median of all passes.
         """
         middle = statistics.median(beside for passes in self.done.values() for *_, beside in passes)
-        return {key: min(ns * middle / beside for ns, _, beside in passes) for key, passes in self.done.items()}
+        done = self.done.items()
+        return {key: statistics.median(ns * middle / beside for ns, _, beside in passes) for key, passes in done}
 
     def spreads(self) -> dict[str, float]:
         """Of every point, the larger of its rounds' and of its passes'."""
