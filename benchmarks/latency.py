@@ -10,8 +10,9 @@ latency.png (milliseconds against FLOPs) into --output. Random weights: speed do
 
 import argparse
 import random
+import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nas.machine.files import write_csv
+from nas.machine.runtimes import PRECISIONS, made_to_run
+from nas.machine.timing import in_turn
 from nas.networks.key_values import parse_key_values
 from nas.pictures.figures import PALETTE, new_figure, tidy
 from nas.pictures.run import save
 from nas.prices.latency import Latency
 from nas.prices.latency_table import LatencyTable, read_table
-from nas.prices.whole import cannot_time, milliseconds
+from nas.prices.whole import cannot_time
 from search_spaces.errors import UserError
 from search_spaces.method import Settings
 from search_spaces.registry import get_space
@@ -41,6 +44,7 @@ from supernets.supernet import Supernet
 
 Floats = NDArray[np.float64]
 TOGETHER = 6  # networks that are timed in turn
+PASSES = 3
 
 
 def drawn(space: SearchSpace, seed: int) -> NetworkSlice:
@@ -77,21 +81,32 @@ def timed(
 ) -> tuple[Floats, list[float]]:
     """Milliseconds of each compact network; of the backbone, which is timed with every group of them.
 
-    As if the backbone had taken in each group what it took in the middle of them: what drifts is taken out.
+    PASSES times in other company, as if the backbone had taken in each group what it took in the middle of them: what
+    drifts is taken out. The median of the passes.
     """
-    found: list[float] = []
-    backbone: list[float] = []
-    for first in range(0, len(subnets), TOGETHER):
-        group = subnets[first : first + TOGETHER]
-        networks: dict[str, nn.Module] = {
-            str(i): cut(supernet.backbone, subnet).eval() for i, subnet in enumerate(group)
-        }
-        times = milliseconds(
-            networks | {"backbone": supernet.backbone}, supernet.adapter.input_size, table.setting, rounds
-        )
-        backbone.append(times["backbone"])
-        found += [times[name] / times["backbone"] for name in networks]
-    return np.array(found) * float(np.median(backbone)), backbone
+    setting = table.setting
+    images = torch.randn(setting.batch_size, *supernet.adapter.input_size)
+    images = images.to(setting.device_type, PRECISIONS[setting.precision])
+
+    def made(network: nn.Module) -> Callable[[], Any]:
+        network = network.eval().to(images.device, images.dtype)
+        run = made_to_run(network, images, setting.runtime, setting.threads)
+        return lambda: run(images)
+
+    backbone = made(supernet.backbone)
+    calls = [made(cut(supernet.backbone, subnet)) for subnet in subnets]
+    shares: list[list[float]] = [[] for _ in subnets]
+    whole: list[float] = []
+    for turn in range(PASSES):
+        order = random.Random(turn).sample(range(len(subnets)), len(subnets))
+        for first in range(0, len(order), TOGETHER):
+            group = {str(i): calls[i] for i in order[first : first + TOGETHER]}
+            seconds = in_turn(group | {"backbone": backbone}, images.device, rounds, 0.0)
+            ms = {name: 1e3 * statistics.median(each) for name, each in seconds.items()}
+            whole.append(ms["backbone"])
+            for name in group:
+                shares[int(name)].append(ms[name] / ms["backbone"])
+    return np.array([statistics.median(each) for each in shares]) * statistics.median(whole), whole
 
 
 def picture(gflops: Floats, measured: Floats, predicted: Floats, words: str, title: str) -> Any:
@@ -135,7 +150,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--model-kwargs", nargs="+", default=(), metavar="KEY=VALUE")
     parser.add_argument("--networks", type=int, default=40, help="beside the backbone itself")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--granularity", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results/latency"))
@@ -146,6 +161,8 @@ def main() -> None:
         raise UserError(against)
     kwargs = parse_key_values(args.model_kwargs) | ({} if args.model else dict(asked.model_kwargs))
     torch.manual_seed(0)
+    if table.setting.threads is not None:
+        torch.set_num_threads(table.setting.threads)
     supernet = Supernet(timm.create_model(args.model or asked.model, **kwargs)).eval()
     space = make_space(asked.name, asked.method, Settings(granularity=args.granularity), supernet.shapes)
     Latency(table).check(space, supernet)

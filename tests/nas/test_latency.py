@@ -42,7 +42,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """No waiting: a call takes as many microseconds as what it runs has parameters. Returns the sizes of the groups."""
     groups: list[int] = []
 
-    def counted(calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, shortest: float) -> dict[str, list[float]]:
+    def counted(
+        calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, shortest: float
+    ) -> dict[str, list[float]]:
         groups.append(len(calls))
         found = {}
         for name, call in calls.items():
@@ -183,7 +185,7 @@ class Missing:
         pass
 sys.meta_path.insert(0, Missing())
 import nas.machine.timing
-nas.machine.timing.in_turn = lambda calls, device, rounds, shortest: {{n: [1e-3] * rounds for n, c in calls.items() if [c()]}}
+nas.machine.timing.in_turn = lambda calls, device, rounds, _: {{n: [1e-3] * rounds for n, c in calls.items() if [c()]}}
 sys.argv = ["nas.latency", *sys.argv[1:]]
 runpy.run_module("nas.latency", run_name="__main__")
 """
