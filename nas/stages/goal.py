@@ -282,7 +282,8 @@ def check_round(config: RetrainConfig, given: Architecture | None) -> None:
 
 def unfounded(arch: Architecture) -> bool:
     """Whether an architecture was picked without weights (a uniform one, by its price), so that its basis is open."""
-    return not arch.basis and not arch.permutation and arch.search.get("searcher") == "uniform"
+    picked = arch.search.get("searcher") == "uniform" and not arch.search.get("supernet")
+    return picked and not arch.basis and not arch.permutation
 
 
 def origin_of(goal: Goal, num_classes: int) -> Origin:

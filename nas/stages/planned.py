@@ -38,12 +38,13 @@ def planned(
     splits: Splits,
     start: Start,
     measures: bool = False,
+    trains: bool = False,
 ) -> BasisPlan:
-    """What becomes of the network. measures: whether a search is to measure candidates."""
+    """What becomes of the network. measures: whether a search is to measure candidates; trains: once it is trained."""
     if config.resume and config.output is not None and on_main((config.output / PERMUTATION).is_file):
         config = replace(config, basis="order")  # as it began, be it before there were rotations
     training = training_of(space)
-    if (training.refits or measures) and not start.given():
+    if (training.refits or measures) and not trains and not start.given():
         raise UserError(
             f"{space.name} asks what trained weights can do without; give --checkpoint or --pretrained"
             f" (from scratch, first: python retrain.py --space {space.name} --train plain)"
