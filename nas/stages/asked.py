@@ -33,7 +33,7 @@ from nas.searchers.options import one_front
 from nas.searchers.searcher import Question, Searcher
 from nas.searchers.table import SEARCHERS
 from nas.stages.continued import continued, continued_words, folder_of
-from nas.stages.planned import cuts_of, planned
+from nas.stages.planned import check_trained, cuts_of, planned
 from nas.training.plan import BasisPlan
 from search_spaces.errors import UserError
 from search_spaces.registry import Space, get_space
@@ -104,7 +104,9 @@ def ask(config: SearchConfig, space: Space, splits: Splits) -> Asked:
         each.check(choices, original)
     cuts = cuts_of(choices) if earlier is None else replace(cuts_of(choices), fixed=narrowed_stem(earlier, original))
     original_costs = original.adapter.costs  # before its stages are said to be rotated
-    plan = planned(config, space, backbone, cuts, splits, start, searcher.measures, trains)
+    if not trains:
+        check_trained(space, start, searcher.measures)
+    plan = planned(config, space, backbone, cuts, splits, start, searcher.measures)
     install_stages(backbone, plan.streams)
     if earlier is not None:
         install_stages(original, streams_of(with_stem({"streams": plan.streams}, backbone)))
