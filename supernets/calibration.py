@@ -24,7 +24,7 @@ from supernets.adapter import Adapter
 from supernets.axes import layer_of, qkv_rows, slice_block, within
 from supernets.basis import Basis, change_heads
 from supernets.coordinates import isometry
-from supernets.least_squares import gram_matrix, head_order, neuron_order
+from supernets.least_squares import gram_matrix, head_order, neuron_order, prefix_lost
 from supernets.streams import Reading, readings, stage_is_centred
 from supernets.supernet import Supernet
 
@@ -79,6 +79,31 @@ class Wanted:
 @torch.no_grad()
 def calibrate(supernet: Supernet, batches: Iterable[Tensor], wanted: Wanted) -> Basis:
     """The basis that the images ask for. batches: (B, C, H, W) on the backbone's device, as they are evaluated."""
+    streams, heads, metric = looked_at(supernet, batches, wanted)
+    rotations, energy, before = streams.rotations()
+    qk, v = heads.changes() if wanted.inside else ({}, {})
+    orders, lost = heads.orders() if wanted.error_order else ({}, {})
+    if metric is not None:
+        lost |= qk_lost(supernet, qk, metric)
+    return Basis(rotations, energy, qk, v, orders, before, lost)
+
+
+@torch.no_grad()
+def as_it_stands(supernet: Supernet, batches: Iterable[Tensor], gradient_images: int, seed: int) -> dict[str, Tensor]:
+    """What is lost with only the first units, by names and shapes as in `Basis.lost`, none of them moved.
+
+    batches: as of `calibrate`.
+    """
+    wanted = Wanted(error_order=True, gradient_images=gradient_images, seed=seed)
+    _, heads, metric = looked_at(supernet, batches, wanted)
+    assert metric is not None
+    return heads.lost() | qk_lost(supernet, {}, metric)
+
+
+def looked_at(
+    supernet: Supernet, batches: Iterable[Tensor], wanted: Wanted
+) -> tuple["StreamMoments", "HeadMoments", "Metric | None"]:
+    """The moments that are wanted, of the large network over the images."""
     seen = 0
     with ExitStack() as hooks:
         hooks.callback(supernet.train, supernet.training)
@@ -92,12 +117,7 @@ def calibrate(supernet: Supernet, batches: Iterable[Tensor], wanted: Wanted) -> 
             else:
                 supernet.large(images)
             seen += len(images)
-    rotations, energy, before = streams.rotations()
-    qk, v = heads.changes() if wanted.inside else ({}, {})
-    orders, lost = heads.orders() if wanted.error_order else ({}, {})
-    if metric is not None:
-        lost |= qk_lost(supernet, qk, metric)
-    return Basis(rotations, energy, qk, v, orders, before, lost)
+    return streams, heads, metric
 
 
 class Metric:
@@ -379,6 +399,17 @@ class HeadMoments:
             orders[f"{name}.hidden"], hidden = neuron_order(self.hidden[name].value(), self._writer(name, 1))
             lost[f"{name}.hidden"] = hidden.cpu()
         return orders, lost
+
+    def lost(self) -> dict[str, Tensor]:
+        """What is lost with only the first units as they stand, the others refitted, by name as of `orders`."""
+        found: dict[str, Tensor] = {}
+        for name in self.heads:
+            width = self._shape(name).v_dim
+            found[f"{name}.heads"] = prefix_lost(self.heads[name].value(), self._writer(name, 0), width).cpu()
+            found[f"{name}.v"] = prefix_lost(self.out[name].value(), self._by_head(name)).cpu()
+        for name in self.hidden:
+            found[f"{name}.hidden"] = prefix_lost(self.hidden[name].value(), self._writer(name, 1)).cpu()
+        return found
 
     def _writer(self, name: str, half: int) -> Tensor:
         """The matrix from a block's heads, or with half 1 neurons, to what that half adds, in the metric, float64."""

@@ -18,6 +18,7 @@ from torch import Tensor
 BLOCK = 64  # removals between two updates of the large matrices
 EXACT_HEADS = 8  # up to so many heads every subset is looked at
 WHOLE_GRAM = 256  # columns: half of so small a product costs as much as all of it
+TINY = 1e-30  # a variance in the place of none
 TIE = 1e-9  # costs that differ by less, relatively, are equal
 
 
@@ -112,6 +113,20 @@ def head_order(gram: Tensor, weight: Tensor, num_heads: int, ridge: float = 1e-6
     return removed[::-1], _by_width(gram.new_tensor(errors, dtype=torch.float64))
 
 
+@torch.no_grad()
+def prefix_lost(gram: Tensor, weight: Tensor, group: int = 1, ridge: float = 1e-6) -> Tensor:
+    """The error with the first units alone, refitted, in the order in which they stand: (..., M // group + 1).
+
+    gram: (..., M, M), covariance of the units. weight: (..., E, M), reads them. group: so many units go together.
+    With C = L L^T, L lower triangular, what the first units leave of the others' covariance is L' L'^T, L' the lower
+    right corner of L, so that the errors are the sums from there on of the columns of W L, squared.
+    """
+    columns = (weight.double() @ _root(gram, ridge)).square().sum(-2)
+    by_group = columns.unflatten(-1, (-1, group)).sum(-1)
+    tails = by_group.flip(-1).cumsum(-1).flip(-1)
+    return torch.cat([tails, torch.zeros_like(tails[..., :1])], -1)
+
+
 def _best_chain(inverse: Tensor, weight: Tensor, num_heads: int) -> tuple[list[int], list[float]]:
     """Heads in the order of their removal and the error after each, the sum of errors being the least of all chains.
 
@@ -182,15 +197,21 @@ def _first_least(costs: Tensor) -> int:
 
 
 def _inverse(gram: Tensor, ridge: float) -> Tensor:
-    """Inverse of a covariance with `ridge` times its mean variance on the diagonal, in float64.
+    """Inverse of a covariance with a ridge, in float64."""
+    return torch.cholesky_inverse(_root(gram, ridge))
 
-    LinAlgError where even its mean variance does not make it positive.
+
+def _root(gram: Tensor, ridge: float) -> Tensor:
+    """L (..., M, M), lower triangular, of L L^T = a covariance with `ridge` times its mean variance on the diagonal.
+
+    In float64; nothing where no unit varies. LinAlgError where even its mean variance does not make it positive.
     """
     covariance = gram.double().clone()
-    variances = covariance.diagonal()
-    variances += ridge * variances.mean()
+    variances = covariance.diagonal(dim1=-2, dim2=-1)
+    mean = variances.mean(-1, keepdim=True)
+    variances += torch.where(mean > 0, ridge * mean, TINY)
     root, failed = torch.linalg.cholesky_ex(covariance, check_errors=ridge >= 1)
-    return _inverse(gram, 10 * ridge) if failed else torch.cholesky_inverse(root)
+    return _root(gram, 10 * ridge) if failed.any() else root
 
 
 def _by_width(errors: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ def run(name: str, arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 SMALL = {
     "search_step": ("--nets nano --rounds 1 --batch-size 2 --profile", "nano"),
+    "sandwich_step": ("--nets nano-vit --rounds 1 --batch-size 2", "nano"),
     "training_flags": ("--nets nano --rounds 1 --batch-size 2 --options float32 bf16 channels-last", "nano"),
     "compact_speed": (
         "--nets nano --kinds stream inner dan-stream kcr joint uvc heads odd --alphas 1 2 4 --batches 2 --rounds 1"

@@ -48,6 +48,7 @@ ONCE = {  # each runs the same code
 FEWER = {  # run with less than they measure by default, and why
     "benchmarks/digits.py": "--seeds 0",  # as above
     "benchmarks/search_step.py": "--rounds 1",
+    "benchmarks/sandwich_step.py": "--rounds 1",
     "benchmarks/accepted.py": "--modules vision_transformer_relpos",  # all take minutes
     "benchmarks/basis.py": "--model vit_tiny_patch16_224 --images 2",  # a ViT-B takes minutes
     "benchmarks/threads.py": "--busy 0 --settings one --epochs 1",
@@ -57,8 +58,8 @@ FEWER = {  # run with less than they measure by default, and why
 NAMED = {"python -m nas.export", "python -m nas.kernel_complexity", "python -m nas.latency", "python -m nas.plot"}
 # What benchmarks take as their model. compact_speed's own nets are of full size, and so are all by default.
 SMALL_NETS = {
-    "search_step": "--nets nano", "training_flags": "--nets nano", "compact_speed": "--nets nano",
-    "processes": "--net nano", "importance": "--space vit-an-nano",
+    "search_step": "--nets nano", "sandwich_step": "--nets nano-vit", "training_flags": "--nets nano",
+    "compact_speed": "--nets nano", "processes": "--net nano", "importance": "--space vit-an-nano",
 }  # fmt: skip
 BEFORE = {  # commands of README.md that a page takes for done
     "docs/export.md": ("python search.py --space swin-dan --dataset imagenet100 --data-dir /data/imagenet --budget 0.5",

@@ -46,12 +46,16 @@ def open_data(options: DataOptions) -> Splits:
 
 @dataclass(frozen=True)
 class Batching:
-    """How batches are drawn. smoothing: of labels that mixup mixes. held_out: draw from the held-out part as well."""
+    """How batches are drawn. smoothing: of labels that mixup mixes. held_out: draw from the held-out part as well.
+
+    apart: of the training images in the order of calibration so many, the first, are not trained on; a stream's are.
+    """
 
     size: int
     seed: int
     smoothing: float = 0.0
     held_out: bool = False
+    apart: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ def make_loaders(
         smoothing=batching.smoothing,
     )
     return Loaders(
-        train=train_loader(splits.train, seed=batching.seed, **shard),
+        train=train_loader(without_first(splits.train, batching), seed=batching.seed, **shard),
         val=None if splits.val is None else eval_loader(splits.val, **shard),
         test=eval_loader(splits.test, **shard),
         arch=train_loader(splits.val, seed=batching.seed, **shard) if batching.held_out else None,
@@ -169,6 +173,13 @@ def shuffled(dataset: Any, seed: int) -> Any:
         return dataset
     order = np.random.default_rng(seed).permutation(len(dataset))
     return Images(dataset.source, dataset.indices[order])
+
+
+def without_first(dataset: Any, batching: Batching) -> Any:
+    """The training images that are trained on, in their own order."""
+    if not batching.apart or not isinstance(dataset, Images):
+        return dataset
+    return Images(dataset.source, np.sort(shuffled(dataset, batching.seed).indices[batching.apart :]))
 
 
 def data_line(options: DataOptions, splits: Splits, loaders: Loaders, trains: bool) -> str:

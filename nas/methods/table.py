@@ -82,7 +82,7 @@ def foreign_to(searcher: Searcher, space: Space) -> list[type]:
 
 def with_searcher(options: S, space: Space) -> S:
     """The searcher's own defaults filled in."""
-    defaults = searcher_of(options, space).defaults
+    defaults = searcher_of(options, space).defaults_of(options)
     return replace(options, **{name: v for name, v in defaults.items() if getattr(options, name) is None})
 
 

@@ -47,6 +47,8 @@ TERMS = {
     "distill": "distillation",
     "tokens": "error of tokens",
     "features": "error of features",
+    "kl_smallest": "KL, smallest",
+    "kl_drawn": "KL, drawn",
 }
 SCHEDULES = {
     "temperature τ": ("tau",),

@@ -20,6 +20,7 @@ from nas.searchers.measure import Candidate, Measure, Ruler, check_images, subne
 from nas.searchers.measured import Explorer, Measured
 from nas.searchers.options import ImportanceOptions, SearchOptions
 from nas.searchers.searcher import Question, Run
+from nas.training.basis import lost_as_it_stands
 from nas.training.calibration import calibration_images, to_score
 from nas.training.prepared import Prepared
 from nas.training.refit import counted
@@ -120,9 +121,11 @@ def first_proposal(program: Program) -> Proposal:
 
 
 def lost_of(options: SearchOptions, prepared: Prepared) -> Mapping[str, Tensor]:
-    """What is lost with the first units alone, by name: of the basis, or by Taylor."""
+    """What is lost with the first units alone, by name: of the basis, of the weights as they are now, or by Taylor."""
     supernet = prepared.supernet
     if options.score == "error":
+        if options.supernet is not None:  # what was found with the basis is of other weights
+            return lost_as_it_stands(options, prepared)
         return supernet.basis.lost  # type: ignore[no-any-return]
     images = calibration_images(options, prepared, min(TAYLOR_IMAGES, prepared.plan.images))
     batches, loss = to_score(supernet, images, prepared.plan.labels, options.seed)

@@ -1,4 +1,4 @@
-"""Searches that compare measured architectures of a supernet which they leave as it is (section 2.12).
+"""Searches that compare measured architectures of a supernet, as it came or trained for them before (section 2.12).
 
 The basis is found once, and one ruler serves every budget: what was measured on the way to one counts for all others.
 """
@@ -13,8 +13,9 @@ from nas.machine.distributed import on_main
 from nas.machine.timing import timed
 from nas.prices.selection import check_budget, cost_band
 from nas.searchers.measure import Candidate, Measure, Ruler, check_images, first_kept
-from nas.searchers.options import DecideOptions, FrontOptions, SearchOptions
+from nas.searchers.options import DecideOptions, FrontOptions, SearchOptions, SupernetOptions
 from nas.searchers.searcher import Answer, Question, Run, Searcher
+from nas.searchers.supernets import check_supernet, defaults_with, trained_supernet, ways
 from nas.training.basis import Standing, find_basis
 from nas.training.refit import counted
 from search_spaces.errors import UserError
@@ -30,11 +31,18 @@ class Measured(Searcher):
     may_score: ClassVar[bool] = False  # whether --decide score, which measures nothing, gives an answer
 
     def owned(self, method: Method) -> tuple[type, ...]:
-        return DecideOptions, FrontOptions
+        return DecideOptions, FrontOptions, SupernetOptions
+
+    def defaults_of(self, options: SearchOptions) -> Mapping[str, Any]:
+        return defaults_with(options, self.defaults)
 
     def check(self, options: SearchOptions, question: Question) -> None:
-        if options.epochs:
-            raise UserError(f"--epochs {options.epochs}: a search by {self.name} trains nothing; leave it out")
+        check_supernet(options)
+        if options.epochs and options.supernet is None:
+            raise UserError(
+                f"--epochs {options.epochs}: a search by {self.name} trains nothing; leave it out, or train the"
+                f" supernet first ({ways()})"
+            )
         if question.budget is None:
             raise UserError(f"--searcher {self.name} searches within a budget; give --budget, --gflops or --front")
         if not self.may_score and options.decide == "score":
@@ -55,10 +63,12 @@ class Measured(Searcher):
         seconds: dict[str, float] = {}
         with timed(seconds, "basis"):
             standing = find_basis(run.options, run.prepared)
+        with timed(seconds, "supernet"):
+            trained = trained_supernet(run)
         with timed(seconds, "candidates"):
             candidates = on_main(lambda: self.explored(run, budgets))
         return [
-            replace(self.answer(run, budget, candidate, standing), seconds=seconds)
+            replace(self.answer(run, budget, candidate, standing), seconds=seconds, trained=trained)
             for budget, candidate in zip(budgets, candidates, strict=True)
         ]
 

@@ -89,6 +89,17 @@ def one_front(options: F) -> F:
 
 
 @dataclass(frozen=True)
+class SupernetOptions:
+    """A search that compares architectures in a supernet, which may be trained for all of them before."""
+
+    supernet: str | None = None
+    """of a search that compares architectures: train the supernet first, for --epochs. sandwich: each step the largest
+    network by the labels, the smallest and some drawn ones by the largest's prediction (docs/searchers.md)"""
+    subnets: int | None = None
+    """of --supernet sandwich: architectures that are drawn in a step (2)"""
+
+
+@dataclass(frozen=True)
 class RandomOptions:
     """A search at random."""
 
@@ -224,6 +235,7 @@ class SearchOptions(
     PriceOptions,
     ImportanceOptions,
     DecideOptions,
+    SupernetOptions,
     EvolutionOptions,
     RandomOptions,
     MinimaxOptions,

@@ -72,6 +72,10 @@ class Searcher(ABC):
         """The records of options that it reads in spaces of a method; others' searchers may not be given them."""
         return ()
 
+    def defaults_of(self, options: SearchOptions) -> Mapping[str, Any]:
+        """Options that were left open, before the space's own."""
+        return self.defaults
+
     def check(self, options: SearchOptions, question: Question) -> None:
         """Refuse what cannot be answered, before weights are loaded."""
         require_search(question.priced.space)

@@ -261,7 +261,7 @@ def stream_lost(supernet: Supernet, scores: Mapping[str, Tensor]) -> dict[int, F
 def unit_scores(run: Run) -> dict[str, Tensor]:
     """Of heads, neurons and the stream's channels, by name as in importance.py."""
     options, prepared = run.options, run.prepared
-    if prepared.fresh_classifier:
+    if prepared.fresh_classifier and options.supernet is None:
         return magnitude_scores(prepared.supernet)
     images = calibration_images(options, prepared, min(TAYLOR_IMAGES, prepared.plan.images))
     batches, loss = to_score(prepared.supernet, images, prepared.plan.labels, options.seed)

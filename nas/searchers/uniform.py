@@ -2,16 +2,18 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from nas.prices.costs import PricedSpace
 from nas.prices.selection import cost_band
 from nas.searchers.measure import first_kept, subnet_of
-from nas.searchers.options import SearchOptions
+from nas.searchers.options import SearchOptions, SupernetOptions
 from nas.searchers.searcher import Answer, Question, Run, Searcher
+from nas.searchers.supernets import check_supernet, defaults_with, trained_supernet
 from nas.training.basis import find_basis
 from search_spaces.errors import UserError
-from search_spaces.method import Candidate, Picks
+from search_spaces.method import Candidate, Method, Picks
 from search_spaces.slices import network_slice
 from search_spaces.space import SearchSpace, check_uniform_alpha, require_search, uniform_alphas
 
@@ -21,8 +23,17 @@ class Uniform(Searcher):
 
     name = "uniform"
 
+    def owned(self, method: Method) -> tuple[type, ...]:
+        return (SupernetOptions,)
+
+    def defaults_of(self, options: SearchOptions) -> Mapping[str, Any]:
+        return defaults_with(options, self.defaults)
+
     def check(self, options: SearchOptions, question: Question) -> None:
+        check_supernet(options)
         space = question.priced.space
+        if options.supernet is not None:
+            require_search(space)
         if not factors_alone(space):
             require_search(space)
             if options.alpha is not None:
@@ -38,27 +49,38 @@ class Uniform(Searcher):
             check_uniform_alpha(space, options.alpha)
 
     def pick(self, options: SearchOptions, question: Question) -> Answer | None:
-        if not factors_alone(question.priced.space):
-            return None  # which channels, and what is refitted, is a matter of weights
-        alpha = options.alpha
-        if alpha is None:
-            assert question.budget is not None
-            alpha = smallest_alpha(question.priced, question.budget)
-        blocks = len(question.priced.space.shapes)
-        return Answer(picks=[{"alpha": alpha}] * blocks, kept=[{}] * blocks)
+        if not factors_alone(question.priced.space) or options.supernet is not None:
+            return None  # which channels, what is refitted, or what is trained is a matter of weights
+        picks = one_factor(options, question)
+        return Answer(picks=picks, kept=[{}] * len(picks))
 
     def search(self, run: Run) -> Answer:
         priced, budget = run.question.priced, run.question.budget
-        assert budget is not None
-        standing, picks = find_basis(run.options, run.prepared), widest_uniform(priced, budget)
+        standing = find_basis(run.options, run.prepared)
+        trained = trained_supernet(run)
+        if factors_alone(priced.space):
+            picks = one_factor(run.options, run.question)
+        else:
+            assert budget is not None
+            picks = widest_uniform(priced, budget)
         share = priced.network_cost(subnet_of(priced, picks)) / priced.full
-        print(f"the same everywhere: {share:.4f} of the backbone's {priced.price.words}, budget {budget:.4g}")
-        return Answer(picks, first_kept(priced, picks), standing=standing)
+        asked = "" if budget is None else f", budget {budget:.4g}"
+        print(f"the same everywhere: {share:.4f} of the backbone's {priced.price.words}{asked}")
+        return Answer(picks, first_kept(priced, picks), standing=standing, trained=trained)
 
 
 def factors_alone(space: SearchSpace) -> bool:
     """Whether a factor is all that is chosen."""
     return space.method.choice_names == ("alpha",)
+
+
+def one_factor(options: SearchOptions, question: Question) -> list[Picks]:
+    """The factor that was asked for, or the smallest that fits, in every block."""
+    alpha = options.alpha
+    if alpha is None:
+        assert question.budget is not None
+        alpha = smallest_alpha(question.priced, question.budget)
+    return [{"alpha": alpha}] * len(question.priced.space.shapes)
 
 
 def widest_uniform(priced: PricedSpace, budget: float) -> list[Picks]:

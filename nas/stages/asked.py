@@ -33,7 +33,7 @@ from nas.searchers.options import one_front
 from nas.searchers.searcher import Question, Searcher
 from nas.searchers.table import SEARCHERS
 from nas.stages.continued import continued, continued_words, folder_of
-from nas.stages.planned import cuts_of, planned
+from nas.stages.planned import check_trained, cuts_of, planned
 from nas.training.plan import BasisPlan
 from search_spaces.errors import UserError
 from search_spaces.registry import Space, get_space
@@ -90,7 +90,8 @@ def ask(config: SearchConfig, space: Space, splits: Splits) -> Asked:
     earlier = None if config.arch is None else round_of(config.arch)
     model = model_of(config, space) if earlier is None else earlier.model
     searcher, start, price = searcher_of(config, space), started_from(config), price_of(config.price)
-    as_it_is = training_of(space).refits or searcher.measures
+    trains = config.supernet is not None
+    as_it_is = (training_of(space).refits or searcher.measures) and not trains
     outputs = outputs_of(config.num_classes, splits.num_classes, model, start, as_it_is)
     check_outputs(config, space, searcher, outputs)
     original = meta_supernet(replace(model, cut=None), outputs.classes, space)
@@ -103,6 +104,8 @@ def ask(config: SearchConfig, space: Space, splits: Splits) -> Asked:
         each.check(choices, original)
     cuts = cuts_of(choices) if earlier is None else replace(cuts_of(choices), fixed=narrowed_stem(earlier, original))
     original_costs = original.adapter.costs  # before its stages are said to be rotated
+    if not trains:
+        check_trained(space, start, searcher.measures)
     plan = planned(config, space, backbone, cuts, splits, start, searcher.measures)
     install_stages(backbone, plan.streams)
     if earlier is not None:
@@ -131,6 +134,8 @@ def check_outputs(config: SearchConfig, space: Space, searcher: Searcher, output
         names = [name for name in training_of(space).searchers if not SEARCHERS[name].learns]
         other = f"take --searcher {alternatives(names)}" if names else "take a space of free widths"
         raise UserError(f"{space.name} is searched by {searcher.name}, which learns from labels; {lacks}: {other}")
+    if config.supernet is not None:
+        raise UserError(f"--supernet {config.supernet} learns from labels; {lacks}: leave it out")
     if config.decide in ("top1", "loss"):
         counts = "counts hits" if config.decide == "top1" else "reads labels"
         raise UserError(f"--decide {config.decide} {counts}; {lacks}: take --decide kl")

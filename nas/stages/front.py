@@ -21,7 +21,7 @@ from nas.runs.front import FRONT, architecture_file
 from nas.searchers.searcher import Answer
 from nas.stages.afterwards import Afterwards
 from nas.stages.next_command import next_command
-from nas.stages.original import as_it_was
+from nas.stages.original import LARGE_NETWORK, as_it_was
 from nas.training.evaluate import by_split, print_table
 from nas.training.prepared import Prepared
 from nas.training.refit import refitted
@@ -53,10 +53,11 @@ def conclude_front(config: SearchConfig, prepared: Prepared, members: Sequence[M
     if is_main():
         for member in members:
             save_architecture(member.arch, folder / member.file)
-    before = as_it_was(prepared.model)
+    trained = LARGE_NETWORK in members[0].answer.trained
+    before = LARGE_NETWORK if trained else as_it_was(prepared.model)
     scores: dict[str, dict[str, float]] = {name: {} for name in (before, *(str(m.budget) for m in members))}
     with after.part(f"measuring accuracy on the {loaders.reported}", together=True):
-        if prepared.start.given() and not prepared.fresh_classifier:
+        if trained or (prepared.start.given() and not prepared.fresh_classifier):
             scores[before] = scores_at(config, prepared, prepared.supernet.large)
         for member in members:
             subnet = slices_of(member.arch, prepared.supernet.shapes)

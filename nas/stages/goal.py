@@ -23,7 +23,7 @@ from nas.objectives.options import TeacherOptions
 from nas.objectives.table import KINDS, UNLABELLED, Kind, kind_of
 from nas.runs.folder import SUPERNET
 from nas.runs.front import is_front, read_front
-from nas.stages.planned import Cuts, looked_at, planned
+from nas.stages.planned import Cuts, check_trained, looked_at, planned
 from nas.training.plan import BasisPlan
 from search_spaces.architecture import Architecture, load_architecture
 from search_spaces.errors import UserError
@@ -233,7 +233,9 @@ def goal_of(
     members, plan, basis = Members(subnets, config.per_step or PER_STEP), BasisPlan(), None
     if given is None or unfounded(given):
         narrowed = {shape.stage for shape in backbone.shapes} - whole_stages(backbone.shapes, members.widest)
-        plan = planned(config, space, backbone, Cuts(narrowed), splits, original(config, given))
+        start = original(config, given)
+        check_trained(space, start)
+        plan = planned(config, space, backbone, Cuts(narrowed), splits, start)
     elif config.arch is not None:
         basis = basis_of(given, folder_of(config))
         plan = looked_at(space, splits)
@@ -282,7 +284,8 @@ def check_round(config: RetrainConfig, given: Architecture | None) -> None:
 
 def unfounded(arch: Architecture) -> bool:
     """Whether an architecture was picked without weights (a uniform one, by its price), so that its basis is open."""
-    return not arch.basis and not arch.permutation and arch.search.get("searcher") == "uniform"
+    picked = arch.search.get("searcher") == "uniform" and not arch.search.get("supernet")
+    return picked and not arch.basis and not arch.permutation
 
 
 def origin_of(goal: Goal, num_classes: int) -> Origin:

@@ -30,6 +30,15 @@ class Cuts:
     fixed: Mapping[int, str] = field(default_factory=dict)
 
 
+def check_trained(space: Space, start: Start, measures: bool = False) -> None:
+    """Refuse weights that were never trained, where a method or a searcher asks what they can do without."""
+    if (training_of(space).refits or measures) and not start.given():
+        raise UserError(
+            f"{space.name} asks what trained weights can do without; give --checkpoint or --pretrained"
+            f" (from scratch, first: python retrain.py --space {space.name} --train plain)"
+        )
+
+
 def planned(
     config: Common,
     space: Space,
@@ -43,11 +52,6 @@ def planned(
     if config.resume and config.output is not None and on_main((config.output / PERMUTATION).is_file):
         config = replace(config, basis="order")  # as it began, be it before there were rotations
     training = training_of(space)
-    if (training.refits or measures) and not start.given():
-        raise UserError(
-            f"{space.name} asks what trained weights can do without; give --checkpoint or --pretrained"
-            f" (from scratch, first: python retrain.py --space {space.name} --train plain)"
-        )
     facts = Facts(
         start.given(),
         len(splits.train),

@@ -27,8 +27,8 @@ from supernets.supernet import Supernet
 class Beginning:
     """What a stage knows before any weight is loaded. stage: its word in a folder's name. plan: of the basis.
 
-    classes: that the network is to tell apart. measures: whether candidates are measured, which takes a trained
-    classifier.
+    classes: that the network is to tell apart. measures: whether candidates are measured in the network as it comes,
+    which takes a trained classifier. apart: whether the images that decide between candidates are not trained on.
     """
 
     stage: str
@@ -40,6 +40,7 @@ class Beginning:
     device: torch.device
     plan: BasisPlan = field(default_factory=BasisPlan)
     measures: bool = False
+    apart: bool = False
 
 
 def prepare(
@@ -69,7 +70,8 @@ def prepare(
     for line in (*recognised(config, splits), *lines, *words, *b.plan.lines):
         print(line)
     supernet = supernet.to(b.device)
-    batching = Batching(config.batch_size or 64, config.seed, config.smoothing or 0.0, held_out)
+    apart = b.plan.deciding if b.apart else 0
+    batching = Batching(config.batch_size or 64, config.seed, config.smoothing or 0.0, held_out, apart)
     loaders = make_loaders(config, batching, splits, supernet, b.device, seen_by)
     print(data_line(config, splits, loaders, bool(config.epochs)))
     if config.epochs:

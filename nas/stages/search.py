@@ -76,8 +76,9 @@ def _search(config: SearchConfig, space: Space, device: torch.device, on_epoch: 
     if answer is not None:
         return picked(asked, answer)
     start = started_from(config)
-    classes, measures = asked.outputs.classes, asked.searcher.measures
-    beginning = Beginning("search", space, asked.model, splits, classes, start, device, asked.plan, measures)
+    classes, measures, trains = asked.outputs.classes, asked.searcher.measures, config.supernet is not None
+    as_it_comes, apart = measures and not trains, measures and trains
+    beginning = Beginning("search", space, asked.model, splits, classes, start, device, asked.plan, as_it_comes, apart)
     held_out = config.arch_data == "val"
     config, prepared = prepare(config, beginning, said(asked), start.name(), held_out)
     keep_earlier(asked, prepared)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from nas.data.loaders import CALIBRATION_BATCH
 from nas.machine.distributed import is_main, mean_gradients, on_main
 from nas.machine.files import write_text
@@ -16,7 +18,7 @@ from nas.training.evaluate import progress
 from nas.training.options import LoopOptions
 from nas.training.prepared import Prepared
 from supernets.basis import Basis, rewrite
-from supernets.calibration import Wanted, calibrate
+from supernets.calibration import Wanted, as_it_stands, calibrate
 from supernets.importance import Orders, magnitude_scores, orders_of, permute, taylor_pass
 
 TAYLOR_BATCHES = 8
@@ -106,6 +108,14 @@ def _orders(options: LoopOptions, prepared: Prepared, kind: str, by_error: Order
         scores = taylor_pass(prepared.supernet, batches, loss, mean_gradients)
     orders = on_main(lambda: orders_of(scores))
     return {name: order for name, order in orders.items() if not streams.get(name)}
+
+
+def lost_as_it_stands(options: LoopOptions, prepared: Prepared) -> Mapping[str, Tensor]:
+    """What is lost with the first units alone, by names and shapes as in `Basis.lost`, of the weights as they are."""
+    count = min(options.calibration_images or GRADIENT_IMAGES, prepared.plan.images)
+    images = calibration_images(options, prepared, count)
+    shown = progress(images, "weighing units", -(-count // CALIBRATION_BATCH))
+    return as_it_stands(prepared.supernet, (batch for batch, _ in shown), GRADIENT_IMAGES, options.seed)
 
 
 def _calibrated(options: LoopOptions, prepared: Prepared, kind: str) -> Basis:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from supernets import least_squares
-from supernets.least_squares import gram_matrix, head_order, neuron_order
+from supernets.least_squares import gram_matrix, head_order, neuron_order, prefix_lost
 
 RIDGE = 1e-6
 quick = settings(max_examples=25, deadline=None)
@@ -245,3 +245,30 @@ def test_one_of_two_identical_heads_goes_first_and_costs_nothing(heads: int) -> 
 def test_a_gram_matrix_is_that_of_the_whole_product(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(gram_matrix(x), x.mT @ x)
+
+
+@quick
+@given(units=st.integers(1, 12), seed=st.integers(0, 10**6))
+def test_the_first_units_as_they_stand_leave_the_error_of_that_subset(units: int, seed: int) -> None:
+    gram, weight = covariance(activations(60, units, seed)), readers(5, units, seed)
+    if gram.diagonal().sum() <= 0:
+        return
+    lost, h = prefix_lost(gram, weight), ridged(gram)
+    assert lost.shape == (units + 1,) and float(lost[-1]) == 0
+    for kept in range(units):
+        assert float(lost[kept]) == pytest.approx(subset_error(h, weight, range(kept)), rel=1e-6, abs=1e-9)
+
+
+def test_units_go_in_groups_and_in_batches() -> None:
+    grams = torch.stack([covariance(activations(60, 8, seed)) for seed in (1, 2)])
+    weights = torch.stack([readers(5, 8, seed) for seed in (1, 2)])
+    alone = torch.stack([prefix_lost(gram, weight) for gram, weight in zip(grams, weights, strict=True)])
+    assert torch.allclose(prefix_lost(grams, weights), alone)
+    assert torch.allclose(prefix_lost(grams, weights, group=4), alone[:, ::4])
+    assert float(prefix_lost(torch.zeros(3, 3), torch.ones(2, 3)).max()) < 1e-20  # every unit is dead
+
+
+def test_in_the_order_that_was_found_the_errors_are_those_that_were_found() -> None:
+    gram, weight = covariance(activations(80, 9, 3)), readers(5, 9, 3)
+    order, errors = neuron_order(gram, weight)
+    assert torch.allclose(prefix_lost(gram[order][:, order], weight[:, order]), errors, rtol=1e-6, atol=1e-9)

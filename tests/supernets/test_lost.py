@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from search_spaces.slices import identity_slice, network_slice
 from supernets.basis import Basis, rewrite
-from supernets.calibration import QK_IMAGES, Metric, Wanted, calibrate
+from supernets.calibration import QK_IMAGES, Metric, Wanted, as_it_stands, calibrate
 from supernets.compact import cut
 from supernets.supernet import Supernet
 from tests.nas.small import small_supernet
@@ -287,3 +287,17 @@ def test_orders_of_errors_begin_with_what_matters_most() -> None:
     lost = basis.lost["blocks.1.hidden"]
     assert float(lost[1]) < 1e-5 * float(lost[0])
     assert all(float(a) >= float(b) for a, b in pairwise(lost))
+
+
+@over_networks
+def test_as_it_stands_in_its_basis_a_network_loses_what_the_basis_said(network: str) -> None:
+    """Heads and neurons in the order that was found, q, k and v in the basis that was found."""
+    supernet = small(network)
+    basis = found(supernet)
+    rewrite(supernet, basis)
+    again = as_it_stands(supernet, batches(supernet), gradient_images=24, seed=SEED)
+    assert again.keys() == basis.lost.keys()
+    for name, lost in basis.lost.items():
+        if name.endswith(".v") and name.removesuffix(".v") not in basis.v:
+            continue  # there the basis speaks of an error that is not refitted
+        assert torch.allclose(again[name], lost, rtol=2e-3, atol=1e-5 * float(lost.max())), name

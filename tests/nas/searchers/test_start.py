@@ -42,7 +42,7 @@ TRAINED = Start(checkpoint=Path("weights"))
 
 def run_of(supernet: Supernet, costs: PricedSpace, budget: float | None = 0.5, **options: Any) -> Any:
     """A run as far as it is looked at. options: of the search; `start`, `weights` of the preparation, `folder`."""
-    known = dict(start=None, resume=False, seed=0) | options
+    known = dict(start=None, resume=False, seed=0, supernet=None) | options
     prepared = SimpleNamespace(
         supernet=supernet,
         fresh_classifier=True,  # magnitudes: no images
