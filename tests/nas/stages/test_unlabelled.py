@@ -16,7 +16,8 @@ import nas
 from nas import describe, validate
 from nas.config import SearchConfig
 from nas.data.loaders import open_data
-from nas.export import differences, export_program
+from nas.export import differences
+from nas.machine.runtimes import export_program
 from nas.networks.compact_file import load_compact, save_compact
 from nas.objectives.features import Features
 from nas.stages.retrain import run_retrain
