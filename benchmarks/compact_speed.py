@@ -13,8 +13,8 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ import timm
 import torch
 from torch import nn
 
+from nas.machine import devices
+from nas.machine.options import MachineOptions
 from nas.machine.timing import sample_times
 from search_spaces.channels import channel_count
 from search_spaces.registry import SPACES
@@ -139,9 +141,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
 
-    def autocast() -> Any:
-        return torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext()
-
+    autocast = partial(devices.autocast, MachineOptions(amp=args.amp), device)
     print(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads,"
         f" {'bf16 autocast' if args.amp else 'float32'}"

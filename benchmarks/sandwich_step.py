@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ import torch
 
 from benchmarks.search_step import measure
 from nas.config import SearchConfig
+from nas.machine import devices
+from nas.machine.options import MachineOptions
 from nas.methods.table import training_of
 from nas.objectives.plain import Plain
 from nas.objectives.sandwich import Sandwich
@@ -91,9 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
 
-    def autocast() -> Any:
-        return torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext()
-
+    autocast = partial(devices.autocast, MachineOptions(amp=args.amp), device)
     print(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads,"
         f" {'bf16 autocast' if args.amp else 'float32'}, batch {args.batch_size}, {args.subnets} drawn subnets a step,"

@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nas.machine import devices
+from nas.machine.options import MachineOptions
 from nas.objectives.adjoined import Adjoined
 from nas.objectives.kernel import KernelTerm
 from nas.prices.costs import PricedSpace, priced
@@ -256,9 +258,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
 
-    def autocast() -> Any:
-        return torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext()
-
+    autocast = partial(devices.autocast, MachineOptions(amp=args.amp), device)
     print(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads,"
         f" {'bf16 autocast' if args.amp else 'float32'}, batch {args.batch_size}, median of {args.rounds} rounds"

@@ -10,7 +10,7 @@ import argparse
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import torch
 
 from benchmarks.search_step import NETS, measure, objectives, steps
 from nas.config import SearchConfig
+from nas.machine import devices
+from nas.machine.options import MachineOptions
 from nas.training.optim import lay_out
 
 OPTIONS: dict[str, dict[str, bool]] = {
@@ -43,9 +45,7 @@ def stages(net: str, width: str, own: dict[str, bool], args: argparse.Namespace)
         images = images.contiguous(memory_format=torch.channels_last)
     target = torch.randint(0, 10, (args.batch_size,), device=device)
 
-    def autocast() -> Any:
-        return torch.autocast(device.type, torch.bfloat16) if own.get("amp") else nullcontext()
-
+    autocast = partial(devices.autocast, MachineOptions(amp=own.get("amp")), device)
     return {stage: step for stage, step in steps(kinds, images, target, autocast).items() if stage in kinds}
 
 

@@ -30,10 +30,8 @@ if TYPE_CHECKING:
 
 GROUP = {"eager": 12, "compiled": 6, "onnxruntime": 12}  # points that are timed in turn
 LENGTH = 4  # halves of a chain
-AT_LEAST = {
-    "cpu": 0.0,
-    "cuda": 0.005,
-}  # seconds of a sample; a CPU's is one call: its caches hold others' weights
+# Seconds of a sample. A CPU's is one call: its caches hold the weights of what ran before, as in a network.
+AT_LEAST = {"cpu": 0.0, "cuda": 0.005}
 PASSES = {"eager": 3, "compiled": 1, "onnxruntime": 1}  # over all points, in another order and company each time
 
 
@@ -434,7 +432,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=1, help="images at once (1)")
     add("--device", help="cpu, cuda or cuda:N; by default cuda where there is one")
     add("--threads", type=int, help="of the CPU; by default torch's own number")
-    add("--runtime", choices=("eager", "compiled", "onnxruntime"), default="eager")
+    add("--runtime", choices=tuple(GROUP), default="eager")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and images")
     add("--grid", choices=("coarse", "fine"), help="fine: every width along a line, too (default: on CUDA, eager)")
     add("--rounds", type=int, default=7, help="samples of each point in a pass, of which the median counts (7)")

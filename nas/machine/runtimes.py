@@ -12,7 +12,6 @@ from nas.machine.files import write_atomically
 from search_spaces.errors import UserError, reason
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-RUNTIMES = ("eager", "compiled", "onnxruntime")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Run = Callable[[Any], Any]
 

@@ -28,9 +28,9 @@ def clocked(
     compact: is timed as the last of `small`, the rows of the small network. whole: the row of the timm model, which is
     timed with any weights. Empty where latency was no price of the search; says where nothing can be timed, and why.
     """
-    record = arch.search.get(RECORD)
-    if not record or not small:
+    if not is_clocked(arch) or not small:
         return {}
+    record = arch.search[RECORD]
     rows = {name: {PREDICTED: float(record["predicted_ms"])} for name in small}
     networks: dict[str, nn.Module] = {} if compact is None else {small[-1]: compact}
     if whole is not None:
@@ -49,8 +49,12 @@ def clocked(
 
 def facts_of(arch: Architecture) -> dict[str, Any]:
     """For summary.json: which device its milliseconds are of."""
-    record = arch.search.get(RECORD)
-    return {RECORD: {name: record[name] for name in ("on", "table")}} if record else {}
+    return {RECORD: {name: arch.search[RECORD][name] for name in ("on", "table")}} if is_clocked(arch) else {}
+
+
+def is_clocked(arch: Architecture) -> bool:
+    """Whether latency was a price of the search that found it: `clocked` says nothing of others."""
+    return bool(arch.search.get(RECORD))
 
 
 def cannot_time(setting: Setting) -> str:
@@ -61,9 +65,7 @@ def cannot_time(setting: Setting) -> str:
     return "" if here == setting.device else f"the table is of {setting.device}, this is {here}"
 
 
-def milliseconds(
-    networks: Mapping[str, nn.Module], size: tuple[int, int, int], setting: Setting, rounds: int = ROUNDS
-) -> dict[str, float]:
+def milliseconds(networks: Mapping[str, nn.Module], size: tuple[int, int, int], setting: Setting) -> dict[str, float]:
     """Median milliseconds of a batch of each network, in turn, as a table's halves were timed. size (C, H, W)."""
     device, dtype, before = torch.device(setting.device_type), PRECISIONS[setting.precision], torch.get_num_threads()
     if setting.threads is not None:
@@ -72,7 +74,7 @@ def milliseconds(
         images = torch.randn(setting.batch_size, *size).to(device, dtype)
         own = {name: copy.deepcopy(network).to(device, dtype).eval() for name, network in networks.items()}
         runs = {n: made_to_run(network, images, setting.runtime, setting.threads) for n, network in own.items()}
-        seconds = in_turn({name: _call(run, images) for name, run in runs.items()}, device, rounds)
+        seconds = in_turn({name: _call(run, images) for name, run in runs.items()}, device, ROUNDS)
     finally:
         torch.set_num_threads(before)
     return {name: 1e3 * statistics.median(each) for name, each in seconds.items()}

@@ -14,7 +14,7 @@ from nas.machine.files import write_csv, write_json
 from nas.machine.timing import Network
 from nas.networks.architecture import slices_of
 from nas.pictures.run import plot_run
-from nas.prices.whole import clocked
+from nas.prices.whole import clocked, is_clocked
 from nas.prices.whole import facts_of as clock_facts
 from nas.runs.folder import results_path
 from nas.runs.front import FRONT, architecture_file
@@ -65,7 +65,7 @@ def conclude_front(config: SearchConfig, prepared: Prepared, members: Sequence[M
                 scores[str(member.budget)] = scores_at(config, prepared, network)
     clocks: dict[str, dict[str, float]] = {}
     with after.part("timing the networks"):
-        for member in members if is_main() else ():
+        for member in members if is_main() and is_clocked(members[0].arch) else ():
             compact = cut(prepared.supernet.backbone, slices_of(member.arch, prepared.supernet.shapes))
             clocks |= clocked(member.arch, compact, [str(member.budget)], None)
     if not is_main():

@@ -28,7 +28,7 @@ from nas.pictures.run import plot_run
 from nas.prices.costs import Bound
 from nas.prices.flops import FLOPS
 from nas.prices.options import BAND
-from nas.prices.whole import clocked, facts_of
+from nas.prices.whole import clocked, facts_of, is_clocked
 from nas.runs.folder import SUPERNET, open_run, results_path
 from nas.searchers.measured import Measured
 from nas.searchers.searcher import Answer, Run
@@ -244,12 +244,13 @@ def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architectur
     }
     if not is_main():
         return
-    with after.part("timing the networks"):
-        compact = networks["compact"] if "compact" in networks else cut(supernet.backbone, subnet)
-        assert isinstance(compact, nn.Module)
-        whole = reference if reference in table and asked.earlier is None else None
-        for name, row in clocked(arch, compact, [n for n in table if n != reference], whole).items():
-            table[name] |= row
+    if is_clocked(arch):
+        with after.part("timing the networks"):
+            compact = networks["compact"] if "compact" in networks else cut(supernet.backbone, subnet)
+            assert isinstance(compact, nn.Module)
+            whole = reference if reference in table and asked.earlier is None else None
+            for name, row in clocked(arch, compact, [n for n in table if n != reference], whole).items():
+                table[name] |= row
     with after.part("writing tables"):
         facts |= dict(answer.found) | ({"seconds": seconds} if seconds else {}) | after.facts()
         write_json(prepared.folder / "summary.json", facts | table | {"narrowing": narrowing})
@@ -307,9 +308,9 @@ def print_unused(asked: Asked, answer: Answer, arch: Architecture) -> None:
     budget, band, costs = question.budget, question.band, question.priced
     if budget is None:
         return
-    cost = costs.network_cost(slices_of(arch, costs.space.shapes))
-    unused = budget - cost / costs.full
-    tight = [bound for bound in costs.bounds if is_used_up(bound, slices_of(arch, costs.space.shapes))]
+    subnet = slices_of(arch, costs.space.shapes)
+    unused = budget - costs.network_cost(subnet) / costs.full
+    tight = [bound for bound in costs.bounds if is_used_up(bound, subnet)]
     if tight and (not answer.in_band or unused > BAND):
         words = " and ".join(bound.words for bound in tight)
         print(f"{unused:.4f} of the budget in {costs.price.words} is unused, for {words} is used up")
