@@ -243,5 +243,5 @@ def test_onnx_keeps_a_small_constant(tmp_path: Path) -> None:
             return x / (x + 1e-8)
 
     x = torch.full((2, 3), 1e-8)
-    export_onnx(nas.export.export_program(Ratio(), x), tmp_path / "ratio.onnx")
+    export_onnx(export_program(Ratio(), x), tmp_path / "ratio.onnx")
     assert torch.allclose(onnx_network(tmp_path / "ratio.onnx", 1)(x), torch.full((2, 3), 0.5))

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from nas.config import SearchConfig
+from nas.prices.options import BAND
 from nas.runs.folder import WRITTEN, open_run, saved_config
 from nas.sweeps.options import SweepConfig
 from search_spaces.errors import UserError
@@ -28,12 +29,12 @@ def test_a_run_goes_on_that_began_before_an_option_was_there(tmp_path: Path) -> 
     folder = tmp_path / "run"
     open_run(SearchConfig(output=folder, lr=1e-3), "search")
     options = yaml.safe_load((folder / "config.yaml").read_text())
-    del options["price"], options["searcher"]
+    del options["band"], options["searcher"]
     (folder / "config.yaml").write_text(yaml.safe_dump(options))
     config = replace(saved_config(SearchConfig, folder), resume=True)
-    assert open_run(config, "search").price == "flops"
-    with pytest.raises(UserError, match="price: was 'flops', now 'params'"):
-        open_run(replace(config, price="params"), "search")
+    assert open_run(config, "search").band == BAND
+    with pytest.raises(UserError, match=f"band: was {BAND}, now 0.1"):
+        open_run(replace(config, band=0.1), "search")
 
 
 @pytest.mark.parametrize("name", ["log.csv", "arch.json", "compact.safetensors", "curves.png", "README.md", "best.pt"])
