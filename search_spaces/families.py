@@ -37,6 +37,14 @@ FAMILIES: dict[str, Family] = {
             SMALL_RATE,
         ),
         Family(
+            "swinv2",
+            "swinv2_base_window8_256.ms_in1k",
+            "swinv2_tiny_window8_256",
+            dict(img_size=32, patch_size=4, window_size=4, embed_dim=48, depths=(2, 4), num_heads=(4, 8)),
+            (1, 2, 4, 8),
+            SMALL_RATE,
+        ),
+        Family(
             "vit",
             "vit_base_patch16_224",
             "vit_tiny_patch16_224",

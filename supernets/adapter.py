@@ -133,14 +133,16 @@ class Adapter(ABC):
         """What a block's attention adds to its slice of the stream: norm, attention, LayerScale, in their order.
 
         params: the block's, sliced to `kept`; without those of the half's outputs (HalfAxes) the result is what its
-        projection would read. z_S: (B, N, S) or, in Swin, (B, H, W, S); so is the result.
+        projection would read, without those of a norm at its end what that would. z_S: (B, N, S) or, in Swin,
+        (B, H, W, S); so is the result.
         """
 
     @abstractmethod
     def mlp_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
         """What a block's MLP adds to its slice of the stream, zero in the channels outside kept.mlp_stream.
 
-        Without the parameters of the half's outputs, what its second layer would read.
+        Without the parameters of the half's outputs, what its second layer would read; without those of a norm at its
+        end, what that would.
         """
 
     @abstractmethod
@@ -178,6 +180,16 @@ class Adapter(ABC):
     def head_parts(self, block: Any) -> dict[str, str]:
         """What stands against a change of basis inside the heads: of "qk", of "v"; none by default but both said."""
         return {"qk": "the family does not say how its heads multiply", "v": "the family does not say it"}
+
+    def cosine_qk(self, block: Any) -> bool:
+        """Whether q and k are normalised inside the head and nothing more, so that both may be rotated, but alike."""
+        return False
+
+    def merging(self, stage: int) -> tuple[str, str | None]:
+        """The layer that writes the stream of stage `stage` (> 0), and the norm that what it writes passes."""
+        through = next(name for name in self.outer_readers if self.outer_norms[name] == ("4S", stage - 1))
+        (layer,) = self.outer_readers[through]
+        return layer, None
 
     def watch_qkv(self, block: Any, see: Callable[[Tensor], None]) -> Callable[[], None]:
         """Let `see` have a block's q, k and v (B, N, 3HD), not yet normed, whenever it runs; returns what ends that."""

@@ -30,12 +30,14 @@ class HalfAxes:
 
     axes: letters of each dimension of every parameter that the half may have.
     outputs: modules or bare parameters, last first, in which what the half adds is linear; LayerScale before the
-    projection.
+    projection. A norm at the half's end stands here, too, and the projection after it, if its half can do without each
+    (`Adapter.attention_half`): then a refit fits the projection to what the norm reads.
     late_norms: norms that what the heads or neurons give passes through, be they inside the half or at its end.
     norm: the one norm through which the half reads the stream; None where it reads it as it is.
     keys: parameters of k alone, where q, k and v are not fused.
     parted_biases: readers whose bias stands in parts of its own: their names in the order of the reader's rows, None
     for rows without one.
+    normalised: modules that normalise units themselves, without parameters, and the letters of these.
 
     What follows from these is found once, as plain fields, which torch.compile can look up:
 
@@ -51,6 +53,7 @@ class HalfAxes:
     norm: str | None = None
     keys: tuple[str, ...] = ()
     parted_biases: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+    normalised: Mapping[str, str] = field(default_factory=dict)
     readers: tuple[str, ...] = field(init=False)
     writers: tuple[str, ...] = field(init=False)
     output_norms: tuple[str, ...] = field(init=False)
@@ -64,7 +67,8 @@ class HalfAxes:
             "readers": tuple(name for name, axes in two.items() if axes[1] in ("S", "R")),
             "writers": tuple(name for name, axes in two.items() if axes[0] in ("S", "R")),
             "output_norms": tuple(n for n in self.late_norms if self.axes[f"{n}.weight"][0] in ("S", "R")),
-            "unit_norms": {name: a[0] for name, a in units.items() if len(a) == 1 and a[0] in ("D", "HV", "M")},
+            "unit_norms": {name: a[0] for name, a in units.items() if len(a) == 1 and a[0] in ("D", "HV", "M")}
+            | dict(self.normalised),
             "by_output": tuple(tuple(n for n in self.axes if within(n, (module,))) for module in self.outputs),
         }
         for name, value in found.items():
@@ -73,6 +77,16 @@ class HalfAxes:
     def biases(self, matrix: str) -> tuple[str | None, ...]:
         """The names that a reader's bias has, in the order of its rows; there or not, None: not."""
         return self.parted_biases.get(matrix, (f"{matrix.removesuffix('weight')}bias",))
+
+    @property
+    def writer(self) -> str:
+        """The module of the matrix that what a half adds is linear in; or, of a half that ends in a norm, that norm."""
+        return self.outputs[-1]
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """LayerScale, where there may be any."""
+        return tuple(name for name in self.outputs[:-1] if name not in self.late_norms)
 
     def output(self, params: Params) -> list[str]:
         """The parameters that scale what the half adds: those of the first module of `outputs` that the block has."""

@@ -216,6 +216,13 @@ def check_fits(supernet: Supernet, basis: Basis) -> None:
             against = adapter.head_parts(adapter.backbone.get_submodule(name)).get(part)
             if against:
                 raise UserError(f"{part} of block {name} cannot be rotated: {against} (docs/backbones.md)")
+            if part == "qk" and adapter.cosine_qk(adapter.backbone.get_submodule(name)):
+                error = float((t.double() @ t.double().mT - torch.eye(d, device=t.device)).abs().max())
+                if not error < ORTHOGONAL:
+                    raise UserError(
+                        f"the basis of q and k in block {name} is no rotation, which cosine attention needs (off by"
+                        f" {error:.1e})"
+                    )
 
 
 def fold(supernet: Supernet, stages: set[int]) -> None:

@@ -121,11 +121,15 @@ def looked_at(
 
 
 class Metric:
-    """The second moment, per token, of the gradient at what each half of a block adds: (E, E) by block and half."""
+    """The second moment, per token, of the gradient at what each half of a block adds: (E, E) by block and half.
+
+    And, where a norm ends the half, at what it reads: what the matrix of the heads or neurons writes.
+    """
 
     def __init__(self, supernet: Supernet, seed: int) -> None:
         self.supernet, self.generator = supernet, torch.Generator().manual_seed(seed)
         self.moments: dict[tuple[str, int], Moment] = {}
+        self.before_norm: dict[tuple[str, int], Moment] = {}
         self.images: list[Tensor] = []
         self.seen = 0
 
@@ -140,8 +144,12 @@ class Metric:
             for name, block, shape in zip(adapter.block_names, adapter.blocks(), adapter.shapes, strict=True):
                 for half, there in enumerate((shape.attn, shape.mlp)):
                     if there:
-                        module = (block.drop_path1, block.drop_path2)[half]
-                        hooks.callback(module.register_forward_hook(self._watch((name, half))).remove)
+                        module, key = (block.drop_path1, block.drop_path2)[half], (name, half)
+                        hooks.callback(module.register_forward_hook(self._watch(self.moments, key)).remove)
+                        axes = (adapter.block_axes.attn, adapter.block_axes.mlp)[half]
+                        if axes.output_norms:
+                            layer = layer_of(block, axes.writers)
+                            hooks.callback(layer.register_forward_hook(self._watch(self.before_norm, key)).remove)
             logits = self.supernet.large(images.detach().requires_grad_())
             if adapter.feature_head is None:
                 drawn = drawn_labels(logits, self.generator)
@@ -152,8 +160,8 @@ class Metric:
         if self.seen <= QK_IMAGES or not self.images:
             self.images.append(images)
 
-    def _watch(self, key: tuple[str, int]) -> Callable[..., None]:
-        moment = self.moments.setdefault(key, Moment())
+    def _watch(self, moments: dict[tuple[str, int], Moment], key: tuple[str, int]) -> Callable[..., None]:
+        moment = moments.setdefault(key, Moment())
 
         def hook(_: Any, __: Any, y: Tensor) -> None:
             y.register_hook(lambda gradient: moment.add(gradient.flatten(0, -2)))
@@ -165,7 +173,13 @@ class Metric:
 
         Without a classifier it is half the squared error of the features.
         """
-        moment = self.moments[name, half]
+        return self._root_of(self.moments[name, half])
+
+    def written_root(self, name: str, half: int) -> Tensor:
+        """The same of what the matrix of the heads or neurons writes; LayerScale comes after it, a norm does not."""
+        return self._root_of(self.before_norm.get((name, half), self.moments[name, half]))
+
+    def _root_of(self, moment: Moment) -> Tensor:
         tokens = moment.rows / self.seen
         root, _ = _root(moment.value() * (tokens / 2), floor=0.0)
         return root
@@ -302,7 +316,7 @@ def complement_of_ones(size: int) -> Tensor:
 
 def _signed(rows: Tensor) -> Tensor:
     """Rows whose largest entry is positive: an eigenvector has no sign of its own."""
-    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+    largest = rows.gather(-1, rows.abs().argmax(-1, keepdim=True))
     signed: Tensor = rows * torch.where(largest < 0, -1.0, 1.0)
     return signed
 
@@ -316,6 +330,7 @@ class HeadMoments:
         self.k: dict[str, Moment] = {}
         self.out: dict[str, Moment] = {}
         self.rotated: set[str] = set()  # blocks whose v is changed
+        self.cosine: set[str] = set()  # blocks whose q and k count normalised
         self.heads: dict[str, Moment] = {}
         self.hidden: dict[str, Moment] = {}
         attn, mlp = adapter.block_axes.attn, adapter.block_axes.mlp
@@ -326,6 +341,8 @@ class HeadMoments:
             if not shape.attn:
                 continue
             against, writer = adapter.head_parts(block), layer_of(block, attn.writers)
+            if adapter.cosine_qk(block):
+                self.cosine.add(name)
             if wanted.inside and "qk" not in against:
                 self.q[name], self.k[name] = Moment(), Moment()
                 hooks.callback(adapter.watch_qkv(block, self._qk(name)))
@@ -347,7 +364,10 @@ class HeadMoments:
         def see(qkv: Tensor) -> None:
             q, k, _v = qkv.flatten(0, -3).split(qkv_rows(shape), -1)
             q, k = (t.unflatten(-1, (shape.num_heads, -1)).permute(2, 0, 1, 3) for t in (q, k))  # (H, B, N, d)
-            k = k - k.mean(2, keepdim=True)  # a key that all tokens share changes no softmax
+            if name in self.cosine:
+                q, k = nn.functional.normalize(q, dim=-1), nn.functional.normalize(k, dim=-1)
+            else:
+                k = k - k.mean(2, keepdim=True)  # a key that all tokens share changes no softmax
             self.q[name].add(q.flatten(1, 2))
             self.k[name].add(k.flatten(1, 2))
 
@@ -370,7 +390,10 @@ class HeadMoments:
 
     def changes(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """A of q and k and T of v, by block (H, d, d)."""
-        qk = {name: qk_change(self.q[name].value(), self.k[name].value()).cpu() for name in self.q}
+        qk = {}
+        for name, q in self.q.items():
+            change = qk_rotation if name in self.cosine else qk_change
+            qk[name] = change(q.value(), self.k[name].value()).cpu()
         rotated = [name for name in self.out if name in self.rotated]
         return qk, {name: v_change(self.out[name].value(), self._by_head(name)).cpu() for name in rotated}
 
@@ -418,9 +441,9 @@ class HeadMoments:
         (matrix,) = axes.writers
         weight = block.get_parameter(matrix).detach().double()
         for leaf, scale in block.named_parameters():
-            if within(leaf, axes.outputs[:-1]):  # LayerScale
+            if within(leaf, axes.scales):
                 weight = weight * scale.detach().double()[:, None]
-        return weight if self.metric is None else self.metric.root(name, half) @ weight
+        return weight if self.metric is None else self.metric.written_root(name, half) @ weight
 
 
 def _root(moment: Tensor, floor: float = FLOOR) -> tuple[Tensor, Tensor]:
@@ -444,6 +467,14 @@ def qk_change(q: Tensor, k: Tensor) -> Tensor:
     u, s, _ = torch.linalg.svd(root_q @ root_k)
     a: Tensor = s.sqrt()[..., None] * (u.mT @ inverse_q)
     return a
+
+
+def qk_rotation(q: Tensor, k: Tensor) -> Tensor:
+    """A (H, d, d) orthogonal of q -> A q, k -> A k, from the second moments of normalised q and k (H, d, d).
+
+    The first r channels keep the most of both together.
+    """
+    return _signed(torch.linalg.eigh(q + k).eigenvectors.flip(-1).mT)
 
 
 def v_change(out: Tensor, proj: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from supernets.axes import HeadWidths
 from supernets.compact_block import CompactBlock
-from supernets.layers import by_width
+from supernets.layers import by_width, joined_bias
 
 Projected = Tensor | tuple[Tensor, Tensor, Tensor]  # q, k and v, fused or each by itself
 
@@ -109,11 +109,6 @@ class CompactEvaAttention(nn.Module):
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
         qkv: Tensor = self.qkv(x)
         return qkv + joined_bias(self.q_bias, self.v_bias) if hasattr(self, "q_bias") else qkv
-
-
-def joined_bias(q: Tensor, v: Tensor) -> Tensor:
-    """The bias of fused q, k and v, of which k has none."""
-    return torch.cat([q, torch.zeros_like(q), v])
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -51,7 +51,8 @@ class CompactWindowAttention(nn.Module):
         for name, child in attn.named_children():
             if name != "softmax":
                 setattr(self, name, child)
-        self.relative_position_bias_table = attn.relative_position_bias_table
+        for name, p in attn.named_parameters(recurse=False):
+            self.register_parameter(name, p)
         self.num_heads, self.head_dim, self.scale = heads.number, heads.qk, attn.scale
         self.v_widths = None if isinstance(heads.v, int) else heads.v
         self.input_resolution, self.always_partition = block.input_resolution, block.always_partition
@@ -74,8 +75,8 @@ class CompactWindowAttention(nn.Module):
             self.always_partition = always_partition
         window_size, self.shift_size = self._calc_window_shift(window_size)
         self.set_window_size(window_size)
-        table = self.relative_position_bias_table
-        self._place_windows(self.get_attn_mask(device=table.device, dtype=table.dtype))
+        like = self.proj.weight
+        self._place_windows(self.get_attn_mask(device=like.device, dtype=like.dtype))
 
     def _place_windows(self, mask: Tensor | None) -> None:
         """What follows from the feature map and its windows. mask (W, T, T): of shifted windows."""
@@ -86,32 +87,49 @@ class CompactWindowAttention(nn.Module):
         self.num_windows = 0 if mask is None else mask.shape[0]
         (H, W), (win_h, win_w) = self.input_resolution, self.window_size
         self.padded = H % win_h != 0 or W % win_w != 0
-        self._bias: tuple[nn.Parameter, Tensor, Any, Tensor] | None = None  # table, its memory, key, bias
+        self._bias: tuple[tuple[nn.Parameter, ...], list[Tensor], Any, Tensor] | None = (
+            None  # of what, memory, key, bias
+        )
+
+    def bias_parameters(self) -> tuple[nn.Parameter, ...]:
+        """What the bias of relative positions is made of."""
+        return (self.relative_position_bias_table,)
+
+    def position_bias(self) -> Tensor:
+        """(h, T, T)."""
+        return relative_bias(self.relative_position_bias_table, self.relative_position_index)
 
     def bias(self, dtype: torch.dtype) -> Tensor:
         """Relative positions, and the mask of shifted windows: (1, h, T, T) or (1, W*h, T, T)."""
-        T, table = self.window_area, self.relative_position_bias_table
-        bias = table[self.relative_position_index.view(-1)].view(T, T, self.num_heads).permute(2, 0, 1)
+        bias = self.position_bias()
         if self.attn_mask is not None:
             bias = (bias + self.attn_mask.unsqueeze(1)).flatten(0, 1)
         return bias.unsqueeze(0).to(dtype).contiguous()
 
     def _cached_bias(self, dtype: torch.dtype) -> Tensor:
-        """`bias`, computed again only when the table has changed; kept only where nothing is being differentiated.
+        """`bias`, computed again only when what it is made of has changed; kept where nothing is being differentiated.
 
         A change in place through `.data` goes unnoticed, as it does in autograd.
         """
-        table = self.relative_position_bias_table
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or table.is_inference():
+        made_of = self.bias_parameters()
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(p.is_inference() for p in made_of):
             return self.bias(dtype)
-        cached, key = self._bias, (table.data_ptr(), table._version, dtype)
-        if cached is None or cached[0] is not table or cached[2] != key:
-            memory = table.detach()  # as long as it is held, no other table comes to lie at this address
-            self._bias = cached = table, memory, key, self.bias(dtype)
+        cached, key = self._bias, (*((p.data_ptr(), p._version) for p in made_of), dtype)
+        if cached is None or any(a is not b for a, b in zip(cached[0], made_of, strict=True)) or cached[2] != key:
+            memory = [p.detach() for p in made_of]  # as long as it is held, nothing else comes to lie at its address
+            self._bias = cached = made_of, memory, key, self.bias(dtype)
         return cached[3]
 
+    def projected(self, x: Tensor) -> Tensor:
+        """(..., S) -> q, k and v of all heads (..., 2hD + hV)."""
+        return self.qkv(x)  # type: ignore[no-any-return]
+
+    def prepared(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k (B*W, h, T, D) or (B, W*h, T, D), heads of a window side by side, as their products are taken."""
+        return q, k
+
     def __getstate__(self) -> dict[str, Any]:
-        """A copy's table counts its versions anew: it starts without a cached bias."""
+        """A copy's parameters count their versions anew: it starts without a cached bias."""
         return self.__dict__ | {"_bias": None}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,7 +139,7 @@ class CompactWindowAttention(nn.Module):
             if self.padded:
                 x = F.pad(x, (0, 0, 0, 1))  # the token of zeros that every padded place reads
             x = x.index_select(1, self.gather)  # (B, W*T, S) or, shifted, (B, T*W, S)
-        qkv = self.qkv(x)  # (B, W*T, 2hD + hV) or (B, T*W, 2hD + hV)
+        qkv = self.projected(x)  # (B, W*T, 2hD + hV) or (B, T*W, 2hD + hV)
         x = self._even_heads(qkv, heads) if heads.even else self._uneven_heads(qkv, heads)  # (B, W*T, hV), (B, T*W, hV)
         x = self.proj_drop(self.proj(x))
         if self.scatter is not None:
@@ -137,7 +155,7 @@ class CompactWindowAttention(nn.Module):
         else:
             parts = qkv.split(rows, dim=-1)
             q, k, v = (t.reshape(B, T, W * h, -1).transpose(1, 2) for t in parts)  # (B, W*h, T, D)
-        x = self._attend(*padded(q, k, v), self._cached_bias(q.dtype))
+        x = self._attend(*padded(*self.prepared(q, k), v), self._cached_bias(q.dtype))
         return join_heads(x[..., : v.shape[-1]]).reshape(B, -1, rows[2])
 
     def _uneven_heads(self, qkv: Tensor, heads: HeadWidths) -> Tensor:
@@ -152,7 +170,7 @@ class CompactWindowAttention(nn.Module):
             q, k, v = (t.reshape(B, W * g, T, -1) for t in (q, k, v))
             return self._attend(q, k, v, bias).reshape(B * W, g, T, -1)
 
-        return by_width(qkv.view(-1, T, qkv.shape[-1]), heads, attend).reshape(B, -1, heads.v_total)
+        return by_width(qkv.view(-1, T, qkv.shape[-1]), heads, attend, self.prepared).reshape(B, -1, heads.v_total)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         dropout_p = self.attn_drop.p if self.training else 0.0
@@ -168,6 +186,11 @@ class CompactWindowBlock(CompactBlock):
         """timm's, on the attention."""
         if self.has_attn:
             self.attn.set_input_size(feat_size, window_size, always_partition)
+
+
+def relative_bias(table: Tensor, index: Tensor) -> Tensor:
+    """(offsets, h) by the offset of two tokens (T, T) -> (h, T, T)."""
+    return table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1)
 
 
 def _gathers(attn: Any, by_token: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import AttentionRope
 from timm.layers.pos_embed_sincos import RotaryEmbeddingMixed
 from timm.models.eva import EvaAttention, EvaBlock
@@ -18,11 +17,10 @@ from supernets.compact_eva import (
     CompactEvaAttention,
     CompactEvaBlock,
     Projected,
-    joined_bias,
     turned_attention,
     turns_of,
 )
-from supernets.layers import linear, norm, stem_norm
+from supernets.layers import fused_qkv, linear, norm, stem_norm
 from supernets.timm_block import ATTENTION, MLP, has_attn, shape_of
 from supernets.vit import VitAdapter
 
@@ -81,7 +79,7 @@ class EvaAdapter(VitAdapter):
     def block_shape(self, block: Any) -> BlockShape:
         if self.backbone.rope is None:
             return super().block_shape(block)
-        shape = shape_of(0, self.backbone.embed_dim, block, unit=2)
+        shape = shape_of(0, self.width, block, unit=2)
         if not shape.attn:
             return shape
         order = pair_order(block.attn.head_dim, block.attn.rotate_half)[: shape.head_dim]
@@ -107,8 +105,7 @@ class EvaAdapter(VitAdapter):
 
     def stem(self, params: Params, images: Tensor) -> Tensor:
         eva = self.backbone
-        x = stem_norm(eva.norm_pre, params, "norm_pre", eva.pos_drop(self.embed(params, images)))
-        return x if isinstance(eva.norm_pre, nn.Identity) else x.contiguous()  # as timm's norms leave it
+        return stem_norm(eva.norm_pre, params, "norm_pre", eva.pos_drop(self.embed(params, images)))
 
     def attend(self, block: Any, params: Params, heads: HeadWidths, x: Tensor) -> Tensor:
         attn, rope = block.attn, self._rope()
@@ -187,6 +184,4 @@ def projected(params: Params, x: Tensor) -> Projected:
     if "attn.qkv.weight" not in params:
         q, k, v = (linear(params, f"attn.{name}_proj", x) for name in "qkv")
         return q, k, v
-    if "attn.q_bias" not in params:
-        return linear(params, "attn.qkv", x)
-    return F.linear(x, params["attn.qkv.weight"], joined_bias(params["attn.q_bias"], params["attn.v_bias"]))
+    return fused_qkv(params, x)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -13,6 +14,7 @@ from supernets.adapter import Adapter
 from supernets.eva import EvaAdapter
 from supernets.feature_head import with_feature_head
 from supernets.swin import SwinAdapter
+from supernets.swin_v2 import SwinV2Adapter
 from supernets.t2t import T2TAdapter
 from supernets.t2t_vit import T2TViT
 from supernets.vit import VitAdapter
@@ -36,6 +38,7 @@ class Adapted:
 
 ADAPTED: dict[str, Adapted] = {
     "swin": Adapted((SwinTransformer,), SwinAdapter),
+    "swinv2": Adapted((SwinTransformerV2,), SwinV2Adapter),
     "vit": Adapted((VisionTransformer, VisionTransformerDistilled), VitAdapter),
     "deit": Adapted((VisionTransformer, VisionTransformerDistilled), VitAdapter),
     "t2t": Adapted((T2TViT,), T2TAdapter),

@@ -39,7 +39,7 @@ def with_feature_head(backbone: nn.Module) -> None:
     name = next((name for name, module in model.named_modules() if module is place), None)
     if name is None or type(place) is not nn.Identity:
         return
-    head = FeatureHead(model.num_features, next(model.parameters()))
+    head = FeatureHead(model.head_hidden_size, next(model.parameters()))
     model.set_submodule(name, head.train(model.training))
 
 

@@ -25,7 +25,8 @@ class BlockCosts:
     matrices, which are its MACs per token; attn_params, mlp_params: entries of all its parameters. Letters as in
     axes.py, but Q and V for the channels of q and of v in all heads. norm_after_gate: a norm stands behind the gates
     of heads or neurons, so that nested slices in one gated pass are not their sum. shifted: whether attention's
-    windows are, which costs no MAC but time.
+    windows are, which costs no MAC but time. attn_once: MACs of an image whatever its tokens (Swin V2's network of
+    position biases, which runs once a batch and is counted with every image).
     """
 
     attn_tokens: int
@@ -37,6 +38,7 @@ class BlockCosts:
     mlp_params: Products
     norm_after_gate: bool
     shifted: bool = False
+    attn_once: Products = ()
 
 
 def block_costs(
@@ -184,7 +186,7 @@ def block_flops(shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
     units, total = _kept_units(shape, kept), 0
     if kept.attn:
         attention = costs.attended * attention_channels(head_widths(kept, shape))
-        total += costs.attn_tokens * (_sum(costs.attn_weights, units) + attention)
+        total += costs.attn_tokens * (_sum(costs.attn_weights, units) + attention) + _sum(costs.attn_once, units)
     if kept.mlp:
         total += costs.mlp_tokens * _sum(costs.mlp_weights, units)
     return total

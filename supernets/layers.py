@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import GluMlp, RmsNorm, SwiGLU
-from timm.layers.fast_norm import rms_norm
+from timm.layers.norm import rms_norm  # torch's own where there is one, as in RmsNorm
 from torch import Tensor, nn
 
 from search_spaces.slices import Kept, count
@@ -37,6 +37,11 @@ def norm(module: nn.Module, params: Params, name: str, x: Tensor) -> Tensor:
     if isinstance(module, RmsNorm):
         return rms_norm(x, list(x.shape[-1:]), weight, module.eps)  # type: ignore[no-any-return]
     raise TypeError(f"norm layer {type(module).__name__} is not supported; adapters refuse it first")
+
+
+def late_norm(module: nn.Module, params: Params, name: str, x: Tensor) -> Tensor:
+    """A norm at the end of a half or a merging; x itself where its parameters are left out, as what it would read."""
+    return norm(module, params, name, x) if f"{name}.weight" in params else x
 
 
 def stem_norm(module: nn.Module, params: Params, name: str, x: Tensor) -> Tensor:
@@ -122,6 +127,18 @@ def linear(params: Params, name: str, x: Tensor) -> Tensor:
     """A linear layer `name.*` on its sliced parameters; x itself where they are left out, as what it would read."""
     weight = params.get(f"{name}.weight")
     return x if weight is None else F.linear(x, weight, params.get(f"{name}.bias"))
+
+
+def joined_bias(q: Tensor, v: Tensor) -> Tensor:
+    """The bias of fused q, k and v, of which k has none."""
+    return torch.cat([q, torch.zeros_like(q), v])
+
+
+def fused_qkv(params: Params, x: Tensor) -> Tensor:
+    """q, k and v (B, N, 2HD + V) of a slice, with the biases that they have: in one, of q and v apart, or none."""
+    if "attn.q_bias" not in params:
+        return linear(params, "attn.qkv", x)
+    return F.linear(x, params["attn.qkv.weight"], joined_bias(params["attn.q_bias"], params["attn.v_bias"]))
 
 
 def attention(attn: Any, params: Params, heads: HeadWidths, x_BNS: Tensor, scale: float | None = None) -> Tensor:

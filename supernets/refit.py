@@ -209,6 +209,14 @@ class _Half:
     columns: Kept
     zeros: int
 
+    def normed(self, params: Params, z: Tensor) -> Tensor:
+        """A stream as the half's readers see it, but for the columns."""
+        return z if self.axes.norm is None else norm(self.norm, params, self.axes.norm, z)
+
+    def written(self, params: Params, kept: BlockSlice, z: Tensor) -> Tensor:
+        """What the half adds or, where a norm ends it, what that reads; without the writer's parameters, its units."""
+        return self.run({leaf: p for leaf, p in params.items() if not within(leaf, self.axes.output_norms)}, kept, z)
+
 
 class _Refit:
     """Both networks' streams over all images, as far as they have come, and what was refitted on the way."""
@@ -239,9 +247,10 @@ class _Refit:
                     self.large = [z + half.run(half.full, half.whole, z) for z in before]
                 if any(leaf in half.small for leaf in half.axes.axes):
                     read = self._read(half, before)
-                    values = read | self._write(replace(half, small=_with(half.small, read)))
+                    values = read | self._write(replace(half, small=_with(half.small, read)), before)
                     self.values |= {f"{adapter.block_names[i]}.{leaf}": value for leaf, value in values.items()}
                 advance()
+        self._read_for_pooling()
         self._classify()
         return self.values
 
@@ -277,14 +286,13 @@ class _Refit:
     def _read(self, half: _Half, before: Sequence[Tensor]) -> Values:
         """The readers: at their units what the large network has there, from the subnet's own stream."""
         matrices = [leaf for leaf in half.axes.readers if leaf in half.small]
-        if half.axes.norm is None or not matrices:
+        if not matrices:
             return {}
         parts = {leaf: _parts(half, leaf) for leaf in matrices}
         moments = {biased: Residual(biased) for biased in {bias is not None for own in parts.values() for bias in own}}
         for z_E, z in zip(before, self.small, strict=True):
-            n = norm(half.norm, half.small, half.axes.norm, z[..., : half.kept.stream])
-            n = take(n, -1, half.columns)
-            left = _less(norm(half.norm, half.full, half.axes.norm, z_E), n, half.columns)
+            n = take(half.normed(half.small, z[..., : half.kept.stream]), -1, half.columns)
+            left = _less(half.normed(half.full, z_E), n, half.columns)
             for each in moments.values():
                 each.add(_with_zeros(n, half.zeros), _with_zeros(left, half.zeros))
         values: Values = {}
@@ -298,16 +306,29 @@ class _Refit:
             values[leaf] = half.small[leaf].double() + torch.cat(weights)
         return values
 
-    def _write(self, half: _Half) -> Values:
-        """The writer, to the large network's stream after the half less the subnet's; and on with the subnet's."""
-        *scales, writer = half.axes.outputs
+    def _write(self, half: _Half, before: Sequence[Tensor]) -> Values:
+        """The writer, to the large network's stream after the half less the subnet's; and on with the subnet's.
+
+        Where a norm ends the half, to what that reads in the large network. before: the large network's stream.
+        """
+        writer = half.axes.writer
         matrix, bias = f"{writer}.weight", f"{writer}.bias"
         if matrix not in half.axes.writers or matrix not in half.small:  # what the half adds is not linear in it
             self.small = [_plus(z, half.run(half.small, half.kept, z), half.kept.stream) for z in self.small]
             return {}
-        scale = next((p for leaf, p in half.small.items() if within(leaf, scales)), None)
+        scale = next((p for leaf, p in half.small.items() if within(leaf, half.axes.scales)), None)
         reading = {leaf: p for leaf, p in half.small.items() if not within(leaf, half.axes.outputs)}
         units = [half.run(reading, half.kept, z) for z in self.small]
+        if half.axes.output_norms:
+            moments = Residual(bias in half.small)
+            for u, z_E in zip(units, before, strict=True):
+                expected = take(half.written(half.full, half.whole, z_E), -1, half.columns)
+                moments.add(u, expected - linear(half.small, writer, u))
+            weight, more = moments.solve(self.ridge.layers)
+            values = _changed(half.small, matrix, weight, bias, more)
+            small = _with(half.small, values)
+            self.small = [_plus(z, half.run(small, half.kept, z), half.kept.stream) for z in self.small]
+            return values
 
         def added(params: Params, u: Tensor) -> Tensor:
             y = linear(params, writer, u)
@@ -324,21 +345,44 @@ class _Refit:
         return values
 
     def _merge(self, stage: int) -> None:
-        """Patch merging reads one stage and writes the next: to the large network's stream after it."""
+        """Patch merging reads one stage and writes the next: to the large network's stream after it.
+
+        Or before the norm that follows there.
+        """
         adapter, width = self.adapter, self.subnet.stage_widths[stage]
-        self.large = [adapter.enter_stage(stage, self.large_outer, z) for z in self.large]
-        through = next(name for name in adapter.outer_readers if adapter.outer_norms[name] == ("4S", stage - 1))
-        (layer,) = adapter.outer_readers[through]
-        reading = {name: p for name, p in self.small_outer.items() if name != f"{layer}.weight"}
-        inputs = [adapter.enter_stage(stage, reading, z) for z in self.small]
+        layer, after = adapter.merging(stage)
+
+        def without(params: Params, *modules: str | None) -> dict[str, Tensor]:
+            return {name: p for name, p in params.items() if not within(name, filter(None, modules))}
+
+        expected = [adapter.enter_stage(stage, without(self.large_outer, after), z) for z in self.large]
+        inputs = [adapter.enter_stage(stage, without(self.small_outer, layer, after), z) for z in self.small]
         moments = Residual(bias=False)
-        for x, z_E in zip(inputs, self.large, strict=True):
-            moments.add(x, z_E[..., :width] - linear(self.small_outer, layer, x))
+        for x, y_E in zip(inputs, expected, strict=True):
+            moments.add(x, y_E[..., :width] - linear(self.small_outer, layer, x))
         weight, _ = moments.solve(self.ridge.layers)
         values = _changed(self.small_outer, f"{layer}.weight", weight, f"{layer}.bias", None)
         self.values |= values
         small = _with(self.small_outer, values)
-        self.small = [linear(small, layer, x) for x in inputs]
+        self.large = [adapter.enter_stage(stage, self.large_outer, z) for z in self.large]
+        self.small = [adapter.enter_stage(stage, small, z) for z in self.small]
+
+    def _read_for_pooling(self) -> None:
+        """What reads the stream for a pooling that has layers: what the large network has there, like a block's."""
+        adapter = self.adapter
+        for name, layers in adapter.outer_readers.items():
+            if adapter.outer_norms[name][0] == "4S" or set(layers) <= set(adapter.classifiers):
+                continue
+            module, (layer,) = adapter.backbone.get_submodule(name), layers
+            matrix, bias = f"{layer}.weight", f"{layer}.bias"
+            moments = Residual(bias in self.small_outer)
+            for z, z_E in zip(self.small, self.large, strict=True):
+                n = norm(module, self.small_outer, name, z)
+                moments.add(n, _less(norm(module, self.large_outer, name, z_E), n, n.shape[-1]))
+            weight, added = moments.solve(self.ridge.layers, self.large_outer[matrix].double())
+            values = _changed(self.small_outer, matrix, weight, bias, added)
+            self.values |= values
+            self.small_outer = _with(self.small_outer, values)
 
     def _classify(self) -> None:
         """The classifiers, to the large network's logits; from there on to its prediction, if that is nearer.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import RmsNorm
-from timm.layers.fast_norm import rms_norm
+from timm.layers.norm import rms_norm  # torch's own where there is one, as in RmsNorm
 from torch import Tensor, nn
 
 STREAMS = "streams"  # the module of a backbone that holds the rotations of its streams

@@ -68,9 +68,8 @@ def scalings(adapter: Adapter) -> list[Scaling]:
     for name, shape, block in zip(adapter.block_names, adapter.shapes, adapter.blocks(), strict=True):
         there = dict(block.named_parameters())
         for half in (adapter.block_axes.attn, adapter.block_axes.mlp):
-            *before, writer = half.outputs
-            gammas = [n for n in there if within(n, before)]
-            written = tuple(f"{name}.{n}" for n in there if within(n, (writer,)))
+            gammas = [n for n in there if within(n, half.scales)]
+            written = tuple(f"{name}.{n}" for n in there if within(n, (half.writer,)))
             found += [Scaling(shape.stage, f"{name}.{gamma}", written) for gamma in gammas]
     return found
 

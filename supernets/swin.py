@@ -1,5 +1,6 @@
 """timm's SwinTransformer as a backbone: shifted windows, relative positions, patch merging."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,23 +19,29 @@ from torch import Tensor, nn
 from supernets.adapter import OuterAxis, refuse
 from supernets.axes import HeadWidths, Params
 from supernets.compact_block import SkippedBlock
-from supernets.compact_swin import CompactWindowAttention, CompactWindowBlock
+from supernets.compact_swin import CompactWindowAttention, CompactWindowBlock, relative_bias
 from supernets.flops import NetworkCosts, PerWidth
 from supernets.layers import by_width, linear, norm, stem_norm
 from supernets.rotated import StemLayer
-from supernets.timm_block import TimmBlockAdapter, check_compact, check_norm, has_attn, num_params, shape_of
+from supernets.timm_block import TimmBlockAdapter, check_compact, check_norm, has_attn, has_mlp, num_params, shape_of
 
 # W windows of one image, T tokens of a window; other letters as in layers.py
 
 
-def attend_windows(attn: Any, table: Tensor, heads: HeadWidths, qkv: Tensor, mask_WTT: Tensor | None) -> Tensor:
-    """q, k and v of windows (B*W, T, 2HD + V) and the table of relative positions -> (B*W, T, V).
+def attend_windows(
+    attn: Any,
+    bias_HTT: Tensor,
+    heads: HeadWidths,
+    qkv: Tensor,
+    mask_WTT: Tensor | None,
+    norm_qk: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """q, k and v of windows (B*W, T, 2HD + V) and the bias of relative positions -> (B*W, T, V).
 
     Fused attention takes the bias and the shift mask as one (W, H, T, T) mask that is broadcast over images;
-    timm's own fused path expands it to every image of the batch.
+    timm's own fused path expands it to every image of the batch. norm_qk: before the products.
     """
     B, T, _ = qkv.shape
-    bias_HTT = table[attn.relative_position_index.view(-1)].view(T, T, -1).permute(2, 0, 1)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, index: Any) -> Tensor:  # (B*W, H, T, D), v (B*W, H, T, V)
         bias, h = bias_HTT[index].unsqueeze(0), q.shape[1]
@@ -54,13 +61,14 @@ def attend_windows(attn: Any, table: Tensor, heads: HeadWidths, qkv: Tensor, mas
             scores = scores.view(-1, h, T, T)
         return attn.attn_drop(attn.softmax(scores)) @ v  # type: ignore[no-any-return]
 
-    return by_width(qkv, heads, attend)
+    return by_width(qkv, heads, attend, norm_qk)
 
 
 def window_attention(attn: Any, params: Params, heads: HeadWidths, x_BTS: Tensor, mask_WTT: Tensor | None) -> Tensor:
     """timm's WindowAttention on sliced parameters: (B*W, T, S) -> (B*W, T, S); without its projection V instead."""
     qkv = linear(params, "attn.qkv", x_BTS)
-    x = attend_windows(attn, params["attn.relative_position_bias_table"], heads, qkv, mask_WTT)
+    bias_HTT = relative_bias(params["attn.relative_position_bias_table"], attn.relative_position_index)
+    x = attend_windows(attn, bias_HTT, heads, qkv, mask_WTT)
     return attn.proj_drop(linear(params, "attn.proj", x))  # type: ignore[no-any-return]
 
 
@@ -69,7 +77,8 @@ class FusedWindowAttention(WindowAttention):  # type: ignore[misc]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         heads = HeadWidths(self.num_heads, self.head_dim, self.head_dim)
-        x = attend_windows(self, self.relative_position_bias_table, heads, self.qkv(x), mask)
+        bias_HTT = relative_bias(self.relative_position_bias_table, self.relative_position_index)
+        x = attend_windows(self, bias_HTT, heads, self.qkv(x), mask)
         return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]
 
 
@@ -96,10 +105,21 @@ def windowed(block: Any, x: Tensor, attend: Any) -> Tensor:
     return torch.roll(x, shifts=(shift_h, shift_w), dims=(1, 2)) if shift_h or shift_w else x
 
 
+def quadrants(x: Tensor) -> Tensor:
+    """(B, H, W, S) -> (B, H/2, W/2, 4*S), odd maps padded: what patch merging reads."""
+    B, H, W, S = x.shape
+    x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
+    H, W = H + H % 2, W + W % 2
+    return x.reshape(B, H // 2, 2, W // 2, 2, S).permute(0, 1, 3, 4, 2, 5).flatten(3)
+
+
 class SwinAdapter(TimmBlockAdapter):
     """SwinTransformer as blocks, stem, patch merging and classifier. Turns fused attention on."""
 
     compact_block = CompactWindowBlock
+    block_type: type[nn.Module] = SwinTransformerBlock
+    timm_attention: Any = WindowAttention
+    fused_attention: Any = FusedWindowAttention
 
     def __init__(self, backbone: Any) -> None:
         super().__init__(backbone)
@@ -110,9 +130,10 @@ class SwinAdapter(TimmBlockAdapter):
             H, W = stage.output_resolution
             for i, block in enumerate(stage.blocks):
                 attn: Any = block.attn if has_attn(block) else None
-                if type(attn) is WindowAttention:
-                    attn.__class__ = FusedWindowAttention
-                    attn.fused_attn, attn.head_dim = True, attn.proj.in_features // attn.num_heads
+                if type(attn) is self.timm_attention:
+                    head_dim = attn.proj.in_features // attn.num_heads
+                    attn.__class__ = self.fused_attention
+                    attn.fused_attn, attn.head_dim = True, head_dim
                 win_h, win_w = (1, 1) if attn is None else placed(block).window_size
                 padded = (H + -H % win_h) * (W + -W % win_w)
                 shifted = attn is not None and any(placed(block).shift_size)
@@ -124,22 +145,23 @@ class SwinAdapter(TimmBlockAdapter):
         dims = [stage.blocks[0].dim for stage in backbone.layers]
         merges = [stage.downsample for stage in backbone.layers[1:]]
         merged_tokens = [stage.output_resolution[0] * stage.output_resolution[1] for stage in backbone.layers[1:]]
-        if not isinstance(backbone.patch_embed.norm, nn.Identity):
-            self.stem_tokens, self.before_stem = backbone.patch_embed.num_patches, ("patch_embed.proj.",)
-            if isinstance(backbone.patch_embed.norm, StemLayer):
-                self.stem_layer = "patch_embed.norm"
-            else:
-                self.stem_norm = "patch_embed.norm"
+        self._describe_stem()
+        self.outer_norms = {f"layers.{s}.downsample.norm": self.merging_norm(s) for s in range(1, len(dims))}
+        norms_per = [0] * len(dims)  # parameters of mergings' norms by channel of each stage
+        for name, (_, s) in self.outer_norms.items():
+            norms_per[s] += num_params(backbone.get_submodule(name), dims[s])
         self.outer_axes = self._axes()
-        self.outer_norms = {"norm": ("S", len(dims) - 1)}
-        self.outer_norms |= {} if self.stem_norm is None else {self.stem_norm: ("S", 0)}
-        self.outer_norms |= {f"layers.{s}.downsample.norm": ("4S", s - 1) for s in range(1, len(dims))}
+        self.outer_norms |= {"norm": ("S", len(dims) - 1)}
+        if self.stem_layer is None and not isinstance(backbone.patch_embed.norm, nn.Identity):
+            self.outer_norms |= {"patch_embed.norm": ("S", 0)}
         embed, fc = backbone.patch_embed, backbone.head.fc
         stem = [n for n, axes in self.outer_axes.items() if n.startswith("patch_embed.") and ("S", 0) in axes]
         classes = fc.out_features
         self.classifiers = ("head.fc",)
         self.outer_readers = {
-            f"layers.{s}.downsample.norm": (f"layers.{s}.downsample.reduction",) for s in range(1, len(dims))
+            name: (f"{name.removesuffix('norm')}reduction",)
+            for name, (letters, _) in self.outer_norms.items()
+            if letters == "4S"
         } | {"norm": self.classifiers}
         if backbone.global_pool not in ("avg", "fast", "fastavg"):
             self.unrotated = {
@@ -157,12 +179,25 @@ class SwinAdapter(TimmBlockAdapter):
             params=PerWidth(
                 constant=classes,
                 first=sum(backbone.get_parameter(name).numel() for name in stem) // dims[0],
-                last=classes + num_params(backbone.norm, dims[-1]),
+                last=classes + num_params(backbone.norm, dims[-1]) + norms_per[-1],
                 merge_pair=(4,) * len(merges),
-                merge_in=tuple(num_params(m.norm, d) for m, d in zip(merges, dims, strict=False)),
+                merge_in=tuple(norms_per[:-1]),
             ),
         )
         self.costs = self.stream_costs(self.with_stem_layer(network))
+
+    def _describe_stem(self) -> None:
+        embed = self.backbone.patch_embed
+        if not isinstance(embed.norm, nn.Identity):
+            self.stem_tokens, self.before_stem = embed.num_patches, ("patch_embed.proj.",)
+            if isinstance(embed.norm, StemLayer):
+                self.stem_layer = "patch_embed.norm"
+            else:
+                self.stem_norm = "patch_embed.norm"
+
+    def merging_norm(self, stage: int) -> tuple[str, int]:
+        """What the norm of the patch merging before a stage is over: letters as in axes.py and whose stream."""
+        return "4S", stage - 1
 
     def _axes(self) -> dict[str, tuple[OuterAxis, ...]]:
         swin = self.backbone
@@ -173,8 +208,8 @@ class SwinAdapter(TimmBlockAdapter):
             axes[f"patch_embed.{name}"] = (None if whole else ("S", 0), *([None] * (p.dim() - 1)))
         for s in range(1, last + 1):
             for name, p in swin.layers[s].downsample.named_parameters():  # norm (4 E,); reduction (E', 4 E)
-                read: OuterAxis = ("4S", s - 1)
-                axes[f"layers.{s}.downsample.{name}"] = (read,) if p.dim() == 1 else (("S", s), read)
+                own = (self.merging_norm(s),) if p.dim() == 1 else (("S", s), ("4S", s - 1))
+                axes[f"layers.{s}.downsample.{name}"] = own
         for name, _ in swin.norm.named_parameters():
             axes[f"norm.{name}"] = (("S", last),)
         for name, p in swin.head.named_parameters():  # weight (classes, E), bias (classes,)
@@ -197,11 +232,14 @@ class SwinAdapter(TimmBlockAdapter):
         check_norm(backbone, backbone.norm, "norm")
         for s, stage in enumerate(backbone.layers):
             for i, block in enumerate(stage.blocks):
-                if type(block) not in (SwinTransformerBlock, CompactWindowBlock, SkippedBlock):
-                    raise refuse(backbone, f"block type {type(block).__name__}", "use SwinTransformerBlock")
+                if type(block) not in (self.block_type, self.compact_block, SkippedBlock):
+                    known = self.block_type.__name__
+                    raise refuse(backbone, f"block type {type(block).__name__}", f"use {known}")
                 check_compact(backbone, block, f"layers.{s}.blocks.{i}", block.dim)
                 if has_attn(block):
                     check_norm(backbone, block.norm1, "norm1")
+                if has_mlp(block):
+                    check_norm(backbone, block.norm2, "norm2")
 
     def stem(self, params: Params, images: Tensor) -> Tensor:
         embed = self.backbone.patch_embed
@@ -210,11 +248,7 @@ class SwinAdapter(TimmBlockAdapter):
         return stem_norm(embed.norm, params, "patch_embed.norm", x)
 
     def enter_stage(self, stage: int, params: Params, x: Tensor) -> Tensor:
-        merge = self.backbone.layers[stage].downsample
-        B, H, W, S = x.shape
-        x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
-        H, W = H + H % 2, W + W % 2
-        x = x.reshape(B, H // 2, 2, W // 2, 2, S).permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4*S)
+        merge, x = self.backbone.layers[stage].downsample, quadrants(x)
         x = norm(merge.norm, params, f"layers.{stage}.downsample.norm", x)
         return linear(params, f"layers.{stage}.downsample.reduction", x)
 

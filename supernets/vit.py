@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape
 from supernets.adapter import OuterAxis, refuse
+from supernets.attention_pool import adopt, pool_flops, pool_params, pooled
 from supernets.axes import HeadWidths, Params
 from supernets.compact_block import CompactBlock, SkippedBlock
 from supernets.flops import NetworkCosts, PerWidth
@@ -28,6 +29,7 @@ from supernets.timm_block import (
 )
 
 STREAM_VECTORS = ("cls_token", "dist_token", "reg_token", "pos_embed")  # (1, n, E)
+POOL = "attn_pool"
 
 
 class VitAdapter(TimmBlockAdapter):
@@ -42,6 +44,7 @@ class VitAdapter(TimmBlockAdapter):
 
     def __init__(self, backbone: Any) -> None:
         super().__init__(backbone)
+        self.attn_pool = adopt(backbone, POOL)
         self._check(backbone)
         embed = backbone.patch_embed
         self.input_size = (embed.proj.in_channels, *embed.img_size)
@@ -56,35 +59,57 @@ class VitAdapter(TimmBlockAdapter):
             name: self._axes(name, p.dim()) for name, p in backbone.named_parameters() if not name.startswith("blocks.")
         }
         norms = ("patch_embed.norm", "norm_pre", "norm", "fc_norm")
-        self.outer_norms = {name: ("S", 0) for name in norms if not self._before_layer(f"{name}.")}
-        E = backbone.embed_dim
-        classifiers = [getattr(backbone, name) for name in self.classifiers]
+        self.outer_norms = {name: ("S", 0) for name in norms if not self._is_whole(f"{name}.")}
+        E = self.width
         sliced = [name for name, axes in self.outer_axes.items() if ("S", 0) in axes]
         per_patch = embed.proj.weight[0].numel()
-        classes = sum(c.out_features for c in classifiers)
+        flops, params = self._last_costs(num_tokens)
         costs = NetworkCosts(
             blocks=tuple(
                 self.block_costs(block, shape, num_tokens, num_tokens, num_tokens)
                 for block, shape in zip(backbone.blocks, self.shapes, strict=True)
             ),
-            flops=PerWidth(constant=0, first=num_patches * per_patch, last=classes),
-            params=PerWidth(
-                constant=sum(c.bias.numel() for c in classifiers),
-                first=sum(backbone.get_parameter(name).numel() for name in sliced) // E - classes,
-                last=classes,
+            flops=replace(flops, first=num_patches * per_patch),
+            params=replace(
+                params, first=sum(backbone.get_parameter(name).numel() for name in sliced) // E - params.last
             ),
         )
         self.costs = self.stream_costs(self.with_stem_layer(costs))
 
+    @property
+    def width(self) -> int:
+        """Channels of the stream. A compact network with attention pooling has `embed_dim` features, and fewer."""
+        width: int = self.backbone.embed_dim if self.attn_pool is None else self.attn_pool.kv.in_features
+        return width
+
     def block_shape(self, block: Any) -> BlockShape:
         """The facts of a block."""
-        return shape_of(0, self.backbone.embed_dim, block)
+        return shape_of(0, self.width, block)
+
+    def _last_costs(self, num_tokens: int) -> tuple[PerWidth, PerWidth]:
+        """FLOPs and parameters of pooling and classifiers."""
+        layers = [self.backbone.get_submodule(name) for name in self.classifiers]
+        classes, biases = sum(c.out_features for c in layers), sum(c.bias.numel() for c in layers)
+        if self.attn_pool is None:
+            return PerWidth(0, first=0, last=classes), PerWidth(biases, first=0, last=classes)
+        whole = [p for name, p in self.backbone.named_parameters() if name.startswith("fc_norm.")]
+        flops, params = pool_flops(self.attn_pool, num_tokens - self._unpooled()), pool_params(self.attn_pool)
+        weights = sum(c.weight.numel() for c in layers)
+        return (
+            replace(flops, constant=flops.constant + weights),
+            replace(params, constant=params.constant + weights + biases + sum(p.numel() for p in whole)),
+        )
+
+    def _unpooled(self) -> int:
+        """First tokens that attention pooling does not read."""
+        return 0 if getattr(self.backbone, "pool_include_prefix", True) else self.backbone.num_prefix_tokens
 
     def _describe_streams(self, num_tokens: int) -> None:
         vit = self.backbone
-        last = next((n for n in ("norm", "fc_norm") if not isinstance(getattr(vit, n), nn.Identity)), None)
+        norms = ("norm", "fc_norm") if self.attn_pool is None else ("norm",)
+        last = next((n for n in norms if not isinstance(getattr(vit, n), nn.Identity)), None)
         if last is not None:
-            self.outer_readers = {last: self.classifiers}
+            self.outer_readers = {last: self.classifiers if self.attn_pool is None else (f"{POOL}.kv",)}
         stem = None
         if not isinstance(vit.norm_pre, nn.Identity):
             stem, self.stem_tokens = "norm_pre", num_tokens
@@ -96,18 +121,28 @@ class VitAdapter(TimmBlockAdapter):
             self.stem_layer = stem
         else:
             self.stem_norm = stem
-        if last is None:
+        if last is None and self.attn_pool is not None:
+            self.unrotated = {0: "attention pooling reads the stream without a norm"}
+        elif last is None:
             self.unrotated = {0: "the classifier reads the stream without a norm (final_norm=False)"}
         elif vit.global_pool in ("max", "avgmax"):
             self.unrotated = {0: f"global_pool={vit.global_pool} takes maxima over tokens, channel by channel"}
 
-    def _before_layer(self, name: str) -> bool:
-        """Whether a parameter lies before the layer that ends a compact network's stem: it is not sliced."""
-        return self.stem_layer is not None and name.startswith((*self.before_stem, f"{self.stem_layer}.norm."))
+    def _is_whole(self, name: str) -> bool:
+        """Whether an outer parameter is not sliced.
+
+        It lies before the layer that ends a compact network's stem, or behind what attention pooling reads.
+        """
+        if self.stem_layer is not None and name.startswith((*self.before_stem, f"{self.stem_layer}.norm.")):
+            return True
+        behind = (f"{POOL}.", "fc_norm.", *self.classifiers)
+        return self.attn_pool is not None and name.startswith(behind) and name != f"{POOL}.kv.weight"
 
     def _axes(self, name: str, dims: int) -> tuple[OuterAxis, ...]:
-        if self._before_layer(name):
+        if self._is_whole(name):
             return (None,) * dims
+        if name == f"{POOL}.kv.weight":  # (2 E, S)
+            return None, ("S", 0)
         if name in STREAM_VECTORS:  # (1, n, E)
             return None, None, ("S", 0)
         if name.startswith(self.classifiers):  # weight (classes, E), bias (classes,)
@@ -119,8 +154,6 @@ class VitAdapter(TimmBlockAdapter):
             raise refuse(backbone, type(backbone.patch_embed).__name__, "use timm's PatchEmbed")
         if backbone.patch_embed.dynamic_img_pad:
             raise refuse(backbone, "dynamic_img_pad", "give the size with img_size=")
-        if backbone.attn_pool is not None:
-            raise refuse(backbone, "attention pooling", "use global_pool=avg or token")
         if backbone.global_pool == "":
             raise refuse(backbone, "a network without pooling", "use global_pool=avg or token")
         if not isinstance(backbone.head, nn.Linear):
@@ -135,7 +168,7 @@ class VitAdapter(TimmBlockAdapter):
             if type(block) not in self.block_types:
                 own = self.block_types[0].__name__
                 raise refuse(backbone, f"block type {type(block).__name__}", f"use pre-norm blocks (timm's {own})")
-            check_compact(backbone, block, f"blocks.{i}", backbone.embed_dim)
+            check_compact(backbone, block, f"blocks.{i}", self.width)
             attn = block.attn if has_attn(block) else None
             if attn is not None and (type(attn) not in self.attention_types or getattr(attn, "gate", None) is not None):
                 known = type(attn) in self.attention_types
@@ -164,7 +197,8 @@ class VitAdapter(TimmBlockAdapter):
 
     def join(self, prefix: list[Tensor], x: Tensor) -> Tensor:
         """The tokens before the patches, and these."""
-        return torch.cat([*prefix, x], dim=1)
+        positions = self.backbone.pos_embed is not None
+        return x if positions and not prefix else torch.cat([*prefix, x], dim=1)  # timm's own strides: they order sums
 
     def stem(self, params: Params, images: Tensor) -> Tensor:
         vit, x = self.backbone, self.embed(params, images)
@@ -183,7 +217,9 @@ class VitAdapter(TimmBlockAdapter):
         x = norm(vit.norm, params, "norm", x)
         if "head_dist" in self.classifiers:
             return x[:, :2]
-        return norm(vit.fc_norm, params, "fc_norm", vit.pool(x))
+        if self.attn_pool is None:
+            return norm(vit.fc_norm, params, "fc_norm", vit.pool(x))
+        return norm(vit.fc_norm, params, "fc_norm", pooled(self.attn_pool, params, POOL, x[:, self._unpooled() :]))
 
     def classify(self, params: Params, features: Tensor) -> Tensor:
         features = self.backbone.head_drop(features)
@@ -194,7 +230,11 @@ class VitAdapter(TimmBlockAdapter):
         return F.linear(features, params["head.weight"], params["head.bias"])
 
     def resize(self, stage_widths: tuple[int, ...]) -> None:
-        (w,) = stage_widths
-        self.backbone.embed_dim = self.backbone.num_features = self.backbone.head_hidden_size = w
-        for info in self.backbone.feature_info:
+        vit, (w,) = self.backbone, stage_widths
+        vit.num_features = w
+        if (
+            self.attn_pool is None
+        ):  # otherwise a classifier, as timm's reset_classifier makes it, reads as much as before
+            vit.embed_dim = vit.head_hidden_size = w
+        for info in vit.feature_info:
             info["num_chs"] = w

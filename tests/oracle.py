@@ -118,6 +118,11 @@ def embed_dim_of(block: Any) -> int:
     return block.attn.proj.out_features  # type: ignore[no-any-return]
 
 
+def norms_late(block: Any) -> bool:
+    """Whether norms stand after the halves, as in Swin V2: x + norm1(attn(x))."""
+    return hasattr(getattr(block, "attn", None), "cpb_mlp")
+
+
 def turning_pairs(backbone: Any) -> str:
     """How the two channels of q and k that a rotary embedding turns together stand: "half" a head apart, or "next"."""
     if getattr(backbone, "rope", None) is None:
@@ -157,6 +162,7 @@ def readers_of(backbone: Any) -> Iterator[tuple[int, str, list[str], bool]]:
     else:
         last = "norm" if not isinstance(backbone.norm, nn.Identity) else "fc_norm"
         heads = [name for name in ("head", "head_dist") if isinstance(getattr(backbone, name, None), nn.Linear)]
+        heads = heads if getattr(backbone, "attn_pool", None) is None else ["attn_pool.kv"]
         yield 0, last, heads, False
 
 
@@ -223,6 +229,7 @@ class KeptWeights:
             self.norm(f"{name}.attn.{key}", getattr(attn, key, None), qk_D)
         table = getattr(attn, "relative_position_bias_table", None)  # (number of offsets, H)
         self.last_axis(f"{name}.attn.relative_position_bias_table", table, heads)
+        self.positions(f"{name}.attn", attn, heads)
         self.norm(f"{name}.attn.norm", getattr(attn, "norm", None), v)
         self.linear(f"{name}.attn.proj", attn.proj, stream, v)
         self.scale(f"{name}.ls1", getattr(block, "ls1", None), stream)
@@ -231,7 +238,7 @@ class KeptWeights:
         stream = among(kept.stream if kept.mlp else 0, embed_dim)
         selected = stream if kept.mlp_stream is None else stream & among(kept.mlp_stream, embed_dim)
         hidden = among(kept.hidden if kept.mlp else 0, mlp.fc2.in_features)
-        self.norm(f"{name}.norm2", block.norm2, stream)
+        self.norm(f"{name}.norm2", block.norm2, selected if norms_late(block) else stream)
         for key in there(mlp, "fc1", "fc1_g", "fc1_x"):
             layer = getattr(mlp, key)
             sides = layer.out_features // mlp.fc2.in_features  # timm's GluMlp: fc1(x).chunk(2, dim=-1)
@@ -240,6 +247,15 @@ class KeptWeights:
         self.linear(f"{name}.mlp.fc2", mlp.fc2, selected, hidden)
         self.scale(f"{name}.ls2", getattr(block, "ls2", None), selected)
         self.last_axis(f"{name}.gamma_2", getattr(block, "gamma_2", None), selected)
+
+    def positions(self, name: str, attn: Any, heads: Tensor) -> None:
+        """Swin V2's: a factor of each head's cosines, and the network whose outputs are each head's biases."""
+        if not hasattr(attn, "cpb_mlp"):
+            return
+        for key, tensor in attn.cpb_mlp.named_parameters():
+            self.tensors[f"{name}.cpb_mlp.{key}"] = torch.ones_like(tensor, dtype=torch.bool)
+        self.tensors[f"{name}.cpb_mlp.2.weight"] = heads[:, None].expand_as(attn.cpb_mlp[2].weight)
+        self.tensors[f"{name}.logit_scale"] = heads[:, None, None]
 
     def stem(self, backbone: Any, width: Tensor) -> None:
         """Patch embedding (or T2T's last projection), tokens, position embedding, the norm before block 0."""
@@ -260,12 +276,19 @@ class KeptWeights:
     def merging(self, name: str, merging: Any, before: Tensor, after: Tensor) -> None:
         """timm: x.reshape(B, H/2, 2, W/2, 2, C).permute(0, 1, 3, 4, 2, 5).flatten(3), so (quadrant 4, C)."""
         quadrants = before.expand(4, -1).flatten()
-        self.norm(f"{name}.norm", merging.norm, quadrants)
+        self.norm(f"{name}.norm", merging.norm, after if len(after) == len(merging.norm.weight) else quadrants)
         self.linear(f"{name}.reduction", merging.reduction, after, quadrants)
 
     def classifier(self, backbone: Any, width: Tensor) -> None:
         """Final norm and every classifier head."""
         self.norm("norm", backbone.norm, width)
+        if getattr(backbone, "attn_pool", None) is not None:  # its keys and values read the stream, all else is whole
+            kv = backbone.attn_pool.kv
+            self.linear("attn_pool.kv", kv, among(kv.out_features, kv.out_features), width)
+            for key, tensor in backbone.named_parameters():
+                if key.startswith(("attn_pool.", "fc_norm.", "head.")):
+                    self.tensors.setdefault(key, torch.ones_like(tensor, dtype=torch.bool))
+            return
         self.norm("fc_norm", getattr(backbone, "fc_norm", None), width)
         swin = hasattr(backbone, "layers")
         for name in ("head.fc",) if swin else ("head", "head_dist"):

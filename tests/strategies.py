@@ -14,6 +14,7 @@ from timm.layers import LayerNorm, RmsNorm
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -59,7 +60,8 @@ def vit_backbones(draw: st.DrawFn) -> nn.Module:
         model = VisionTransformer(
             **options,
             class_token=class_token,
-            global_pool=draw(st.sampled_from(["avg", "token"] if class_token else ["avg"])),
+            global_pool=draw(st.sampled_from(["avg", "token", "map"] if class_token else ["avg", "map"])),
+            pool_include_prefix=draw(st.booleans()),
             fc_norm=draw(st.sampled_from([None, True, False])),
             reg_tokens=draw(st.sampled_from([0, 2])),
             pos_embed=draw(st.sampled_from(["learn", "none"])),
@@ -84,6 +86,27 @@ def swin_backbones(draw: st.DrawFn) -> nn.Module:
         depths=draw(st.tuples(*[st.integers(1, 2)] * stages)),
         num_heads=num_heads[:stages],
         window_size=draw(st.sampled_from([2, 3, 4, 7])),
+        mlp_ratio=draw(st.sampled_from([1, 2, 4])),
+        qkv_bias=draw(st.booleans()),
+    )
+    return randomise(model, draw(SEEDS)).eval()
+
+
+@st.composite
+def swinv2_backbones(draw: st.DrawFn) -> nn.Module:
+    """A timm SwinTransformerV2 of two or three stages, randomised, in eval mode; maps as in `swin_backbones`."""
+    stages = draw(st.integers(2, 3))
+    head_dim = draw(st.sampled_from([4, 8]))
+    num_heads = draw(st.sampled_from([(2, 4, 4), (4, 4, 8), (3, 6, 12)]))
+    window = draw(st.sampled_from([2, 3, 4, 7]))
+    model = SwinTransformerV2(
+        img_size=draw(st.sampled_from([32, 36, 44, (36, 52), 60])),
+        num_classes=draw(st.integers(2, 7)),
+        embed_dim=num_heads[0] * head_dim,
+        depths=draw(st.tuples(*[st.integers(1, 2)] * stages)),
+        num_heads=num_heads[:stages],
+        window_size=draw(st.sampled_from([window, (window, 2, 4)[:stages] if stages == 3 else window])),
+        pretrained_window_sizes=draw(st.sampled_from([(0, 0, 0), (6, 6, 3)])),
         mlp_ratio=draw(st.sampled_from([1, 2, 4])),
         qkv_bias=draw(st.booleans()),
     )
@@ -118,7 +141,9 @@ def eva_backbones(draw: st.DrawFn) -> nn.Module:
         img_size=draw(st.sampled_from([32, 48, (32, 48)])),
         patch_size=16,
         num_classes=draw(st.integers(2, 7)),
-        global_pool=draw(st.sampled_from(["avg", "token"] if class_token else ["avg"])),
+        global_pool=draw(st.sampled_from(["avg", "token", "map"] if class_token else ["avg", "map"])),
+        attn_pool_num_heads=num_heads * draw(st.sampled_from([1, 2])),
+        attn_pool_mlp_ratio=draw(st.sampled_from([None, 3])),
         embed_dim=num_heads * draw(st.sampled_from([4, 8])),
         depth=draw(st.integers(1, 3)),
         num_heads=num_heads,
@@ -263,7 +288,11 @@ def random_basis(net: Supernet, seed: int) -> Basis:
         against = net.adapter.head_parts(block) if shape.attn else heads
         for (part, matrices), width in zip(heads.items(), (shape.head_dim, shape.v_dim), strict=True):
             if part not in against:
-                matrices[name] = well_conditioned(shape.num_heads, width, generator)
+                if part == "qk" and net.adapter.cosine_qk(block):
+                    each = [rotation(width, False, generator) for _ in range(shape.num_heads)]
+                    matrices[name] = torch.stack(each)
+                else:
+                    matrices[name] = well_conditioned(shape.num_heads, width, generator)
         if shape.attn:
             orders[f"{name}.heads"] = torch.randperm(shape.num_heads, generator=generator).tolist()
         if shape.mlp:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -27,6 +28,10 @@ EVA = dict(use_rot_pos_emb=True, swiglu_mlp=True, swiglu_align_to=4, qkv_fused=F
 FAMILIES: dict[str, Any] = {
     "vit": lambda **kwargs: VisionTransformer(**VIT | dict(init_values=1.0) | kwargs),
     "swin": lambda **kwargs: SwinTransformer(
+        **dict(img_size=36, embed_dim=16, depths=(2, 1), num_heads=(4, 8), window_size=4, mlp_ratio=2, num_classes=5)
+        | kwargs
+    ),
+    "swinv2": lambda **kwargs: SwinTransformerV2(
         **dict(img_size=36, embed_dim=16, depths=(2, 1), num_heads=(4, 8), window_size=4, mlp_ratio=2, num_classes=5)
         | kwargs
     ),

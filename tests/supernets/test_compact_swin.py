@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
 from supernets.compact import cut
@@ -14,17 +15,20 @@ from supernets.compact_swin import CompactWindowAttention
 from supernets.supernet import Supernet
 from tests.oracle import randomise
 
+over_kinds = pytest.mark.parametrize("kind", [SwinTransformer, SwinTransformerV2], ids=lambda kind: kind.__name__)
 
-def swin(img_size: int) -> nn.Module:
+
+def swin(img_size: int, kind: Any = SwinTransformer) -> nn.Module:
     options: dict[str, Any] = dict(
         img_size=img_size, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, num_classes=5
     )
-    return randomise(SwinTransformer(**options), 0).double().eval()
+    return randomise(kind(**options), 0).double().eval()
 
 
 @pytest.mark.parametrize("img_size", [32, 36, 60])  # whole windows; padded; a map as small as its window
-def test_it_is_timms_attention_with_its_gradients(img_size: int) -> None:
-    supernet = Supernet(swin(img_size))
+@over_kinds
+def test_it_is_timms_attention_with_its_gradients(kind: Any, img_size: int) -> None:
+    supernet = Supernet(swin(img_size, kind))
     compact = cut(supernet.backbone, supernet.identity()).eval()
     assert sum(isinstance(m, CompactWindowAttention) for m in compact.modules()) == 4
     x = torch.randn(3, 3, img_size, img_size, dtype=torch.float64)
@@ -37,8 +41,9 @@ def test_it_is_timms_attention_with_its_gradients(img_size: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-def test_the_cached_bias_follows_the_table() -> None:
-    supernet = Supernet(swin(36))
+@over_kinds
+def test_the_cached_bias_follows_the_table(kind: Any) -> None:
+    supernet = Supernet(swin(36, kind))
     compact: Any = cut(supernet.backbone, supernet.identity()).eval()
     x = torch.randn(2, 3, 36, 36, dtype=torch.float64)
 
@@ -131,15 +136,16 @@ def test_a_copy_and_a_network_made_in_inference_mode_cache_for_themselves() -> N
         assert torch.equal(made(x), made(x))
 
 
+@over_kinds
 @pytest.mark.parametrize("skipped", [False, True])
 @pytest.mark.parametrize(
     "size",
     [dict(img_size=(44, 28)), dict(img_size=64, window_size=8), dict(window_size=3), dict(img_size=32)],
     ids=lambda size: "-".join(size),
 )
-def test_it_takes_another_input_size_as_timm_does(size: dict[str, Any], skipped: bool) -> None:
+def test_it_takes_another_input_size_as_timm_does(size: dict[str, Any], skipped: bool, kind: Any) -> None:
     """Cut and then resized it is the resized network cut; back again, the tables are as large as they were."""
-    large = swin(36)
+    large = swin(36, kind)
     subnet = Supernet(large).identity()
     if skipped:
         subnet = replace(subnet, blocks=(replace(subnet.blocks[0], attn=False, mlp=False), *subnet.blocks[1:]))

@@ -20,11 +20,18 @@ from tests.strategies import (
     images,
     prefix_slices,
     swin_backbones,
+    swinv2_backbones,
     t2t_backbones,
     vit_backbones,
 )
 
-FAMILIES = {"vit": vit_backbones, "swin": swin_backbones, "t2t": t2t_backbones, "eva": eva_backbones}
+FAMILIES = {
+    "vit": vit_backbones,
+    "swin": swin_backbones,
+    "swinv2": swinv2_backbones,
+    "t2t": t2t_backbones,
+    "eva": eva_backbones,
+}
 over_families = pytest.mark.parametrize("family", FAMILIES)
 over_widths = pytest.mark.parametrize("kind", ["stream", "inner", "general"])
 few = settings(
@@ -57,9 +64,11 @@ def test_1_identity_is_the_backbone_to_the_bit(family: str, data: st.DataObject)
     assert torch.equal(large, small)
 
 
-@given(backbone=swin_backbones())
+@pytest.mark.parametrize("family", ["swin", "swinv2"])
+@given(data=st.data())
 @few
-def test_1_fused_window_attention_is_timms_own(backbone: nn.Module) -> None:
+def test_1_fused_window_attention_is_timms_own(family: str, data: st.DataObject) -> None:
+    backbone = data.draw(FAMILIES[family]())
     x = images(backbone)
     ours = Supernet(copy.deepcopy(backbone)).eval().large(x)
     assert relative(backbone(x), ours) < 1e-5

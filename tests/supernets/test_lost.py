@@ -16,14 +16,16 @@ from supernets.calibration import QK_IMAGES, Metric, Wanted, as_it_stands, calib
 from supernets.compact import cut
 from supernets.supernet import Supernet
 from tests.nas.small import small_supernet
-from tests.oracle import blocks_of
+from tests.oracle import blocks_of, norms_late
 from tests.strategies import images
 
 # Tokens stand in the order of the image in all of them: a Swin's windows are as large as its maps.
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit", {}),
     "vit, norms": ("vit", dict(qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True, init_values=None)),
+    "vit, attention pooling": ("vit", dict(global_pool="map", pool_include_prefix=True)),
     "swin": ("swin", dict(img_size=16)),
+    "swinv2": ("swinv2", dict(img_size=16)),
     "t2t": ("t2t", {}),
     "eva": ("eva", {}),
     "eva, fused, not turned": ("eva", dict(qkv_fused=True, use_rot_pos_emb=False, scale_mlp=True)),
@@ -48,10 +50,18 @@ def found(supernet: Supernet, gradient_images: int = 24, seed: int = SEED, insid
     return calibrate(supernet, batches(supernet), wanted)
 
 
-def gradients(supernet: Supernet, seen: list[Tensor], seed: int = SEED) -> dict[tuple[str, int], Tensor]:
+def after_attention(block: Any) -> Any:
+    """The module whose input is the stream between a block's halves."""
+    return block.mlp if norms_late(block) else block.norm2
+
+
+def gradients(
+    supernet: Supernet, seen: list[Tensor], seed: int = SEED, written: bool = False
+) -> dict[tuple[str, int], Tensor]:
     """Of the stream after each half, which are those of what the half adds: (E, E), summed over tokens, by image.
 
-    L is cross-entropy with labels drawn from the network's own prediction.
+    written: of what its last matrix writes, where a norm comes after that. L is cross-entropy with labels drawn from
+    the network's own prediction.
     """
     model, generator = copy.deepcopy(supernet.backbone), torch.Generator().manual_seed(seed)
     streams: dict[tuple[str, int], Tensor] = {}
@@ -62,7 +72,11 @@ def gradients(supernet: Supernet, seen: list[Tensor], seed: int = SEED) -> dict[
         streams[key] = z
 
     for _, name, block in blocks_of(model):
-        block.norm2.register_forward_pre_hook(lambda _, i, name=name: keep((name, 0), i[0]))
+        if written and norms_late(block):
+            block.norm1.register_forward_pre_hook(lambda _, i, name=name: keep((name, 0), i[0]))
+            block.norm2.register_forward_pre_hook(lambda _, i, name=name: keep((name, 1), i[0]))
+            continue
+        after_attention(block).register_forward_pre_hook(lambda _, i, name=name: keep((name, 0), i[0]))
         block.register_forward_hook(lambda _, __, z, name=name: keep((name, 1), z))
     for x in seen:
         logits = model(x)
@@ -123,7 +137,7 @@ def after_least_squares(x: Tensor, output: Tensor, kept: Tensor, metric: Tensor)
 def test_neurons_and_heads_lose_what_least_squares_leaves_in_the_metric(network: str) -> None:
     """In nats of an image: the metric is that of all its tokens, the error a token's."""
     supernet = small(network)
-    basis, moments = found(supernet), gradients(supernet, batches(supernet)[:2])
+    basis, moments = found(supernet), gradients(supernet, batches(supernet)[:2], written=True)
     for name, shape in zip(supernet.adapter.block_names, supernet.shapes, strict=True):
         H, d, M = shape.num_heads, shape.head_dim, shape.hidden
         for half, part, writer, scale, of_unit, widths in (
@@ -145,7 +159,7 @@ def test_neurons_and_heads_lose_what_least_squares_leaves_in_the_metric(network:
 def test_channels_of_v_lose_what_goes_with_them_head_by_head(network: str, inside: bool) -> None:
     """In the order of the heads; where nothing is rotated inside the heads, of the channels as they stand."""
     supernet = small(network)
-    basis, moments = found(supernet, inside=inside), gradients(supernet, batches(supernet)[:2])
+    basis, moments = found(supernet, inside=inside), gradients(supernet, batches(supernet)[:2], written=True)
     assert bool(basis.v) == (inside and network != "vit, norms")
     for name, shape in zip(supernet.adapter.block_names, supernet.shapes, strict=True):
         H, d = shape.num_heads, shape.head_dim
@@ -167,8 +181,8 @@ def test_channels_of_v_lose_what_goes_with_them_head_by_head(network: str, insid
 def stream_after_attention(model: nn.Module, name: str, seen: list[Tensor]) -> Tensor:
     """(images * tokens, E)"""
     streams: list[Tensor] = []
-    norm = model.get_submodule(f"{name}.norm2")
-    hook = norm.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0].flatten(0, -2)))
+    module = after_attention(model.get_submodule(name))
+    hook = module.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0].flatten(0, -2)))
     with torch.no_grad():
         for x in seen:
             model(x)
@@ -199,7 +213,10 @@ def test_channels_of_q_and_k_lose_what_a_network_narrowed_there_does(network: st
             assert float(lost[width]) == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
-PADDED: dict[str, tuple[str, dict[str, Any]]] = {"swin, padded and shifted": ("swin", {})}
+PADDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "swin, padded and shifted": ("swin", {}),
+    "swinv2, padded and shifted": ("swinv2", {}),
+}
 
 
 @pytest.mark.parametrize("network", NETWORKS | PADDED)

@@ -35,12 +35,13 @@ from tests.strategies import (
     images,
     prefix_slices,
     swin_backbones,
+    swinv2_backbones,
     t2t_backbones,
     vit_backbones,
 )
 
 few = settings(max_examples=20, deadline=None)
-backbones = st.one_of(vit_backbones(), swin_backbones(), t2t_backbones(), eva_backbones())
+backbones = st.one_of(vit_backbones(), swin_backbones(), swinv2_backbones(), t2t_backbones(), eva_backbones())
 
 
 def vit(divisor: int = 1, **options: Any) -> nn.Module:

@@ -20,7 +20,7 @@ from supernets.coordinates import compact_parameters
 from supernets.refit import Residual, Ridge, _Refit, bytes_held, refit, towards_prediction, write, written
 from supernets.supernet import Supernet
 from tests.nas.small import FAMILIES, small_supernet
-from tests.oracle import blocks_of, kept_weights, readers_of
+from tests.oracle import blocks_of, kept_weights, norms_late, readers_of
 from tests.strategies import block_shapes, general_slices, images, qk_width, random_basis
 from tests.supernets import test_invariants
 from tests.supernets.test_invariants import few, relative
@@ -106,9 +106,10 @@ def test_11_a_cut_that_removes_nothing_changes_no_weight(
     with written(supernet, subnet, values):
         assert relative(expected, supernet.large(x)) < (1e-10 if dtype is torch.float64 else 1e-4)
     layers = {name for name, module in supernet.backbone.named_modules() if isinstance(module, nn.Linear)}
-    layers = {name for name in layers if not name.startswith("tokens_to_token")}
+    layers = {name for name in layers if not name.startswith("tokens_to_token") and "cpb_mlp" not in name}
     there = {name for name, _ in supernet.backbone.named_parameters()}
-    assert values.keys() == {f"{name}.{leaf}" for name in layers for leaf in ("weight", "bias")} & there
+    parted = {name for name in there if name.endswith(("attn.q_bias", "attn.v_bias"))}
+    assert values.keys() == {f"{name}.{leaf}" for name in layers for leaf in ("weight", "bias")} & there | parted
 
 
 @pytest.mark.parametrize("family", test_invariants.FAMILIES)
@@ -203,7 +204,7 @@ def reference(supernet: Supernet, subnet: NetworkSlice, x: Tensor, ridge: Ridge)
         fit(name, read, expected - now, share)
 
     stage = 0
-    for (of, name, _), kept in zip(blocks_of(backbone), subnet.blocks, strict=True):
+    for (of, name, block), kept in zip(blocks_of(backbone), subnet.blocks, strict=True):
         if of != stage:
             stage = of
             layer = f"layers.{stage}.downsample.reduction"
@@ -216,6 +217,16 @@ def reference(supernet: Supernet, subnet: NetworkSlice, x: Tensor, ridge: Ridge)
             if not there:
                 continue
             index = torch.arange(columns) if isinstance(columns, int) else torch.tensor(columns)
+            if norms_late(block):  # readers see the stream itself; what a writer writes is what the norm reads
+                now = Watched(small, x).run()
+                sees = name if writer == "attn.proj" else f"{name}.mlp.fc1"
+                for reader in readers[f"{name}.{norm}"]:
+                    read = tokens_of(now.inputs[sees])[..., : len(index)]
+                    to_outputs(reader, read, tokens_of(large.inputs[sees]))
+                now, written = Watched(small, x).run(), tokens_of(large.inputs[f"{name}.{norm}"])[..., index]
+                lacking = written - now.outputs[f"{name}.{writer}"].view_as(written)
+                fit(f"{name}.{writer}", now.inputs[f"{name}.{writer}"], lacking, ridge.layers)
+                continue
             read = tokens_of(Watched(small, x).run().outputs[f"{name}.{norm}"])[..., index]
             for reader in readers[f"{name}.{norm}"]:
                 to_outputs(reader, read, tokens_of(large.outputs[f"{name}.{norm}"]))
@@ -229,6 +240,8 @@ def reference(supernet: Supernet, subnet: NetworkSlice, x: Tensor, ridge: Ridge)
             left = tokens_of(target)[..., index] - before - gamma * now.outputs[f"{name}.{writer}"].view_as(before)
             units = now.inputs[f"{name}.{writer}"]
             fit(f"{name}.{writer}", units, torch.where(gamma == 0, 0.0, left / gamma), ridge.layers)
+    if getattr(backbone, "attn_pool", None) is not None:
+        to_outputs("attn_pool.kv", Watched(small, x).run().inputs["attn_pool.kv"], large.inputs["attn_pool.kv"])
     for classifier in supernet.adapter.classifiers:
         now = Watched(small, x).run()
         to_outputs(classifier, now.inputs[classifier], large.inputs[classifier], ridge.classifier)
@@ -239,9 +252,12 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {  # of a Swin no window is padde
     "vit": ("vit", {}),
     "vit, no bias": ("vit", dict(qkv_bias=False, proj_bias=False, init_values=None)),
     "vit, mean of the patches": ("vit", dict(global_pool="avg", class_token=False)),
+    "vit, attention pooling": ("vit", dict(global_pool="map", class_token=False)),
     "swin": ("swin", dict(img_size=16)),
+    "swinv2": ("swinv2", dict(img_size=16)),
     "t2t": ("t2t", {}),
     "eva": ("eva", {}),
+    "eva, attention pooling": ("eva", dict(global_pool="map", attn_pool_num_heads=3)),
     "eva, q, k and v fused": ("eva", dict(qkv_fused=True, scale_mlp=True)),
     "eva, gates in one layer": ("eva", dict(attn_type="rope", swiglu_align_to=0, init_values=None)),
 }
@@ -361,7 +377,8 @@ def test_11_no_layers_error_grows(family: str, basis: str, make: Cut, monkeypatc
     monkeypatch.setattr(Recorded, "errors", errors, raising=False)
     monkeypatch.setattr(supernets.refit, "Residual", Recorded)
     values = refit(supernet, subnet, batches, SQUARES)
-    assert len(errors) == sum(name.endswith("weight") for name in values)
+    parted = sum(name.endswith("q_bias") for name in values)  # rows of q, k and v, each by its own bias or none
+    assert len(errors) == sum(name.endswith("weight") for name in values) + 2 * parted
     assert all(after <= before * (1 + 1e-9) for before, after in errors)
     x = torch.cat(batches)
     with torch.no_grad():
@@ -564,12 +581,12 @@ def test_a_refit_holds_no_more_of_an_image_than_is_said(
     supernet, most, write_half = small_supernet(family), 0, _Refit._write
     subnet = subnet_of(supernet, make)
 
-    def watched(self: Any, half: Any) -> Any:
+    def watched(self: Any, half: Any, before: Any) -> Any:
         nonlocal most
         reading = {name: p for name, p in half.small.items() if not within(name, half.axes.outputs)}
         held = [*self.large, *self.large, *self.small, *(half.run(reading, half.kept, z) for z in self.small)]
         most = max(most, sum(z.numel() for z in held) // sum(map(len, self.small)))
-        return write_half(self, half)
+        return write_half(self, half, before)
 
     monkeypatch.setattr(_Refit, "_write", watched)
     refit(supernet, subnet, [images(supernet.backbone, 4)])

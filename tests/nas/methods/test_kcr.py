@@ -52,11 +52,18 @@ from tests.strategies import (
     images,
     random_basis,
     swin_backbones,
+    swinv2_backbones,
     t2t_backbones,
     vit_backbones,
 )
 
-FAMILIES = {"vit": vit_backbones, "swin": swin_backbones, "t2t": t2t_backbones, "eva": eva_backbones}
+FAMILIES = {
+    "vit": vit_backbones,
+    "swin": swin_backbones,
+    "swinv2": swinv2_backbones,
+    "t2t": t2t_backbones,
+    "eva": eva_backbones,
+}
 over_families = pytest.mark.parametrize("family", FAMILIES)
 over_methods = pytest.mark.parametrize(
     ("method", "width"), [("kcr", "stream"), ("joint", "stream"), ("joint", "inner")]

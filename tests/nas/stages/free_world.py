@@ -24,6 +24,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "swin_tiny_patch4_window7_224",
         dict(img_size=20, patch_size=2, embed_dim=16, depths=(1, 2), num_heads=(2, 4), window_size=4, mlp_ratio=2),
     ),
+    "swinv2": (
+        "swinv2_tiny_window8_256",
+        dict(img_size=20, patch_size=2, embed_dim=16, depths=(1, 2), num_heads=(2, 4), window_size=4, mlp_ratio=2),
+    ),
     "t2t": ("t2t_vit_7", dict(img_size=32, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2.0, token_dim=4)),
     "eva": (
         "eva02_tiny_patch14_224",

@@ -150,9 +150,11 @@ def test_8_the_same_seed_gives_the_same_search(searched: tuple[SearchConfig, Pat
 
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # family, of the model, options
     "swin": ("swin", {}, {}),
+    "swinv2": ("swinv2", {}, {}),
     "t2t": ("t2t", {}, {}),
     "eva": ("eva", {}, {}),
     "eva, norms inside": ("eva", dict(scale_mlp=True, scale_attn_inner=True, qkv_fused=False), dict(evals=1)),
+    "attention pooling": ("vit", dict(global_pool="map", class_token=False), dict(evals=1)),
     "taylor, and no basis": ("vit", {}, dict(score="taylor", basis="none")),
     "ordered, not rotated": ("vit", {}, dict(basis="order", evals=1)),
     "heads kept whole": ("vit", {}, dict(fix=("qk", "v"), evals=1)),
