@@ -14,6 +14,7 @@ from search_spaces.slices import identity_slice, network_slice
 from supernets.basis import Basis, rewrite
 from supernets.calibration import QK_IMAGES, Metric, Wanted, as_it_stands, calibrate
 from supernets.compact import cut
+from supernets.streams import fixed_streams
 from supernets.supernet import Supernet
 from tests.nas.small import small_supernet
 from tests.oracle import blocks_of, norms_late
@@ -45,7 +46,7 @@ def batches(supernet: Supernet, sizes: tuple[int, ...] = (12, 12, 8)) -> list[Te
 
 def found(supernet: Supernet, gradient_images: int = 24, seed: int = SEED, inside: bool = True) -> Basis:
     """With what is lost; the gradients of the first images."""
-    stages = frozenset(shape.stage for shape in supernet.shapes)
+    stages = frozenset(shape.stage for shape in supernet.shapes) - fixed_streams(supernet.adapter).keys()
     wanted = Wanted(stages, inside, error_order=True, gradient_images=gradient_images, seed=seed)
     return calibrate(supernet, batches(supernet), wanted)
 
