@@ -239,8 +239,18 @@ BY_TORCH_PRUNING = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "inside", "stream"), BY_TORCH_PRUNING)
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "eva"])  # it cannot follow rotary embeddings
+def followed(family: str, kind: str, inside: bool, stream: bool) -> bool:
+    """Not rotary embeddings; of a Swin V2 neither heads (as of timm's: biases of their own) nor a stream.
+
+    Where a Swin V2's heads differ from block to block, its search for a group does not come to an end.
+    """
+    return family != "eva" and not (family == "swinv2" and (inside or stream or kind == "uneven"))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "inside", "stream"),
+    [(family, *case) for family in FAMILIES for case in BY_TORCH_PRUNING if followed(family, *case)],
+)
 @pytest.mark.filterwarnings("ignore:Unwrapped parameters")
 def test_torch_pruning_cuts_once_more(family: str, kind: str, inside: bool, stream: bool) -> None:
     network, x = compact_of(family, kind)
