@@ -114,8 +114,8 @@ class CompactWindowAttention(nn.Module):
         made_of = self.bias_parameters()
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(p.is_inference() for p in made_of):
             return self.bias(dtype)
-        cached, key = self._bias, (*((p.data_ptr(), p._version) for p in made_of), dtype)
-        if cached is None or any(a is not b for a, b in zip(cached[0], made_of, strict=True)) or cached[2] != key:
+        cached, key = self._bias, (*((id(p), p.data_ptr(), p._version) for p in made_of), dtype)
+        if cached is None or cached[2] != key:
             memory = [p.detach() for p in made_of]  # as long as it is held, nothing else comes to lie at its address
             self._bias = cached = made_of, memory, key, self.bias(dtype)
         return cached[3]
@@ -160,15 +160,15 @@ class CompactWindowAttention(nn.Module):
 
     def _uneven_heads(self, qkv: Tensor, heads: HeadWidths) -> Tensor:
         B, T, W = qkv.shape[0], self.window_area, self.num_windows
+        bias = self._cached_bias(qkv.dtype)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, index: Any) -> Tensor:  # (B*W, g, T, D), v (B*W, g, T, V)
-            bias = self._cached_bias(q.dtype)
             if self.attn_mask is None:
                 return self._attend(q, k, v, bias[:, index])
-            bias = bias.unflatten(1, (W, self.num_heads))[:, :, index].flatten(1, 2)
+            masked = bias.unflatten(1, (W, self.num_heads))[:, :, index].flatten(1, 2)
             g = q.shape[1]
             q, k, v = (t.reshape(B, W * g, T, -1) for t in (q, k, v))
-            return self._attend(q, k, v, bias).reshape(B * W, g, T, -1)
+            return self._attend(q, k, v, masked).reshape(B * W, g, T, -1)
 
         return by_width(qkv.view(-1, T, qkv.shape[-1]), heads, attend, self.prepared).reshape(B, -1, heads.v_total)
 
