@@ -27,7 +27,7 @@ def start_search(config: SweepConfig) -> None:
     from nas.sweeps.trials import make_trials, single_search
 
     if config.sweep:
-        from nas.sweeps.ray_settings import settle
+        from nas.machine.cluster import settle
 
         settle(config.ray_address)  # before a range is drawn, by Ray's samplers
         trials = make_trials(config)

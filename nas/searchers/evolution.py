@@ -18,7 +18,7 @@ from nas.machine.ranges import at_least_one
 from nas.searchers.importance import Importance
 from nas.searchers.measure import Ruler, key_of
 from nas.searchers.measured import Explorer, Measured
-from nas.searchers.options import EvolutionOptions, ImportanceOptions, SearchOptions
+from nas.searchers.options import EvolutionOptions, ImportanceOptions, SearchOptions, SpreadOptions
 from nas.searchers.repair import Repair, Sample
 from nas.searchers.searcher import Question, Run
 from nas.searchers.start import by_blocks
@@ -40,7 +40,12 @@ class Evolution(Measured):
     }  # fmt: skip
 
     def owned(self, method: Method) -> tuple[type, ...]:
-        return (*super().owned(method), EvolutionOptions, *((ImportanceOptions,) if method.halves else ()))
+        return (
+            *super().owned(method),
+            EvolutionOptions,
+            SpreadOptions,
+            *((ImportanceOptions,) if method.halves else ()),
+        )
 
     def check(self, options: SearchOptions, question: Question) -> None:
         at_least_one(options, "generations")
@@ -85,14 +90,13 @@ def evolved(repair: Repair, options: SearchOptions, start: Explorer, measure: Ru
     herd = Herd(repair, measure, options.mutate)
     start(herd, {**facts, "generation": 0, "origin": "importance"})
     for generation in range(1 + options.generations):
-        parents = herd.parents()
-        while len(herd.measured) < options.population * (1 + generation):
-            origin = "random" if generation == 0 else ("crossover", "mutation")[len(herd.measured) % 2]
-            picks = repair.new(partial(herd.child, origin, parents), herd.measured.keys())
-            if picks is None:
-                print(f"no more than {len(herd.measured)} architectures were found at budget {repair.budget:.4g}")
-                return
+        children = herd.children("random" if generation == 0 else None, options.population * (1 + generation))
+        measure.ahead([picks for picks, _ in children.values()])
+        for picks, origin in children.values():
             herd(picks, {**facts, "generation": generation, "origin": origin})
+        if len(herd.measured) < options.population * (1 + generation):
+            print(f"no more than {len(herd.measured)} architectures were found at budget {repair.budget:.4g}")
+            return
 
 
 class Herd:
@@ -106,6 +110,23 @@ class Herd:
         value = self.measure(picks, facts)
         self.measured[key_of(picks)] = value, picks
         return value
+
+    def ahead(self, candidates: Sequence[Sequence[Picks]]) -> None:
+        self.measure.ahead(candidates)
+
+    def children(self, origin: str | None, number: int) -> dict[str, tuple[Sequence[Picks], str]]:
+        """A generation, by its picks: as many as are new until `number` are known, and where each comes from.
+
+        origin: None: of the best in turn by crossover and by mutation.
+        """
+        parents, born = self.parents(), dict[str, tuple[Sequence[Picks], str]]()
+        while (known := len(self.measured) + len(born)) < number:
+            way = origin or ("crossover", "mutation")[known % 2]
+            picks = self.repair.new(partial(self.child, way, parents), self.measured.keys() | born.keys())
+            if picks is None:
+                break
+            born[key_of(picks)] = picks, way
+        return born
 
     def parents(self) -> list[Sample]:
         """The best, by the labels of their choices; of equals the first."""

@@ -1,37 +1,25 @@
-"""What a candidate is worth by measurement: the one ruler of every search that compares architectures (section 2.12).
-
-Every candidate is computed in the supernet as its cut network would compute it, refitted before where its method refits
-what it cuts, on images that neither calibrate nor refit.
-"""
+"""What a candidate is worth by measurement: the one ruler of all searches that compare architectures (section 2.12)."""
 
 import csv
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import Any, Protocol
 
 from nas.machine.files import write_csv
 from nas.prices.costs import PricedSpace
+from nas.searchers.judge import Judge, judge_of, kind_of
 from nas.searchers.options import SearchOptions
-from nas.training.calibration import calibration_images, deciding_images
+from nas.searchers.spread import Spread
 from nas.training.prepared import Prepared
-from nas.training.refit import images_that_fit
 from search_spaces.channels import KEPT
 from search_spaces.errors import UserError
 from search_spaces.method import Picks
 from search_spaces.slices import NetworkSlice, network_slice
-from supernets.refit import refit, written
-from supernets.supernet import Supernet
 
 CANDIDATES = "candidates.csv"
-REFITTED = 512  # images on which a candidate is refitted
 UNITS = {
     "kl": " nats from the large network's prediction",
     "top1": " % missed",
@@ -40,7 +28,14 @@ UNITS = {
 }
 
 
-Ruler = Callable[[Sequence[Picks], Mapping[str, Any]], float]  # of an architecture; what else candidates.csv says of it
+class Ruler(Protocol):
+    """What architectures are compared by."""
+
+    def __call__(self, picks: Sequence[Picks], facts: Mapping[str, Any]) -> float:
+        """facts: what else candidates.csv says of it. Less is better; infinite where it is no number."""
+
+    def ahead(self, candidates: Sequence[Sequence[Picks]]) -> None:
+        """These will be asked for, in this order."""
 
 
 def key_of(picks: Sequence[Picks]) -> str:
@@ -101,9 +96,7 @@ class Table:
 
 
 class Measure:
-    """How far a candidate's prediction is from what is wanted, by --decide: KL(large || candidate) in nats, missed
-    top-1 in %, or cross-entropy with the labels in nats. Of a network without classifier kl is the squared error of its
-    features, as a share of their variance.
+    """The ruler of a search: every candidate once, by its judge.
 
     candidates: what this search has asked for, by its picks, in order; of a resumed search those that it has asked for
     again.
@@ -114,21 +107,38 @@ class Measure:
     ) -> None:
         self.options, self.priced, self.prepared, self.advance = options, priced, prepared, advance
         self.table = Table(prepared.folder / CANDIDATES, options.resume)
-        self.kind = options.decide if prepared.supernet.adapter.feature_head is None else "features"
+        self.kind = kind_of(options, prepared.supernet)
         self.candidates: dict[str, Candidate] = {}
-        self.images: Images | None = None
+        self._judge: Judge | None = None
+        self._spread: Spread | None = None
+
+    def judge(self) -> Judge:
+        """Made when it is first asked for, from the supernet as it stands then."""
+        if self._judge is None:
+            self._judge = judge_of(self.options, self.prepared)
+        return self._judge
+
+    def ahead(self, candidates: Sequence[Sequence[Picks]]) -> None:
+        """Have them measured by Ray's workers, where the search has such."""
+        new = {key_of(picks): picks for picks in candidates}
+        new = {key: picks for key, picks in new.items() if key not in self.table.known}
+        if self.options.ray_address is None or not new:
+            return
+        if self._spread is None:
+            self._spread = Spread(self.judge(), self.options.threads or 1, self.prepared.device)
+        self._spread.add({key: subnet_of(self.priced, picks) for key, picks in new.items()})
 
     def __call__(self, picks: Sequence[Picks], facts: Mapping[str, Any]) -> float:
         """facts: what else candidates.csv says of it. Less is better; infinite where it is no number."""
         key, subnet = key_of(picks), subnet_of(self.priced, picks)
         if key not in self.table.known:
-            start = time.perf_counter()
-            value = self._value(subnet)
+            given = None if self._spread is None else self._spread.take(key)
+            value, seconds = self.judge().timed(subnet) if given is None else given
             of_subnet = {
                 "price": self.priced.network_cost(subnet) / self.priced.full,
                 "gflops": self.prepared.supernet.flops(subnet) / 1e9,
                 "stage_widths": " ".join(map(str, subnet.stage_widths)),
-                "seconds": round(time.perf_counter() - start, 2),
+                "seconds": round(seconds, 2),
             }
             self.table.add(value, key, {"measured": self.kind, **facts, **of_subnet})
         self.advance()
@@ -149,58 +159,3 @@ class Measure:
             f"{len(values)} candidates {refitted}measured: {values[0]:.4g}{UNITS[self.kind]} at first,"
             f" {min(values):.4g} at best"
         )
-
-    @torch.no_grad()
-    def _value(self, subnet: NetworkSlice) -> float:
-        supernet = self.prepared.supernet.eval()
-        if self.images is None:
-            self.images = images_of(self.options, self.prepared)
-        total, seen, refitting = 0.0, 0, self.images.refitting
-        with written(supernet, subnet, refit(supernet, subnet, refitting) if refitting else {}):
-            for images, labels, expected in self.images.deciding:
-                q = supernet.small(images, subnet).float()
-                if self.kind == "features":
-                    total += float((q - expected).square().sum())
-                elif self.kind == "top1":
-                    total += 100 * float((q.argmax(1) != labels).sum())
-                elif self.kind == "loss":
-                    total += float(F.cross_entropy(q, labels, reduction="sum"))
-                else:
-                    total += float(F.kl_div(q.log_softmax(1), expected, log_target=True, reduction="sum"))
-                seen += len(images)
-        return total / (self.images.variance() if self.kind == "features" else seen)
-
-
-@dataclass(frozen=True)
-class Images:
-    """refitting: batches (B, C, H, W). deciding: batches, their labels, and the large network's log-probabilities, or
-    its features.
-    """
-
-    refitting: Sequence[Tensor]
-    deciding: Sequence[tuple[Tensor, Tensor, Tensor]]
-
-    def variance(self) -> float:
-        """Of the large network's features over all images, their number times it; in float64."""
-        features = torch.cat([expected for _, _, expected in self.deciding]).double()
-        return float((features - features.mean(0)).square().sum())
-
-
-def images_of(options: SearchOptions, prepared: Prepared) -> Images:
-    """Those of a run, kept in memory."""
-    assert options.refit_images is not None
-    fit = images_that_fit(options, prepared, prepared.supernet.identity())
-    count = min(REFITTED, prepared.plan.images, options.refit_images, fit) if prepared.plan.refits else 0
-    return Images(
-        [images for images, _ in calibration_images(options, prepared, count)] if count else [],
-        [
-            (images, labels, output_of(prepared.supernet, images))
-            for images, labels in deciding_images(options, prepared)
-        ],
-    )
-
-
-def output_of(supernet: Supernet, images: Tensor) -> Tensor:
-    """The large network's log-probabilities (B, classes), or its features (B, E)."""
-    output = supernet.large(images).float()
-    return output.log_softmax(1) if supernet.adapter.feature_head is None else output

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from nas.machine.distributed import on_main
+from nas.machine.cluster import cluster
+from nas.machine.distributed import is_main, on_main
 from nas.machine.timing import timed
 from nas.prices.selection import check_budget, cost_band
 from nas.searchers.measure import Candidate, Measure, Ruler, check_images, first_kept
@@ -61,12 +62,13 @@ class Measured(Searcher):
         if self.compares(run.options):
             check_images(run.options, run.prepared, self.may_score)
         seconds: dict[str, float] = {}
-        with timed(seconds, "basis"):
-            standing = find_basis(run.options, run.prepared)
-        with timed(seconds, "supernet"):
-            trained = trained_supernet(run)
-        with timed(seconds, "candidates"):
-            candidates = on_main(lambda: self.explored(run, budgets))
+        with cluster(run.options.ray_address if is_main() else None):
+            with timed(seconds, "basis"):
+                standing = find_basis(run.options, run.prepared)
+            with timed(seconds, "supernet"):
+                trained = trained_supernet(run)
+            with timed(seconds, "candidates"):
+                candidates = on_main(lambda: self.explored(run, budgets))
         return [
             replace(self.answer(run, budget, candidate, standing), seconds=seconds, trained=trained)
             for budget, candidate in zip(budgets, candidates, strict=True)

@@ -120,6 +120,15 @@ class EvolutionOptions:
 
 
 @dataclass(frozen=True)
+class SpreadOptions:
+    """A search whose candidates do not wait for one another."""
+
+    ray_address: str | None = None
+    """a running Ray cluster (auto, or HOST:PORT) over which a sweep's trials are spread, or the candidates of a search
+    at random or by evolution; local: one that is started on this machine's loopback, as by a sweep it is by default"""
+
+
+@dataclass(frozen=True)
 class ImportanceOptions:
     """A search by importance: seconds, and no training."""
 
@@ -236,6 +245,7 @@ class SearchOptions(
     ImportanceOptions,
     DecideOptions,
     SupernetOptions,
+    SpreadOptions,
     EvolutionOptions,
     RandomOptions,
     MinimaxOptions,

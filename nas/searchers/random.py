@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 from nas.machine.ranges import at_least_one
 from nas.searchers.measure import Ruler, key_of
 from nas.searchers.measured import Explorer, Measured
-from nas.searchers.options import RandomOptions, SearchOptions
+from nas.searchers.options import RandomOptions, SearchOptions, SpreadOptions
 from nas.searchers.repair import Repair
 from nas.searchers.searcher import Question, Run
-from search_spaces.method import Method
+from search_spaces.method import Method, Picks
 
 
 class Random(Measured):
@@ -21,7 +21,7 @@ class Random(Measured):
     defaults: ClassVar[Mapping[str, Any]] = {"epochs": 0, "candidates": 64}
 
     def owned(self, method: Method) -> tuple[type, ...]:
-        return (*super().owned(method), RandomOptions)
+        return (*super().owned(method), RandomOptions, SpreadOptions)
 
     def check(self, options: SearchOptions, question: Question) -> None:
         at_least_one(options, "candidates")
@@ -40,11 +40,13 @@ class Random(Measured):
 
 def drawn_and_measured(repair: Repair, most: int, measure: Ruler, facts: Mapping[str, Any]) -> None:
     """So many architectures, each measured once; fewer where the budget leaves fewer."""
-    known: set[str] = set()
-    while len(known) < most:
-        picks = repair.new(repair.draw, known)
+    drawn: dict[str, Sequence[Picks]] = {}
+    while len(drawn) < most:
+        picks = repair.new(repair.draw, drawn.keys())
         if picks is None:
-            print(f"no more than {len(known)} architectures were found at budget {repair.budget:.4g}")
-            return
-        known.add(key_of(picks))
-        measure(picks, facts)
+            print(f"no more than {len(drawn)} architectures were found at budget {repair.budget:.4g}")
+            break
+        drawn[key_of(picks)] = picks
+    measure.ahead([*drawn.values()])
+    for each in drawn.values():
+        measure(each, facts)

@@ -17,8 +17,6 @@ class SweepConfig(SearchConfig):
     """of a range: how many draws, for every point of the grid"""
     retrain_trials: bool = False
     """retrain what each trial found"""
-    ray_address: str | None = None
-    """a running Ray cluster (auto, or HOST:PORT); by default Ray is started on this machine's loopback (local)"""
     cpus_per_trial: float = 1.0
     """processor cores of a trial; --threads follows unless given"""
     gpus_per_trial: float | None = None

@@ -1,19 +1,18 @@
 """Many searches as one: Ray Tune runs the trials, this module keeps the sweep's folder and shows how it goes.
 
 The folder is the truth, not Ray's state: a trial is finished when its own folder says so. Whoever dies, driver, worker
-or node, what the folders hold is where the sweep goes on. Nothing else in the toolkit imports ray.
+or node, what the folders hold is where the sweep goes on.
 """
 
 import logging
-import os
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from nas.machine.cluster import connect
 from nas.runs.folder import open_run, results_path
 from nas.stages.continued import continued
 from nas.sweeps.options import SweepConfig
@@ -23,8 +22,8 @@ from nas.sweeps.trial import STAGES, as_plain, fetch, finished, outcome_of, trai
 from nas.sweeps.trials import Trial
 from search_spaces.errors import UserError
 
-RESTARTS = 5  # deaths of its process or node that a trial survives
 OBJECT_STORE = 128 * 2**20  # bytes; rows of a table are all that passes through it
+RESTARTS = 5  # deaths of its process or node that a trial survives
 
 
 def run_sweep(config: SweepConfig, trials: Sequence[Trial]) -> int:
@@ -76,7 +75,7 @@ def run_trials(
     """Hand the trials to Ray Tune and follow them."""
     import ray
 
-    connect(config)
+    connect(config.ray_address, OBJECT_STORE)
     from ray import tune
 
     from nas.sweeps.ray_tune import Follower, make_scheduler
@@ -117,31 +116,6 @@ def run_trials(
         ray.shutdown()
         if storage is None:
             shutil.rmtree(sweep / name, ignore_errors=True)
-
-
-def connect(config: SweepConfig) -> None:
-    """Start Ray on this machine's loopback, or join the cluster asked for."""
-    import ray
-
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = config.ray_address or "local"
-    if address == "local":
-        ray.init(
-            address="local",
-            num_cpus=len(os.sched_getaffinity(0)),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE,
-            **quiet,
-        )
-        return
-    try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"--ray-address {address}: no Ray cluster there ({reason}); start one by `ray start --head`,"
-            " or leave the option out"
-        ) from None
 
 
 def trial_gpus(config: SweepConfig) -> float:

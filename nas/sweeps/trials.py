@@ -20,7 +20,7 @@ from search_spaces.registry import get_space, space_of
 
 RETRAIN = "retrain."
 OWN = {f.name for f in fields(SweepConfig)} - {f.name for f in fields(SearchConfig)}
-FIXED = ("output", "resume", "list_spaces", "verbose", "processes", *OWN)  # not a matter of one trial
+FIXED = ("output", "resume", "list_spaces", "verbose", "processes", "ray_address", *OWN)  # not a matter of one trial
 FIXED_IN_RETRAIN = ("arch", "space", "alpha", "width", "model", "model_kwargs", *FIXED)  # the search decides them
 # What stage 2 takes from stage 1's options: the data, the place, the seed. Training is the space's own, or retrain.X.
 SHARED = (
@@ -94,7 +94,8 @@ def make_trials(config: SweepConfig) -> list[Trial]:
     per_point = config.trials or 1
     rows = [point | draws[i * per_point + k] for i, point in enumerate(points) for k in range(per_point)]
     width = max(3, len(str(len(rows) - 1)))
-    base = placed(single_search(replace(config, **{name: getattr(SweepConfig, name) for name in OWN})), config)
+    of_sweep = {name: getattr(SweepConfig, name) for name in (*OWN, "ray_address")}
+    base = placed(single_search(replace(config, **of_sweep)), config)
     return [make_trial(f"{i:0{width}d}", row, base, config.retrain_trials) for i, row in enumerate(rows)]
 
 
