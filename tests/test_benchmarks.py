@@ -48,6 +48,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_a_benchmark_measures_a_small_network(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -72,6 +73,7 @@ def test_methods_are_compared_and_what_is_finished_is_not_run_again(
     assert {p: p.stat().st_mtime_ns for p in weights} == weights
 
 
+@pytest.mark.slow
 def test_two_losses_are_watched_and_watching_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +119,7 @@ def test_without_torch_pruning_one_is_told_what_to_install(monkeypatch: pytest.M
         run("pruners", "", monkeypatch, None)  # type: ignore[arg-type]  # nothing is printed
 
 
+@pytest.mark.slow
 def test_networks_drawn_at_random_stand_in_the_basis_of_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,7 @@ def last_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MethodTraining, "searchers", ("gradient", "last-first"))
 
 
+@pytest.mark.slow
 def test_a_new_method_is_searched_and_retrained_on_the_digits(halves: None, tmp_path: Path) -> None:
     found = run_search(SearchConfig(space="swin-halves-nano", output=tmp_path / "found", **TINY, budget=0.8))
     arch = load_architecture(found)
@@ -100,6 +101,7 @@ def test_a_new_method_is_searched_and_retrained_on_the_digits(halves: None, tmp_
     assert json.loads((small / "summary.json").read_text())["compact_minus_subnet"] <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_new_price_bounds_the_result(heads: None, tmp_path: Path) -> None:
     own = dict(price="heads", budget=0.5, width="inner")
     found = run_search(SearchConfig(space="swin-dan-nano", output=tmp_path / "found", **own, **TINY))
@@ -130,6 +132,7 @@ def test_what_is_in_no_table_is_refused_by_name() -> None:
         resolve(SearchConfig(space="swin-halves-nano"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("space", "budget"), [("swin-dan-nano", 0.4), ("vit-kcr-nano", 0.85)])
 def test_a_budget_in_parameters_is_met_in_parameters(space: str, budget: float, tmp_path: Path) -> None:
     own = {k: v for k, v in TINY.items() if k != "model_kwargs"}

@@ -47,6 +47,7 @@ def test_the_readmes_example_leaves_a_network(tmp_path: Path, capsys: pytest.Cap
     assert sum(p.numel() for p in names["network"].parameters()) == arch.params < arch.backbone_params
 
 
+@pytest.mark.slow
 def test_the_librarys_example_runs_from_the_search_to_a_prediction(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

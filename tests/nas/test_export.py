@@ -40,6 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_both_files_give_the_networks_logits_at_any_batch(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in runtimes.PACKAGES:
         pytest.importorskip(name)
@@ -67,6 +68,7 @@ def test_both_files_give_the_networks_logits_at_any_batch(run: Path, capsys: pyt
         assert text in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("alphas", "norms"), [((2, 2), 0), ((1, 2), 5), (None, 5)], ids=["plain", "prefix", "large"])
 def test_a_network_in_a_rotated_basis_is_exported(alphas: tuple[int, ...] | None, norms: int, tmp_path: Path) -> None:
     """Under timm's norms where its blocks are equally wide, otherwise, as the large one, under StreamNorms."""
@@ -98,6 +100,7 @@ def assert_exported(network: Any, folder: Path) -> None:
     assert max(max(seen.values()) for seen in found.values()) <= 1e-5, found
 
 
+@pytest.mark.slow
 def test_heads_whose_widths_differ_are_exported(tmp_path: Path) -> None:
     """Wider q and k than v in one block, wider v in the other; the second has no MLP."""
     for name in runtimes.PACKAGES:
@@ -117,6 +120,7 @@ def test_heads_whose_widths_differ_are_exported(tmp_path: Path) -> None:
 EVAS = {"EVA-02": "eva02_base_patch14_224", "DINOv3": "vit_small_plus_patch16_dinov3"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EVAS)
 def test_heads_that_turn_are_exported(kind: str, tmp_path: Path) -> None:
     """Pairs of q and k left out, SwiGLUs with and without norm; the third block is not there at all."""
@@ -225,6 +229,7 @@ def test_nothing_to_upload(tmp_path: Path) -> None:
         push_to_hub(tmp_path, "someone/small")
 
 
+@pytest.mark.slow
 def test_a_wrong_file_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finished_run(tmp_path / "run")
     monkeypatch.setattr(nas.export, "differences", lambda *_: {"compact.pt2": {"random": 0.0, "real": 0.1}})

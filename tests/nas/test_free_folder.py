@@ -64,6 +64,7 @@ def folder(request: pytest.FixtureRequest) -> Path:
     return found
 
 
+@pytest.mark.slow
 def test_a_search_leaves_the_network_and_its_pictures(search: Path) -> None:
     assert_whole(search)
     assert {
@@ -121,6 +122,7 @@ def test_a_card_does_not_speak_of_a_refit_that_was_not(search: Path, tmp_path: P
     assert "not refitted; not trained since" in model_card(tmp_path, load_architecture(tmp_path))
 
 
+@pytest.mark.slow
 def test_both_are_described_and_drawn_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     describe.main([str(folder), "--output", str(folder / "again.png")])
     assert "choices" not in capsys.readouterr().out

@@ -154,6 +154,7 @@ def test_the_list_shows_what_a_search_of_the_space_offers(name: str) -> None:
     assert shown.settings.granularity == (1 if space.nano else 8)
 
 
+@pytest.mark.slow
 def test_the_list_has_them(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "2000")
     monkeypatch.setattr("nas.spaces.all_spaces", lambda: {name: SPACES[name] for name in FREE})

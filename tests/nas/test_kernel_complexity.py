@@ -328,6 +328,7 @@ def test_what_cannot_be_is_refused() -> None:
         moment.finish(0.5)
 
 
+@pytest.mark.slow
 def test_processes_of_a_distributed_run_share_one_basis(tmp_path: Path) -> None:
     f = features("random", 32, 6)
     torch.multiprocessing.spawn(_rank, args=(f, str(tmp_path)), nprocs=2)

@@ -106,6 +106,7 @@ def test_a_table_of_every_half_is_made(clock: list[int], tmp_path: Path, capsys:
         run_latency(options(tmp_path / "t.json"))
 
 
+@pytest.mark.slow
 def test_what_was_stopped_goes_on(clock: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = ["--grid", "coarse", "--rounds", "2"]
     undisturbed = run_latency(options(tmp_path / "whole.json", *own))
@@ -192,6 +193,7 @@ runpy.run_module("nas.latency", run_name="__main__")
 BLOCKED = ("nni", "scipy", "tyro", "rich", "pandas", "matplotlib", "ray", "sklearn", "onnx_ir", "onnxruntime")
 
 
+@pytest.mark.slow
 def test_it_runs_where_only_torch_and_timm_are_installed(tmp_path: Path) -> None:
     arguments = ["--model", MODEL, "--model-kwargs", *KWARGS, "--out", str(tmp_path / "t.json"), "--rounds", "1"]
     done = subprocess.run(

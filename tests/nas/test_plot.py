@@ -85,6 +85,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.yaml", "arch.json", "log.csv", "choices.csv", "summary.json"])
 @pytest.mark.parametrize("damage", ["absent", "empty", "cut"])
 def test_what_a_damaged_file_does_not_hold_is_left_out(tmp_path, drawn, name, damage):
@@ -222,6 +223,7 @@ def test_networks_compressed_alike_are_joined(tmp_path, drawn):
     assert "this run: α = 4" in texts(axes)
 
 
+@pytest.mark.slow
 def test_everything_below_a_folder_is_drawn_and_a_sweep_gets_its_own_picture(tmp_path, drawn):
     sweep = tmp_path / "sweep"
     trials = [make_run(sweep / f"trial{i}", budget=b) for i, b in enumerate((0.3, 0.5))]

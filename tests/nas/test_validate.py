@@ -127,6 +127,7 @@ def test_a_network_that_no_run_made_is_measured_as_timm_would(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "theirs.pth"]
 
 
+@pytest.mark.slow
 def test_a_network_of_no_space_is_measured_all_the_same(
     photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -289,6 +289,7 @@ def test_what_is_frozen_stays_frozen(family: str, alphas: tuple[int, ...], froze
         assert p.requires_grad == trained[f"{stem}.{name.rpartition('.')[2]}" if in_stem else name], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "options"), [row[1:] for row in SUPPORTED], ids=str)
 def test_every_accepted_backbone_is_rotated_or_says_why_not(family: str, options: dict[str, Any]) -> None:
     backbone = randomise(build[family](**options), 1).double().eval()

@@ -164,6 +164,7 @@ def test_identity_is_the_networks_own_forward(glu: str) -> None:
     assert torch.equal(large, small)
 
 
+@pytest.mark.slow
 @over_glus
 @over_widths
 @given(data=st.data(), seed=st.integers(0, 1000))

@@ -126,6 +126,7 @@ def test_a_basis_leaves_the_function_and_comes_off_again(backbone: str, halves: 
     close(again(x), compact(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rotated", ["own", "rotated"])
 @over_bases
 @over_halves

@@ -90,6 +90,7 @@ def test_vectors_tell_the_two_scales_apart(tokens_type):
         assert (model(expected["input"]) - expected["logits"]).abs().max() > 5e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "parameters", "gmacs"),
     [  # parameters with the fixed tables counted; GMACs at 224 px as published, one decimal

@@ -151,6 +151,7 @@ def test_a_hidden_folder_may_hold_the_data_set(tmp_path: Path) -> None:
     assert len(opened(class_folders(tmp_path / ".cache" / "lost+found", (("train", 3), ("val", 2)))).train) == 9
 
 
+@pytest.mark.slow
 def test_every_suffix_of_pillows_counts(root: Path, laid: Layout) -> None:
     suffixes = [".webp", ".tif", ".TIFF", ".BMP", ".PNG", ".Jpeg", ".jfif", ".gif", ".ppm", ".tga"]
     for name in CLASSES:

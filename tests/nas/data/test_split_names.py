@@ -49,6 +49,7 @@ def search(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return folder / "run", said.getvalue()
 
 
+@pytest.mark.slow
 def test_a_search_says_what_its_images_were_for(search: tuple[Path, str]) -> None:
     folder, said = search
     assert "trains on 54 images, decides on 6 held-out training images, perhaps seen by the checkpoint" in said
@@ -75,6 +76,7 @@ def test_both_accuracies_are_of_the_images_they_are_called_after(search: tuple[P
     assert again["split"] == "validation split" and again["images"] == 21
 
 
+@pytest.mark.slow
 def test_a_retrain_knows_what_the_searchs_weights_have_seen(
     search: tuple[Path, str], photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,6 +90,7 @@ def test_a_retrain_knows_what_the_searchs_weights_have_seen(
     )
 
 
+@pytest.mark.slow
 def test_a_search_from_scratch_has_seen_nothing_unless_it_held_out_less(photographs: Path, tmp_path: Path) -> None:
     run_search(SearchConfig(**options(photographs, tmp_path / "search", pretrained=False)))
     assert summary(tmp_path / "search")["held_out"] == HELD_OUT

@@ -25,6 +25,7 @@ def test_the_full_size_spaces_have_policies() -> None:
     assert set(DEFAULTS) == {"rand-m9-mstd0.5", "rand-m9-mstd0.5-inc1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [3, 1])
 @pytest.mark.parametrize("policy", [*DEFAULTS, *OTHERS])
 def test_every_operation_at_every_magnitude(policy: str, channels: int) -> None:

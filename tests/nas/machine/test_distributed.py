@@ -107,6 +107,7 @@ def rows(path: Path) -> list[dict[str, float]]:
     return [{k: float(v) for k, v in row.items() if k not in timings and v} for row in read]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one(pairs: dict[str, tuple[Path, Path]], name: str) -> None:
     one, two = pairs[name]

@@ -73,6 +73,7 @@ def program(start: str, main: str) -> list[str]:
     return [sys.executable, "-c", textwrap.dedent(script)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "forkserver"])
 def test_a_program_ends_though_its_loading_processes_live_on(start: str) -> None:
     line = program(start, "print(len(list(loader)), flush=True)")
@@ -80,6 +81,7 @@ def test_a_program_ends_though_its_loading_processes_live_on(start: str) -> None
     assert done.returncode == 0 and done.stdout == "16\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "forkserver"])
 def test_no_loading_process_outlives_a_program_that_is_killed(start: str) -> None:
     said = "print(*(child.pid for child in multiprocessing.active_children()), flush=True)"

@@ -105,6 +105,7 @@ def test_nothing_is_timed_where_there_is_nothing_to_choose(given: str, monkeypat
     assert with_threads(options, device, work, images=8) is options
 
 
+@pytest.mark.slow
 def test_a_run_records_its_threads_goes_on_with_them_and_draws_no_number_for_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -212,6 +212,7 @@ def test_the_toolkits_recipe_is_the_default_and_changes_nothing() -> None:
         assert (config.tau, config.arch_pace, config.stage_gates, config.gate_average) == (None,) * 4
 
 
+@pytest.mark.slow
 def test_a_run_records_its_recipe_goes_on_with_it_and_hands_it_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,6 +79,7 @@ def disturb(objective: Minimax, seed: int) -> Minimax:
     return objective
 
 
+@pytest.mark.slow
 @over_families
 @over_skips
 @given(data=st.data())
@@ -266,6 +267,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[SearchConfig, Path]:
     return config, run_search(config)
 
 
+@pytest.mark.slow
 def test_a_search_ends_in_the_band_and_its_architecture_retrains_to_a_compact_network(
     run: tuple[SearchConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,6 +159,7 @@ def test_a_penalty_far_under_the_cross_entropy_gets_a_log_axis_and_zeros_are_lef
     assert panel(curves_figure(log_rows(), "run"), "loss").get_yscale() == "linear"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", [c for c in log_rows().columns if c not in ("epoch", "t")])
 @pytest.mark.parametrize("how", ["absent", "empty"])
 def test_curves_without_a_column_lack_that_line_and_no_other(column, how):

@@ -272,6 +272,7 @@ def test_so_many_measurements_and_no_more(evals: int) -> None:
     assert len(measure.asked) == evals and best.value == min(measure.values)
 
 
+@pytest.mark.slow
 def test_it_ends_where_no_move_helps() -> None:
     program = tiny_program("vit", "flops", 0.5)
     measure = Measure(lambda proposal: proposal.loss)

@@ -57,6 +57,7 @@ def at_the_edge(priced: PricedSpace) -> float:
     return prices[int(0.7 * len(prices))] / priced.full
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_10_no_draw_ends_above_its_budget(budget: float, priced: PricedSpace) -> None:
     low, high = cost_band(priced.full, budget)
@@ -71,6 +72,7 @@ def test_10_no_draw_ends_above_its_budget(budget: float, priced: PricedSpace) ->
     assert len(found) > 1 or sum(low <= price <= high for _, price in all_of(priced)) == 1
 
 
+@pytest.mark.slow
 def test_8_the_same_seed_draws_the_same(priced: PricedSpace) -> None:
     def drawn(seed: int, budget: float) -> list[str]:
         repair = Repair(priced, budget, seed)
@@ -115,6 +117,7 @@ def test_no_architecture_in_the_band_is_nearer(family: str) -> None:
         assert distance(repair.near(sample)) == pytest.approx(min(map(distance, inside)), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_nothing_new_is_made_where_all_is_known(priced: PricedSpace) -> None:
     repair = Repair(priced, 0.5, seed=0)
     sample = repair.draw()

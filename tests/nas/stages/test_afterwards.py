@@ -76,6 +76,7 @@ FAULTS: dict[str, tuple[str, Any, str, tuple[str, ...]]] = {  # of nas.stages.re
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_12_what_fails_after_a_retrain_loses_neither_the_network_nor_the_rest(
     fault: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -155,6 +156,7 @@ class Diverges:
         self.update(training, batches, step, meter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [False, True])
 @pytest.mark.parametrize(("result", "step"), [("best", 2), ("last", 12), ("best", 9), ("best", 17)])
 def test_12_a_run_that_diverges_leaves_the_best_network_it_had(

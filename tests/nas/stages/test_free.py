@@ -213,6 +213,7 @@ MOMENTS: dict[str, tuple[Any, str, int, bool]] = {  # module, function, call, af
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_7_an_interrupted_search_resumes_to_the_same(
     moment: str, searched: tuple[SearchConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -377,6 +378,7 @@ UNLABELLED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", UNLABELLED)
 def test_without_labels_none_is_read(score: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other labels on the same pictures give the same basis, candidates, architecture and refit."""

@@ -32,6 +32,7 @@ def searched(world: World) -> tuple[SearchConfig, Path]:
     return config, run_search(config)
 
 
+@pytest.mark.slow
 def test_a_search_by_gradient_begins_at_importance_and_ends_in_the_budget(searched: tuple[SearchConfig, Path]) -> None:
     _, folder = searched
     assert_whole(folder)

@@ -107,6 +107,7 @@ def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_7_a_run_killed_inside_epochs_gives_the_same_bytes(
     name: str, undisturbed: Callable[[str], tuple[Any, Path]], tmp_path: Path
@@ -124,6 +125,7 @@ def test_7_a_run_killed_inside_epochs_gives_the_same_bytes(
     assert_same_bytes(start(config), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 5, 9, 10, 18])  # first, inside, last of an epoch, first and last of the next
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_a_run_at_the_next_step_and_the_run_goes_on(

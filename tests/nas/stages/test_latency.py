@@ -53,6 +53,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_search_holds_milliseconds_and_parameters_at_once(searched: Path) -> None:
     arch, summary = load_architecture(searched), summary_of(searched)
     record = arch.search["latency"]
@@ -74,6 +75,7 @@ def test_a_limit_in_milliseconds_is_the_budget_where_there_is_no_other(world: Wo
     assert arch.search["budget"] == pytest.approx(0.6, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("searcher", ["random", "gradient"])
 def test_other_searchers_hold_two_limits(searcher: str, world: World) -> None:
     own: dict[str, Any] = dict(price="latency", budget=0.6, latency_table=table_file(world), mparams=0.004)

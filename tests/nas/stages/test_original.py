@@ -95,6 +95,7 @@ def test_distillation_learns_from_the_original_or_is_beside_it(world: World, tmp
     assert found["teacher"]["top1"] == found["original"]["top1"] and "large" not in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["current", "ema", "frozen"])
 def test_beside_a_large_network_the_original_is_there_if_the_small_one_learnt_from_it(
     world: World,  # noqa: F811

@@ -194,6 +194,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_both_stages_stand_in_one_basis(runs: tuple[str, Path, Path], world: World) -> None:
     family, search, retrain = runs
     first, second = load_architecture(search), load_architecture(retrain)

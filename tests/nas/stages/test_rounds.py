@@ -114,6 +114,7 @@ def assert_of_the_backbone(folder: Path, budget: float, earlier: Path) -> Archit
     return arch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_rounds(family: str, world: World) -> None:
     """Search, search again, train; and a third round from what was trained."""
@@ -153,6 +154,7 @@ def test_images_are_those_of_the_run_unless_others_are_named(world: World, capsy
         assert trial.retrain is not None and trial.retrain.data_dir == world.pictures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("searcher", ["importance", "gradient", "evolution", "random", "uniform"])
 def test_every_searcher_goes_on_from_missing_halves(searcher: str, world: World) -> None:
     one, options = halved(world), on(world) | dict(searcher=searcher, budget=0.2, evals=None)
@@ -169,6 +171,7 @@ def test_every_searcher_goes_on_from_missing_halves(searcher: str, world: World)
     assert load_architecture(trained).flops == arch.flops
 
 
+@pytest.mark.slow
 def test_a_front_of_a_further_round(world: World) -> None:
     one = first(world, "vit")
     two = run_search(SearchConfig(**SMALL | dict(arch=one, output=world.root / "front", front=(0.3, 0.5))))
@@ -219,6 +222,7 @@ def test_what_free_widths_describe_goes_on(
         assert not output.exists()
 
 
+@pytest.mark.slow
 def test_a_stem_that_was_rotated_stays_a_layer_without_another_basis(world: World) -> None:
     """arch.json has to say so, and then names a basis; one that changes nothing."""
     one = first(world, "swin", evals=1)
@@ -231,6 +235,7 @@ def test_a_stem_that_was_rotated_stays_a_layer_without_another_basis(world: Worl
     assert_of_the_backbone(trained, 0.4, one)
 
 
+@pytest.mark.slow
 def test_a_stem_that_was_narrowed_unrotated_is_not_rotated_later(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,6 +277,7 @@ def test_the_teacher_is_the_earlier_network_or_the_one_named(world: World) -> No
 # Resumed, moved, changed
 
 
+@pytest.mark.slow
 def test_a_killed_round_goes_on_as_if_nothing_had_happened(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     one = first(world, "vit")
     undisturbed = again(one, world.root / "undisturbed", evals=3)
@@ -363,6 +369,7 @@ def test_a_smaller_network_is_the_same_whatever_was_called_first(world: World) -
 # The commands
 
 
+@pytest.mark.slow
 def test_two_rounds_by_the_commands_on_the_digits(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

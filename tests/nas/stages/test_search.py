@@ -72,6 +72,7 @@ def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 one_search = partial(pytest.mark.parametrize, "search", indirect=True)
 
 
+@pytest.mark.slow
 def test_8_the_same_seed_gives_the_same_run(search: tuple[SearchConfig, Path], tmp_path: Path) -> None:
     config, folder = search
     torch.manual_seed(99)  # whatever was drawn before
@@ -224,6 +225,7 @@ def retrain(
     return config, run_retrain(config)
 
 
+@pytest.mark.slow
 @one_search(["stream"])
 def test_7_and_8_of_a_retrain(
     retrain: tuple[RetrainConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -62,6 +62,7 @@ def test_every_searcher_that_measures_is_in_the_table() -> None:
     assert {method for _, method, _ in TABLE} | {"an", "uvc"} == TRAININGS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("searcher", "method", "family"), TABLE)
 def test_the_best_of_what_was_measured_is_taken_and_nothing_is_above_the_budget(
     searcher: str, method: str, family: str, world: World, tmp_path: Path
@@ -97,6 +98,7 @@ def undisturbed(world: World) -> dict[str, tuple[SearchConfig, Path]]:
 CASES = ("random, free", "evolution, free", "evolution, joint")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_8_the_same_seed_gives_the_same_and_another_another(
     case: str, undisturbed: dict[str, tuple[SearchConfig, Path]], tmp_path: Path
@@ -108,6 +110,7 @@ def test_8_the_same_seed_gives_the_same_and_another_another(
     assert [row["picks"] for row in rows_of(other)] != [row["picks"] for row in rows_of(folder)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [0, 2, 5])
 @pytest.mark.parametrize("case", CASES)
 def test_7_what_was_measured_is_not_measured_again(
@@ -133,6 +136,7 @@ def test_7_what_was_measured_is_not_measured_again(
     assert len(measured) == len(lines) - 1 - known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_7_a_search_killed_among_its_candidates_resumes_to_the_same(
     case: str, undisturbed: dict[str, tuple[SearchConfig, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -156,6 +160,7 @@ def test_evolution_begins_with_the_solution_by_importance(undisturbed: dict[str,
     assert origins.count("importance") == 1  # the exact program has but one
 
 
+@pytest.mark.slow
 def test_evolution_may_begin_at_random(world: World, tmp_path: Path) -> None:
     folder = run_search(search(world, tmp_path / "run", "evolution", "free", start="uniform", evals=None))
     assert {row["origin"] for row in rows_of(folder)} == {"random", "crossover", "mutation"}
@@ -199,6 +204,7 @@ def fronts(world: World) -> dict[str, tuple[SearchConfig, Path]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("searcher", FRONTS)
 def test_a_front_is_the_best_at_each_budget(searcher: str, fronts: dict[str, tuple[SearchConfig, Path]]) -> None:
     _, folder = fronts[searcher]
@@ -221,6 +227,7 @@ def test_a_front_is_the_best_at_each_budget(searcher: str, fronts: dict[str, tup
     assert summary_of(folder)["front"][0]["file"] == "arch-0.35.json"
 
 
+@pytest.mark.slow
 def test_one_scoring_serves_a_front(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And its architectures at each budget are those of a search at that budget alone."""
     import nas.searchers.importance as module
@@ -244,6 +251,7 @@ def test_a_front_draws_what_a_search_at_one_budget_draws(
     assert {row["picks"] for row in rows_of(alone)} <= set(of_front)
 
 
+@pytest.mark.slow
 def test_7_an_interrupted_front_resumes_to_the_same(
     fronts: dict[str, tuple[SearchConfig, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ def retrain(world: World, front: Path, output: Path, **options: Any) -> RetrainC
     return RetrainConfig(arch=front, output=output, **own | options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "family", "train"), [("dan", "vit", "adjoined"), ("free", "swin", "distill")])
 def test_a_front_is_trained_at_once_and_cut(
     method: str,

@@ -53,6 +53,7 @@ def test_every_searcher_that_compares_architectures_and_every_method_is_in_the_t
     assert list(SUPERNETS) == ["sandwich"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("searcher", "method", "family"), TABLE)
 def test_the_supernet_is_trained_and_what_is_taken_is_of_its_weights(
     searcher: str, method: str, family: str, world: World, tmp_path: Path
@@ -103,6 +104,7 @@ def undisturbed(world: World) -> dict[str, tuple[SearchConfig, Path]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_8_the_same_seed_gives_the_same_and_another_another(
     case: str, undisturbed: dict[str, tuple[SearchConfig, Path]], tmp_path: Path
@@ -114,6 +116,7 @@ def test_8_the_same_seed_gives_the_same_and_another_another(
     assert (other / SUPERNET).read_bytes() != (folder / SUPERNET).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_7_killed_in_the_training_before_the_candidates_and_among_them_resumes_to_the_same(
     case: str, undisturbed: dict[str, tuple[SearchConfig, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -147,6 +150,7 @@ def test_candidates_of_a_shorter_training_are_measured_again(
     assert before.keys() == after.keys() and not set(before.values()) & set(after.values())
 
 
+@pytest.mark.slow
 def test_a_front_is_of_one_training(world: World, tmp_path: Path) -> None:
     own = dict(front=(0.35, 0.7), budget=None, candidates=3)
     folder = run_search(search(world, tmp_path / "run", "random", "free", **SANDWICH, **own))
@@ -164,6 +168,7 @@ def test_from_scratch_there_is_something_to_compare_once_it_is_trained(
     assert rows_of(folder) and "large" in summary_of(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["random, free", "evolution, joint"])
 def test_stage_2_starts_from_the_trained_weights(
     case: str, undisturbed: dict[str, tuple[SearchConfig, Path]], world: World, tmp_path: Path,
@@ -179,6 +184,7 @@ def test_stage_2_starts_from_the_trained_weights(
     assert [own.start.checkpoint for own in begun] == [folder / SUPERNET]
 
 
+@pytest.mark.slow
 def test_a_uniform_architecture_of_a_trained_supernet_keeps_its_weights(world: World, tmp_path: Path) -> None:
     """Even where they stand in no basis: else it would be taken for one that prices alone have picked."""
     options = SANDWICH | dict(checkpoint=None, epochs=1)

@@ -71,6 +71,7 @@ def trained(world: World, flat: Path, searched: Path) -> Path:
     return run_retrain(world.retrain(world.root / "trained-features", arch=searched, data_dir=flat))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_search_without_classifier_and_labels(
     family: str, world: World, flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -101,6 +102,7 @@ def test_a_search_without_classifier_and_labels(
     assert sum(p.numel() for p in again.parameters()) == arch.backbone_params
 
 
+@pytest.mark.slow
 def test_the_compact_network_is_opened_saved_and_exported(searched: Path, tmp_path: Path) -> None:
     arch, compact = load_architecture(searched), load_compact(searched)
     found = feature_head(compact)
@@ -197,6 +199,7 @@ def test_no_label_is_read(
     assert seen and all(not target.any() for target in seen)
 
 
+@pytest.mark.slow
 def test_a_classifier_follows_without_labels(
     world: World, flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,6 +49,7 @@ def test_values_are_read_as_the_command_line_reads_them(spec: str, values: list[
     assert [getattr(t.search, option) for t in trials("--sweep", spec)] == values
 
 
+@pytest.mark.slow
 def test_a_range_is_drawn_for_every_point_of_the_grid_and_the_same_every_time() -> None:
     arguments = ("--sweep", "gamma=loguniform(1e-13,1e-11)", "--trials", "40", "--sweep", "seed=0,1")
     found = trials(*arguments)
@@ -60,6 +61,7 @@ def test_a_range_is_drawn_for_every_point_of_the_grid_and_the_same_every_time() 
     assert [t.search.gamma for t in trials(*arguments, "--seed", "7")] != gammas
 
 
+@pytest.mark.slow
 def test_integers_and_choices_are_drawn_as_such() -> None:
     found = trials("--sweep", "epochs=randint(2,5)", "--sweep", "alphas=choice(1 2,1 2 4)", "--trials", "30")
     assert {t.search.epochs for t in found} == {2, 3, 4}

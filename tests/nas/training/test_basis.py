@@ -219,6 +219,7 @@ def test_images_that_decide_are_first_and_calibrate_nothing(deciding: int, tmp_p
     assert torch.equal(few, pixels(others)[:5])
 
 
+@pytest.mark.slow
 def test_labels_are_drawn_anew_for_every_batch() -> None:
     """One image, again and again, gets each label as often as it is likely; a seed has its own."""
     supernet = small_supernet("vit")

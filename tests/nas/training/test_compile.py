@@ -46,6 +46,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEARCHED)
 def test_a_gradient_search_compiles_each_forward_once(
     name: str, counter: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
