@@ -43,6 +43,7 @@ class Method(ABC):
     uniform: one candidate serves all blocks, so that there is nothing to search inside one. listed: whether all
     combinations of a block's candidates are few enough to be listed; otherwise their ends stand for them.
     offers: the flags that offer candidates. models: where a family's default model is another one for this method.
+    without: families that have no space of it, and why.
     defaults: of its full-size spaces; nano_defaults: of its -nano ones; published: what its authors ran, None where it
     is nobody's but this toolkit's.
     """
@@ -57,6 +58,7 @@ class Method(ABC):
     listed: ClassVar[bool] = True
     offers: ClassVar[str] = "--alphas"
     models: ClassVar[Mapping[str, str]] = {}
+    without: ClassVar[Mapping[str, str]] = {}
     defaults: ClassVar[Defaults] = Defaults()
     nano_defaults: ClassVar[Defaults] = Defaults()
     published: ClassVar[Defaults | None] = None

@@ -85,7 +85,7 @@ def _nano(family: Family, method: Method) -> Space:
 
 def all_spaces() -> dict[str, Space]:
     """Every family with every method, in both sizes, by name."""
-    pairs = [(family, method) for method in METHODS.values() for family in FAMILIES.values()]
+    pairs = [(f, method) for method in METHODS.values() for f in FAMILIES.values() if f.name not in method.without]
     return {space.name: space for pair in pairs for space in (_full(*pair), _nano(*pair))}
 
 
@@ -97,6 +97,10 @@ def get_space(name: str) -> Space:
     spaces = all_spaces()
     if name in spaces:
         return spaces[name]
+    for method in METHODS.values():
+        for family, why in method.without.items():
+            if name in (f"{family}-{method.name}", f"{family}-{method.name}-nano"):
+                raise UserError(f"there is no space {name}: {why}; take another method of {family}")
     near = difflib.get_close_matches(name, spaces, n=3) or sorted(spaces)
     raise UserError(f"unknown space {name!r}; did you mean {', '.join(near)}? (search.py --list-spaces shows all)")
 

@@ -18,13 +18,12 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block, WindowAttent
 from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape, BlockSlice
-from supernets.adapter import refuse
 from supernets.axes import BlockAxes, HalfAxes, HeadWidths, Params, head_widths
 from supernets.compact_swin import CompactWindowAttention, CompactWindowBlock, relative_bias
 from supernets.flops import BlockCosts
 from supernets.layers import fused_qkv, joined_bias, late_norm, linear, mlp, on_channels
 from supernets.swin import SwinAdapter, attend_windows, placed, quadrants, windowed
-from supernets.timm_block import ATTENTION, MLP, has_attn, has_mlp
+from supernets.timm_block import ATTENTION, MLP, has_attn
 
 LARGEST = math.log(100)  # of timm's logit_scale
 LEAST = 1e-12  # length of q and k, F.normalize's
@@ -160,17 +159,6 @@ class SwinV2Adapter(SwinAdapter):
 
     def merging(self, stage: int) -> tuple[str, str | None]:
         return f"layers.{stage}.downsample.reduction", f"layers.{stage}.downsample.norm"
-
-    def _check(self, backbone: Any) -> None:
-        super()._check(backbone)
-        norms = [
-            norm
-            for stage in backbone.layers
-            for block in stage.blocks
-            for norm in ([block.norm1] if has_attn(block) else []) + ([block.norm2] if has_mlp(block) else [])
-        ]
-        if any(getattr(norm, "weight", None) is None for norm in norms):
-            raise refuse(backbone, "a norm after a half without weights", "use norms with weights")
 
     def block_costs(
         self, block: nn.Module, shape: BlockShape, attn_tokens: int, attended: int, mlp_tokens: int

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ QUIET = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
 }
+PATIENCE = 10.0  # seconds for a cluster to answer
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # as there, every process of Ray binds to 127.0.0.1 alone
 
 
@@ -61,10 +63,20 @@ def connect(address: str | None, store: int | None = None) -> None:
         )
         return
     try:
+        if address != "auto":
+            check_answers(address)
         ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"--ray-address {address}: no Ray cluster there ({reason}); start one by `ray start --head`,"
             " or leave the option out"
         ) from None
+
+
+def check_answers(address: str) -> None:
+    """OSError where nothing listens at HOST:PORT, for which Ray would wait without end; ValueError where it is none."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal() or int(port) >= 2**16:
+        raise ValueError("expected auto, local or HOST:PORT")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()

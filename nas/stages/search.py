@@ -29,7 +29,7 @@ from nas.prices.costs import Bound
 from nas.prices.flops import FLOPS
 from nas.prices.options import BAND
 from nas.prices.whole import clocked, facts_of, is_clocked
-from nas.runs.folder import SUPERNET, open_run, results_path
+from nas.runs.folder import PLACE, SUPERNET, open_run, results_path
 from nas.searchers.measured import Measured
 from nas.searchers.searcher import Answer, Run
 from nas.stages.afterwards import Afterwards
@@ -188,7 +188,7 @@ def recorded(asked: Asked) -> set[str]:
     """The options that arch.json keeps: everybody's, the method's, the searcher's; none that only others read."""
     foreign = {f.name for record in foreign_to(asked.searcher, asked.space) for f in fields(record)}
     own = {f.name for record in asked.searcher.owned(asked.space.method) for f in fields(record)}
-    return ({*RECORDED, *training_of(asked.space).recorded} | own) - foreign - {"front"}
+    return ({*RECORDED, *training_of(asked.space).recorded} | own) - foreign - {"front", *PLACE}
 
 
 def conclude(asked: Asked, answer: Answer, prepared: Prepared, arch: Architecture, after: Afterwards) -> None:

@@ -17,6 +17,7 @@ from search_spaces.dan import DAN
 from search_spaces.method import Picks, Settings
 from search_spaces.slices import NetworkSlice
 from search_spaces.space import SearchSpace, make_space
+from search_spaces.uvc import UVC
 from supernets.basis import rewrite
 from supernets.supernet import Supernet
 from supernets.t2t_vit import T2TViT
@@ -40,6 +41,7 @@ FAMILIES: dict[str, Any] = {
     ),
     "eva": lambda **kwargs: Eva(**VIT | EVA | kwargs),
 }
+UVC_FAMILIES = [family for family in FAMILIES if family not in UVC.without]
 
 
 def small_supernet(family: str, seed: int = 0, basis: str = "own", **kwargs: Any) -> Supernet:

@@ -214,7 +214,6 @@ REFUSED: list[tuple[str, str, Build]] = [
     ("a stem other than `PatchEmbed`", "HybridEmbed", partial(build["vit"], embed_layer=HYBRID)),
     ("`strict_img_size=False`, `dynamic_img_size`", "strict_img_size", partial(build["swin"], strict_img_size=False)),
     ("`strict_img_size=False`, `dynamic_img_size`", "strict_img_size", partial(build["swin"], dynamic_img_size=True)),
-    ("a norm after a half without weights", "without weights", partial(build["swinv2"], norm_layer=BARE)),
     ("`strict_img_size=False`, `dynamic_img_size`", "strict_img_size", partial(build["swinv2"], strict_img_size=False)),
     ('`global_pool="catavgmax"`', "catavgmax", partial(build["swin"], global_pool="catavgmax")),
     ('`global_pool=""`', "without pooling", partial(build["swin"], global_pool="")),

@@ -56,7 +56,8 @@ def test_what_runs_padded_is_counted_padded(family: str, qk: int, v: int) -> Non
         kept = BlockSlice(E, H - 1, shape.hidden, qk=qk, v_channels=v, mlp=False)
         tokens, attended = costs.attn_tokens, costs.attended
         linear = (H - 1) * (2 * qk + v) * E + (H - 1) * v * E
-        assert block_flops(shape, costs, kept) == tokens * (linear + 2 * attended * (H - 1) * max(qk, v))
+        once = sum(macs * (H - 1 if axes == "H" else 1) for macs, axes in costs.attn_once)  # a network of positions
+        assert block_flops(shape, costs, kept) == tokens * (linear + 2 * attended * (H - 1) * max(qk, v)) + once
         assert attention_channels(head_widths(kept, shape)) == 2 * (H - 1) * max(qk, v)
 
 

@@ -38,12 +38,12 @@ from search_spaces.space import make_space
 from supernets.compact import cut
 from supernets.supernet import Supernet
 from tests.nas.run_checks import assert_same_run, assert_whole, draw_pictures
-from tests.nas.small import FAMILIES, small_supernet
+from tests.nas.small import UVC_FAMILIES, small_supernet
 from tests.oracle import oracle_logits
 from tests.strategies import images
 from tests.supernets.test_invariants import few
 
-over_families = pytest.mark.parametrize("family", FAMILIES)
+over_families = pytest.mark.parametrize("family", UVC_FAMILIES)
 over_skips = pytest.mark.parametrize("skip", ["block", "attention", "mlp", "halves", "none"])
 
 

@@ -31,7 +31,7 @@ from nas.searchers.primal_dual import (
 )
 from search_spaces.slices import network_slice
 from search_spaces.uvc import UVC
-from tests.nas.small import FAMILIES, small_supernet
+from tests.nas.small import UVC_FAMILIES, small_supernet
 from tests.supernets.test_invariants import few
 
 
@@ -147,7 +147,7 @@ def test_flops_and_their_slopes_by_hand() -> None:
     assert slopes[3].tolist() == [[75.0, 49.0]]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UVC_FAMILIES)
 @given(data=st.data())
 @few
 def test_flops_are_the_exact_count_at_whole_numbers(family: str, data: st.DataObject) -> None:

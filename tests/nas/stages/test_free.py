@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import nas.searchers.measure
+import nas.searchers.judge
 import nas.stages.prepare
 import nas.stages.retrain
 import nas.stages.search
@@ -27,7 +27,8 @@ from nas.data.images import Images
 from nas.networks.basis_file import BASIS, read_basis, recorded
 from nas.networks.compact_file import load_compact
 from nas.runs.opened import open_folder
-from nas.searchers.measure import CANDIDATES, Measure
+from nas.searchers.judge import Judge
+from nas.searchers.measure import CANDIDATES
 from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
 from search_spaces.architecture import load_architecture
@@ -191,7 +192,7 @@ def test_every_kind_of_search_ends_in_a_network_within_its_budget(kind: str, wor
 def test_where_nothing_is_to_be_refitted_no_candidate_is(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nas.searchers.measure, "refit", None)
+    monkeypatch.setattr(nas.searchers.judge, "refit", None)
     run_search(world.search(tmp_path / "run", refit_images=0, evals=2))
 
 
@@ -208,7 +209,7 @@ def test_pictures_that_are_all_alike_end_in_a_network_too(world: World, tmp_path
 MOMENTS: dict[str, tuple[Any, str, int, bool]] = {  # module, function, call, after
     "in the calibration": (nas.training.basis, "calibrate", 1, True),
     "once the basis is found": (nas.training.basis, "rewrite", 1, False),
-    "in the second candidate": (nas.searchers.measure, "refit", 2, True),
+    "in the second candidate": (nas.searchers.judge, "refit", 2, True),
     "before the summary": (nas.stages.search, "write_json", 1, False),
 }
 
@@ -243,8 +244,8 @@ def test_7_what_was_measured_is_not_measured_again(
     lines = (folder / CANDIDATES).read_text().splitlines(keepends=True)
     (folder / CANDIDATES).write_text("".join(lines[: 1 + known]))
     measured: list[Any] = []
-    value = Measure._value
-    monkeypatch.setattr(Measure, "_value", lambda self, subnet: (measured.append(subnet), value(self, subnet))[1])
+    timed = Judge.timed
+    monkeypatch.setattr(Judge, "timed", lambda self, subnet: (measured.append(subnet), timed(self, subnet))[1])
     assert_same(run_search(replace(config, output=folder, resume=True)), undisturbed)
     assert len(measured) == 3 - known
     assert (folder / CANDIDATES).read_text().splitlines()[: 1 + known] == [line.strip() for line in lines[: 1 + known]]

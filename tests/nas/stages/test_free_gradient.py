@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import nas.searchers.measure
+import nas.searchers.judge
 import nas.training.loop
 from nas.config import SearchConfig
 from nas.networks.compact_file import load_compact
@@ -77,7 +77,7 @@ def test_7_an_interrupted_search_resumes_to_the_same_run(
     config = replace(config, output=tmp_path / "run")
     with monkeypatch.context() as patch:
         if moment == "while candidates are measured":
-            patch.setattr(nas.searchers.measure, "refit", Interrupt(nas.searchers.measure.refit, 2))
+            patch.setattr(nas.searchers.judge, "refit", Interrupt(nas.searchers.judge.refit, 2))
         else:
             call = 3 if moment == "in the first epoch" else 6
             patch.setattr(nas.training.loop, "update_weights", Interrupt(nas.training.loop.update_weights, call))
@@ -85,7 +85,7 @@ def test_7_an_interrupted_search_resumes_to_the_same_run(
             run_search(config)
     assert (tmp_path / "run" / START).exists() == (moment != "while candidates are measured")
     if moment != "while candidates are measured":
-        monkeypatch.setattr(nas.searchers.measure, "refit", None)  # what began does not look for it again
+        monkeypatch.setattr(nas.searchers.judge, "refit", None)  # what began does not look for it again
     folder = run_search(replace(config, resume=True))
     assert_same_run(folder, undisturbed)
     assert (folder / START).read_text() == (undisturbed / START).read_text()

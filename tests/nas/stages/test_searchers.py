@@ -14,7 +14,8 @@ import nas.searchers.measure
 import nas.stages.front
 from nas.config import SearchConfig
 from nas.methods.table import TRAININGS
-from nas.searchers.measure import CANDIDATES, Measure
+from nas.searchers.judge import Judge
+from nas.searchers.measure import CANDIDATES
 from nas.searchers.table import SEARCHERS
 from nas.stages.front import FRONT
 from nas.stages.retrain import run_retrain
@@ -130,8 +131,8 @@ def test_7_what_was_measured_is_not_measured_again(
     known = min(known, len(lines) - 2)
     (folder / CANDIDATES).write_text("".join(lines[: 1 + known]))
     measured: list[Any] = []
-    value = Measure._value
-    monkeypatch.setattr(Measure, "_value", lambda self, subnet: (measured.append(subnet), value(self, subnet))[1])
+    timed = Judge.timed
+    monkeypatch.setattr(Judge, "timed", lambda self, subnet: (measured.append(subnet), timed(self, subnet))[1])
     assert_same(run_search(replace(config, output=folder, resume=True)), finished)
     assert len(measured) == len(lines) - 1 - known
 

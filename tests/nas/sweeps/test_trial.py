@@ -275,13 +275,13 @@ def test_asha_ends_what_falls_behind_among_networks_of_one_cost() -> None:
     scheduler.on_trial_remove(None, seen[1])
 
 
-def test_ray_is_imported_for_sweeps_alone() -> None:
+def test_ray_is_imported_for_sweeps_and_for_spread_candidates_alone() -> None:
     sources = [
         *ROOT.glob("*.py"),
         *(p for room in ("nas", "supernets", "search_spaces") for p in (ROOT / room).rglob("*.py")),
     ]
     users = {p.name for p in sources if re.search(r"^\s*(import|from) ray\b", p.read_text(), re.MULTILINE)}
-    assert users == {"sweep.py", "ray_tune.py", "trial.py", "trials.py"}
+    assert users == {"cluster.py", "spread.py", "sweep.py", "ray_tune.py", "trial.py", "trials.py"}
 
 
 def test_a_job_travels_as_plain_values(tmp_path: Path) -> None:
