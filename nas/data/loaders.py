@@ -49,6 +49,7 @@ class Batching:
     """How batches are drawn. smoothing: of labels that mixup mixes. held_out: draw from the held-out part as well.
 
     apart: of the training images in the order of calibration so many, the first, are not trained on; a stream's are.
+    trains: whether epochs are to come; where none are, the images need not make one batch.
     """
 
     size: int
@@ -56,6 +57,7 @@ class Batching:
     smoothing: float = 0.0
     held_out: bool = False
     apart: int = 0
+    trains: bool = True
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def make_loaders(
     spec = loader_spec(options, supernet.backbone, supernet.adapter.input_size, batching.size)
     as_evaluated = replace(spec, batch_size=CALIBRATION_BATCH)
     shard: dict[str, Any] = {"spec": spec, "device": device, "rank": rank(), "world_size": world_size()}
+    trained = shard | {"spec": spec if batching.trains else replace(spec, drop_last=False)}
     mixup = mixup_fn(
         max(splits.num_classes, 1),
         options.mixup or 0.0,
@@ -153,7 +156,7 @@ def make_loaders(
         smoothing=batching.smoothing,
     )
     return Loaders(
-        train=train_loader(without_first(splits.train, batching), seed=batching.seed, **shard),
+        train=train_loader(without_first(splits.train, batching), seed=batching.seed, **trained),
         val=None if splits.val is None else eval_loader(splits.val, **shard),
         test=eval_loader(splits.test, **shard),
         arch=train_loader(splits.val, seed=batching.seed, **shard) if batching.held_out else None,

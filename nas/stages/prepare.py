@@ -71,10 +71,11 @@ def prepare(
         print(line)
     supernet = supernet.to(b.device)
     apart = b.plan.deciding if b.apart else 0
-    batching = Batching(config.batch_size or 64, config.seed, config.smoothing or 0.0, held_out, apart)
+    trains, size = bool(config.epochs), config.batch_size or 64
+    batching = Batching(size, config.seed, config.smoothing or 0.0, held_out, apart, trains)
     loaders = make_loaders(config, batching, splits, supernet, b.device, seen_by)
-    print(data_line(config, splits, loaders, bool(config.epochs)))
-    if config.epochs:
+    print(data_line(config, splits, loaders, trains))
+    if trains:
         print(augmentation_line(config))
     prepared = Prepared(
         b.space,

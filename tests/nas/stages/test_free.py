@@ -80,6 +80,14 @@ def assert_same(folder: Path, undisturbed: Path) -> None:
 # A search
 
 
+def test_fewer_images_than_a_batch_are_enough_where_nothing_is_trained(
+    searched: tuple[SearchConfig, Path], world: World, tmp_path: Path
+) -> None:
+    _, folder = searched
+    few = run_search(world.search(tmp_path / "run", evals=3, batch_size=64))  # of 54 images
+    assert load_architecture(few).blocks == load_architecture(folder).blocks
+
+
 def test_a_search_leaves_what_it_promises(searched: tuple[SearchConfig, Path]) -> None:
     _, folder = searched
     assert_whole(folder)
