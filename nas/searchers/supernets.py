@@ -19,6 +19,7 @@ from search_spaces.errors import UserError
 from supernets.supernet import Supernet
 
 SUBNETS = 2  # drawn in a step
+SCHED = "cosine"  # at a rate that stays what it is, the large network is lost (docs/searchers.md)
 
 
 def sandwich(options: SearchOptions, priced: PricedSpace, supernet: Supernet) -> Sandwich:
@@ -32,10 +33,10 @@ SUPERNETS: dict[str, Callable[[SearchOptions, PricedSpace, Supernet], Objective]
 
 
 def defaults_with(options: SearchOptions, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A searcher's defaults; where it trains a supernet, the epochs are the space's own."""
+    """A searcher's defaults; where it trains a supernet, the epochs are the space's own, and the rate ends at zero."""
     if options.supernet is None:
         return dict(defaults)
-    return {name: value for name, value in defaults.items() if name != "epochs"} | {"subnets": SUBNETS}
+    return {name: value for name, value in defaults.items() if name != "epochs"} | {"subnets": SUBNETS, "sched": SCHED}
 
 
 def check_supernet(options: SearchOptions) -> None:

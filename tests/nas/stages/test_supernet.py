@@ -17,7 +17,7 @@ import nas.training.loop
 from nas.config import SearchConfig
 from nas.data.loaders import shuffled
 from nas.methods.table import TRAININGS
-from nas.runs.folder import SUPERNET
+from nas.runs.folder import SUPERNET, saved_config
 from nas.searchers.measure import CANDIDATES
 from nas.searchers.supernets import SUPERNETS
 from nas.searchers.table import SEARCHERS
@@ -67,6 +67,7 @@ def test_the_supernet_is_trained_and_what_is_taken_is_of_its_weights(
     assert terms <= rows[0].keys()
     arch, before = load_architecture(folder), load_file(str(config.checkpoint))
     assert arch.search["supernet"] == "sandwich" and arch.search["subnets"] == 2 and arch.search["epochs"] == 2
+    assert saved_config(SearchConfig, folder).sched == "cosine"
     after = load_file(folder / SUPERNET)
     assert after.keys() == before.keys() and not any(torch.equal(after[k], t) for k, t in before.items() if t.dim() > 1)
     summary = summary_of(folder)
