@@ -99,6 +99,8 @@ SEARCH_MISTAKES = {
     "a budget above all": ([*VIT, "--budget", "1.5"], ("--budget 1.5", "0 < B <= 1")),
     "a budget twice": ([*VIT, "--budget", "0.5", "--gflops", "1"], ("--budget and --gflops",)),
     "gflops below nothing": ([*VIT, "--gflops", "-1"], ("--gflops -1", "more than 0")),
+    "a seed that no generator takes": ([*VIT, "--seed", "99999999999999999999"], ("--seed 9999", "0 to 4294967295")),
+    "a seed below zero": ([*VIT, "--seed", "-1"], ("--seed -1", "0 to 4294967295")),
     "gflops above the backbone's": ([*VIT, "--gflops", "4"], ("--gflops 4", "the backbone has 0.", "give less")),
     "gflops that are no number": ([*VIT, "--gflops", "nan"], ("--gflops nan", "a finite number")),
     "an output of a name too long": ([*VIT, "--output", "x" * 300], ("--output xxx", "File name too long")),

@@ -25,7 +25,7 @@ from tests.photographs import class_folders
 CLASSES, EPOCHS = 20, 2
 OF_OTHERS = {
     "deit": {"uvc", "free"},
-    "t2t": {"dan", "kcr", "uvc", "free"},
+    "t2t": {"dan", "uvc", "free"},
     "eva": {"joint", "free"},
     "swinv2": {"dan", "free"},
 }

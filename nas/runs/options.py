@@ -10,6 +10,8 @@ from nas.machine.every import every
 from nas.machine.ranges import not_negative
 from search_spaces.errors import UserError
 
+SEEDS = 2**32  # numpy's
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -51,6 +53,8 @@ class RunOptions:
     def check_run(self) -> None:
         """Refuse values that no run can use, and a package that is missing."""
         not_negative(self, "keep")
+        if not 0 <= self.seed < SEEDS:
+            raise UserError(f"--seed {self.seed}; expected a whole number from 0 to {SEEDS - 1}")
         every(self.checkpoint_every, "--checkpoint-every")
         every(self.log_every, "--log-every")
         self.may_skip()

@@ -1,6 +1,7 @@
 """Accuracy and speed of finished networks, from a run's folder or one of its files."""
 
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +161,17 @@ def test_what_leaves_nothing_to_measure_is_refused(run: Path, photographs: Path,
 
 @pytest.mark.slow
 @pytest.mark.skipif(not PRETRAINED.is_file(), reason="shared/pretrained does not lie beside the checkout")
-def test_a_real_network_has_the_accuracy_it_was_given_with() -> None:
-    """75.16 % on 5,000 validation images, by its README; weights in half precision, trained and measured elsewhere."""
+def test_a_real_network_has_about_the_accuracy_it_was_given_with(tmp_path: Path) -> None:
+    """75.16 % on 5,000 validation images, by its README; here on ten of each class, four standard errors wide."""
+    taken: dict[str, int] = {}
+    with tarfile.open(TINY_IMAGENET / "val.tar") as whole, tarfile.open(tmp_path / "val.tar", "w") as few:
+        for member in whole:
+            label = str(Path(member.name).parent)
+            if member.isfile() and taken.setdefault(label, 0) < 10:
+                taken[label] += 1
+                few.addfile(member, whole.extractfile(member))
+    (tmp_path / "train.tar").symlink_to((TINY_IMAGENET / "train.tar").resolve())
     model = ["--model", "vit_small_patch14_dinov2", "--model-kwargs", "img_size=112", "--checkpoint", PRETRAINED]
-    (row,) = validate(*model, "--data-dir", TINY_IMAGENET)["networks"].values()
-    assert row["top1"] == pytest.approx(75.16, abs=0.1)
+    (row,) = validate(*model, "--data-dir", tmp_path)["networks"].values()
+    assert row["top1"] == pytest.approx(75.16, abs=5.5)
     assert row["gflops"] == pytest.approx(1.434, abs=5e-4)

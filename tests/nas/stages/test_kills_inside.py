@@ -26,9 +26,7 @@ RUNS = {  # script, processes, options
     "gradient": ("search.py", 1, "--space vit-dan-nano --alphas 1 2 4 --budget 0.6 --arch-lr 0.3 --workers 2"),
     "channels by score": ("search.py", 2, "--space vit-kcr-nano --budget 0.75 --workers 0"),
     "minimax": ("search.py", 1, "--space vit-uvc-nano --budget 0.5 --warmup-epochs 1 --workers 0"),
-    "factors and counts": ("search.py", 2, "--space vit-joint-nano --budget 0.5 --arch-data val --workers 1"),
     "adjoined": ("retrain.py", 2, "--space vit-an-nano --alpha 2 --model-ema --workers 0"),
-    "plain": ("retrain.py", 1, "--space vit-an-nano --train plain --result best --workers 1"),
 }
 
 
