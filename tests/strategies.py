@@ -175,6 +175,15 @@ def eva_backbones(draw: st.DrawFn) -> nn.Module:
     return randomise(model, draw(SEEDS)).eval()
 
 
+BACKBONES = {
+    "vit": vit_backbones,
+    "swin": swin_backbones,
+    "swinv2": swinv2_backbones,
+    "t2t": t2t_backbones,
+    "eva": eva_backbones,
+}
+
+
 def images(backbone: Any, batch: int = 2, seed: int = 0) -> Tensor:
     """(batch, 3, H, W) normal noise of the size, dtype and device that the backbone expects."""
     parameter = next(backbone.parameters())

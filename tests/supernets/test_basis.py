@@ -26,9 +26,9 @@ from supernets.rotated import StemNorm, StreamNorm
 from supernets.streams import fixed_streams, readings, scalings
 from supernets.supernet import Supernet
 from tests.oracle import LAYER_NORMS, RMS_NORMS, blocks_of, randomise, readers_of
-from tests.strategies import SEEDS, disturb, expected_logits, images, random_basis, rotation
+from tests.strategies import BACKBONES, SEEDS, disturb, expected_logits, images, random_basis, rotation
 from tests.supernets.test_backbones import SUPPORTED, build
-from tests.supernets.test_invariants import FAMILIES, draw_subnet, few, over_families, over_widths, relative
+from tests.supernets.test_invariants import draw_subnet, few, over_families, over_widths, relative
 
 fewer = settings(few, max_examples=6)
 STEMS: dict[str, dict[str, Any]] = {"vit": {"pre_norm": True}}  # a Swin's stem ends in a norm as it is
@@ -72,7 +72,7 @@ def norms_of(model: nn.Module) -> set[type]:
 @given(data=st.data(), seed=SEEDS)
 @few
 def test_4_every_part_of_a_basis_leaves_the_function_unchanged(family: str, data: st.DataObject, seed: int) -> None:
-    backbone = data.draw(FAMILIES[family]()).double()
+    backbone = data.draw(BACKBONES[family]()).double()
     x, plain = images(backbone), Supernet(copy.deepcopy(backbone)).eval()
     before, basis = plain.large(x), random_basis(plain, seed)
     parts = (
@@ -98,7 +98,7 @@ def test_4_every_part_of_a_basis_leaves_the_function_unchanged(family: str, data
 @few
 def test_matrices_stay_as_large_as_they_were(family: str, data: st.DataObject, seed: int) -> None:
     """One number in all channels of a norm or a LayerScale, and the matrices beside it of the same size."""
-    backbone = data.draw(FAMILIES[family]()).double()
+    backbone = data.draw(BACKBONES[family]()).double()
     net = Supernet(copy.deepcopy(backbone)).eval()
     basis = Basis(streams=random_basis(net, seed).streams)
     rewrite(net, basis)
@@ -118,7 +118,7 @@ def test_matrices_stay_as_large_as_they_were(family: str, data: st.DataObject, s
 @given(data=st.data(), seed=SEEDS)
 @few
 def test_timms_own_network_comes_back_whatever_was_trained(family: str, data: st.DataObject, seed: int) -> None:
-    backbone = data.draw(FAMILIES[family]()).double()
+    backbone = data.draw(BACKBONES[family]()).double()
     net = rewritten(backbone, seed)
     x = images(backbone)
     before = backbone.eval()(x)
@@ -172,7 +172,7 @@ def folded(backbone: nn.Module, stages: Iterable[int], got: Mapping[str, Tensor]
 @given(data=st.data(), seed=SEEDS)
 @few
 def test_weights_come_back_to_their_places(family: str, data: st.DataObject, seed: int) -> None:
-    backbone = data.draw(FAMILIES[family]()).double()
+    backbone = data.draw(BACKBONES[family]()).double()
     net = rewritten(backbone, seed)
     state = timm_state(net)
     for name, tensor in folded(backbone, net.adapter.streams, state).items():
@@ -187,7 +187,7 @@ def test_weights_come_back_to_their_places(family: str, data: st.DataObject, see
 def test_0_and_2_subnet_is_the_oracle_and_compact_is_the_subnet(
     family: str, kind: str, data: st.DataObject, seed: int
 ) -> None:
-    backbone = data.draw(FAMILIES[family]()).double()
+    backbone = data.draw(BACKBONES[family]()).double()
     subnet = draw_subnet(data, backbone, kind)
     net = rewritten(backbone, seed)
     x = images(backbone)
@@ -205,7 +205,7 @@ def test_0_and_2_subnet_is_the_oracle_and_compact_is_the_subnet(
 def test_2_in_float32_and_3_flops_and_parameters_are_exact(
     family: str, kind: str, data: st.DataObject, seed: int
 ) -> None:
-    backbone = data.draw(FAMILIES[family]())
+    backbone = data.draw(BACKBONES[family]())
     subnet = draw_subnet(data, backbone, kind)
     net = rewritten(backbone, seed)
     x = images(backbone)
@@ -249,7 +249,7 @@ def new_names(backbone: nn.Module, cut_stages: set[int]) -> set[str]:
 def test_uniform_stages_have_timms_norms_and_whole_ones_nothing_new(
     family: str, data: st.DataObject, seed: int
 ) -> None:
-    backbone = data.draw(FAMILIES[family]()).double()
+    backbone = data.draw(BACKBONES[family]()).double()
     net = rewritten(backbone, seed)
     subnet = data.draw(uniform_slices(net))
     whole = net.identity().stage_widths
@@ -323,7 +323,7 @@ def test_every_accepted_backbone_is_rotated_or_says_why_not(family: str, options
 @given(data=st.data(), seed=SEEDS)
 @few
 def test_the_oracle_of_a_rotated_network_is_timms_own_forward(family: str, data: st.DataObject, seed: int) -> None:
-    backbone = data.draw(FAMILIES[family]()).double()
+    backbone = data.draw(BACKBONES[family]()).double()
     net = rewritten(backbone, seed)
     x = images(backbone)
     assert relative(backbone.eval()(x), expected_logits(backbone, net, net.identity(), x)) <= EXACT

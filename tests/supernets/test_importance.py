@@ -12,8 +12,8 @@ from torch import nn
 from search_spaces.errors import UserError
 from supernets.importance import magnitude_scores, orders_of, permute, taylor_lost, taylor_pass, taylor_scores
 from supernets.supernet import Supernet
-from tests.strategies import images, swin_backbones
-from tests.supernets.test_invariants import FAMILIES, few, over_families, relative
+from tests.strategies import BACKBONES, images, swin_backbones
+from tests.supernets.test_invariants import few, over_families, relative
 
 
 def random_orders(supernet: Supernet, seed: int) -> dict[str, list[int]]:
@@ -25,7 +25,7 @@ def random_orders(supernet: Supernet, seed: int) -> dict[str, list[int]]:
 @given(data=st.data(), seed=st.integers(0, 1000))
 @few
 def test_4_any_order_leaves_the_function_unchanged(family: str, data: st.DataObject, seed: int) -> None:
-    backbone = data.draw(FAMILIES[family]()).double()
+    backbone = data.draw(BACKBONES[family]()).double()
     supernet = Supernet(backbone).eval()
     x = images(backbone)
     before = supernet.large(x)
@@ -40,7 +40,7 @@ def test_4_any_order_leaves_the_function_unchanged(family: str, data: st.DataObj
 @given(data=st.data())
 @few
 def test_order_sorts_every_group_by_its_own_score(family: str, data: st.DataObject) -> None:
-    supernet = Supernet(data.draw(FAMILIES[family]())).eval()
+    supernet = Supernet(data.draw(BACKBONES[family]())).eval()
     permute(supernet, orders_of(magnitude_scores(supernet)))
     for name, scores in magnitude_scores(supernet).items():
         assert torch.all(scores[:-1] >= scores[1:] - 1e-9 * scores[:-1].abs()), name
@@ -87,7 +87,7 @@ def test_taylor_scores_are_weight_times_gradient_and_leave_no_gradients() -> Non
 @few
 def test_inside_a_head_count_readers_and_writers_of_its_channels(family: str, data: st.DataObject) -> None:
     """Rows of q and k, with their norms; of v, with the columns of the projection and the norm before it."""
-    backbone = data.draw(FAMILIES[family]())
+    backbone = data.draw(BACKBONES[family]())
     supernet = Supernet(backbone).eval()
     x = images(backbone, 4)
     scores = taylor_pass(supernet, [(x, torch.zeros(4, dtype=torch.long))], nn.functional.cross_entropy, inside=True)

@@ -14,25 +14,14 @@ from supernets.compact import cut
 from supernets.supernet import Supernet
 from tests.oracle import oracle_logits
 from tests.strategies import (
+    BACKBONES,
     block_shapes,
-    eva_backbones,
     general_slices,
     images,
     prefix_slices,
-    swin_backbones,
-    swinv2_backbones,
-    t2t_backbones,
-    vit_backbones,
 )
 
-FAMILIES = {
-    "vit": vit_backbones,
-    "swin": swin_backbones,
-    "swinv2": swinv2_backbones,
-    "t2t": t2t_backbones,
-    "eva": eva_backbones,
-}
-over_families = pytest.mark.parametrize("family", FAMILIES)
+over_families = pytest.mark.parametrize("family", BACKBONES)
 over_widths = pytest.mark.parametrize("kind", ["stream", "inner", "general"])
 few = settings(
     max_examples=12,
@@ -57,7 +46,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @given(data=st.data())
 @few
 def test_1_identity_is_the_backbone_to_the_bit(family: str, data: st.DataObject) -> None:
-    backbone = data.draw(FAMILIES[family]())
+    backbone = data.draw(BACKBONES[family]())
     supernet = Supernet(backbone).eval()
     x = images(backbone)
     large, small = supernet(x)
@@ -68,7 +57,7 @@ def test_1_identity_is_the_backbone_to_the_bit(family: str, data: st.DataObject)
 @given(data=st.data())
 @few
 def test_1_fused_window_attention_is_timms_own(family: str, data: st.DataObject) -> None:
-    backbone = data.draw(FAMILIES[family]())
+    backbone = data.draw(BACKBONES[family]())
     x = images(backbone)
     ours = Supernet(copy.deepcopy(backbone)).eval().large(x)
     assert relative(backbone(x), ours) < 1e-5
@@ -79,7 +68,7 @@ def test_1_fused_window_attention_is_timms_own(family: str, data: st.DataObject)
 @given(data=st.data())
 @few
 def test_0_and_2_subnet_is_the_oracle_and_compact_is_the_subnet(family: str, kind: str, data: st.DataObject) -> None:
-    backbone = data.draw(FAMILIES[family]())
+    backbone = data.draw(BACKBONES[family]())
     subnet = draw_subnet(data, backbone, kind)
     x = images(backbone)
     supernet = Supernet(copy.deepcopy(backbone)).eval()
@@ -95,7 +84,7 @@ def test_0_and_2_subnet_is_the_oracle_and_compact_is_the_subnet(family: str, kin
 @given(data=st.data())
 @few
 def test_3_flops_and_parameters_are_exact(family: str, kind: str, data: st.DataObject) -> None:
-    backbone = data.draw(FAMILIES[family]())
+    backbone = data.draw(BACKBONES[family]())
     supernet = Supernet(backbone)
     subnet = draw_subnet(data, backbone, kind)
     compact = cut(backbone, subnet).eval()
@@ -109,7 +98,7 @@ def test_3_flops_and_parameters_are_exact(family: str, kind: str, data: st.DataO
 @given(data=st.data())
 @few
 def test_6_large_and_small_share_their_parameters(family: str, data: st.DataObject) -> None:
-    backbone = data.draw(FAMILIES[family]())
+    backbone = data.draw(BACKBONES[family]())
     supernet = Supernet(backbone)
     assert {id(p) for p in supernet.parameters()} == {id(p) for p in backbone.parameters()}
     subnet = draw_subnet(data, backbone, "stream")
@@ -131,7 +120,7 @@ def test_6_large_and_small_share_their_parameters(family: str, data: st.DataObje
 @given(data=st.data())
 @few
 def test_compact_keeps_the_backbones_names(family: str, kind: str, data: st.DataObject) -> None:
-    backbone = data.draw(FAMILIES[family]())
+    backbone = data.draw(BACKBONES[family]())
     subnet = draw_subnet(data, backbone, kind)
     compact = cut(backbone, subnet)
     assert set(compact.state_dict()) <= set(backbone.state_dict())

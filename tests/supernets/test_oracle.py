@@ -28,20 +28,16 @@ from supernets.t2t_vit import T2TViT
 from tests import oracle
 from tests.oracle import SWIN_MUTANTS, VIT_MUTANTS, Mutant, kept_weights, oracle_logits, randomise
 from tests.strategies import (
+    BACKBONES,
     SEEDS,
     block_shapes,
-    eva_backbones,
     general_slices,
     images,
     prefix_slices,
-    swin_backbones,
-    swinv2_backbones,
-    t2t_backbones,
-    vit_backbones,
 )
 
 few = settings(max_examples=20, deadline=None)
-backbones = st.one_of(vit_backbones(), swin_backbones(), swinv2_backbones(), t2t_backbones(), eva_backbones())
+backbones = st.one_of([make() for make in BACKBONES.values()])
 
 
 def vit(divisor: int = 1, **options: Any) -> nn.Module:

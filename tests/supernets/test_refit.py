@@ -112,12 +112,12 @@ def test_11_a_cut_that_removes_nothing_changes_no_weight(
     assert values.keys() == {f"{name}.{leaf}" for name in layers for leaf in ("weight", "bias")} & there | parted
 
 
-@pytest.mark.parametrize("family", test_invariants.FAMILIES)
+@pytest.mark.parametrize("family", test_invariants.BACKBONES)
 @given(data=st.data())
 @few
 def test_11_whatever_the_network(family: str, data: st.DataObject) -> None:
     """Norms of q and k, after heads and neurons; RMS norms; no bias; registers; two classifiers."""
-    supernet = Supernet(data.draw(test_invariants.FAMILIES[family]()).double()).eval()
+    supernet = Supernet(data.draw(test_invariants.BACKBONES[family]()).double()).eval()
     if data.draw(st.booleans()):
         rewrite(supernet, random_basis(supernet, 0))
     subnet = supernet.identity()
@@ -406,11 +406,11 @@ def test_a_rotation_makes_no_difference_where_the_stream_stays_whole(family: str
 # What is written
 
 
-@pytest.mark.parametrize("family", test_invariants.FAMILIES)
+@pytest.mark.parametrize("family", test_invariants.BACKBONES)
 @given(data=st.data(), seed=st.integers(0, 1000))
 @few
 def test_exactly_the_entries_of_a_slice_are_written(family: str, data: st.DataObject, seed: int) -> None:
-    supernet = Supernet(data.draw(test_invariants.FAMILIES[family]()).double())
+    supernet = Supernet(data.draw(test_invariants.BACKBONES[family]()).double())
     subnet = data.draw(general_slices(block_shapes(supernet.backbone)))
     with torch.no_grad():
         own = compact_parameters(supernet.adapter, subnet)

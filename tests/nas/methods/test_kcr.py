@@ -47,24 +47,13 @@ from tests.nas.kernels import (
 )
 from tests.oracle import randomise
 from tests.strategies import (
-    eva_backbones,
+    BACKBONES,
     expected_logits,
     images,
     random_basis,
-    swin_backbones,
-    swinv2_backbones,
-    t2t_backbones,
-    vit_backbones,
 )
 
-FAMILIES = {
-    "vit": vit_backbones,
-    "swin": swin_backbones,
-    "swinv2": swinv2_backbones,
-    "t2t": t2t_backbones,
-    "eva": eva_backbones,
-}
-over_families = pytest.mark.parametrize("family", FAMILIES)
+over_families = pytest.mark.parametrize("family", BACKBONES)
 over_methods = pytest.mark.parametrize(
     ("method", "width"), [("kcr", "stream"), ("joint", "stream"), ("joint", "inner")]
 )
@@ -89,7 +78,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @given(data=st.data())
 @few
 def test_5_one_hot_mixture_is_the_subnet(family: str, method: str, width: str, basis: str, data: st.DataObject) -> None:
-    timm = data.draw(FAMILIES[family]()).double()
+    timm = data.draw(BACKBONES[family]()).double()
     backbone, seed = copy.deepcopy(timm), data.draw(st.integers(0, 99))
     objective = search_of(backbone, method, width, seed=seed).double()
     if basis == "rotated":
@@ -113,7 +102,7 @@ def test_5_one_hot_mixture_is_the_subnet(family: str, method: str, width: str, b
 def test_2_and_3_compact_is_the_subnet_and_costs_what_was_counted(
     family: str, method: str, width: str, data: st.DataObject
 ) -> None:
-    backbone = data.draw(FAMILIES[family]())
+    backbone = data.draw(BACKBONES[family]())
     objective = search_of(copy.deepcopy(backbone), method, width)
     subnet = subnet_of(objective, data.draw(some_picks(objective.costs.space)), full_stage_width=False)
     supernet = objective.supernet.eval()
