@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape, BlockSlice
 from supernets.axes import BlockAxes, HalfAxes, HeadWidths, Params, head_widths
-from supernets.compact_swin import CompactWindowAttention, CompactWindowBlock, relative_bias
+from supernets.compact_swin import CompactWindowAttention, CompactWindowBlock
 from supernets.flops import BlockCosts
 from supernets.layers import fused_qkv, joined_bias, late_norm, linear, mlp, on_channels
+from supernets.relative import relative_bias
 from supernets.swin import SwinAdapter, attend_windows, placed, quadrants, windowed
 from supernets.timm_block import ATTENTION, MLP, has_attn
 
