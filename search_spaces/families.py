@@ -67,5 +67,12 @@ FAMILIES: dict[str, Family] = {
             NANO_VIT,
             defaults=SMALL_RATE,
         ),
+        Family(
+            "beit",
+            "beitv2_base_patch16_224.in1k_ft_in22k_in1k",
+            "beitv2_base_patch16_224",
+            NANO_VIT,
+            defaults=SMALL_RATE,
+        ),
     )
 }

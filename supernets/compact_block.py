@@ -22,7 +22,13 @@ class SkippedBlock(nn.Identity):
     """In place of a block that is skipped whole: its input, whatever else blocks are handed."""
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Tensor | None = None,
+        shared_rel_pos_bias: Tensor | None = None,
+        shared_rel_pos: Tensor | None = None,
     ) -> Tensor:
         return x
 

@@ -85,7 +85,8 @@ def heads_of(attn: Any) -> HeadWidths:
     """
     found = getattr(attn, "heads", None)
     if not isinstance(found, HeadWidths):
-        return HeadWidths(attn.num_heads, attn.head_dim, attn.head_dim)
+        head_dim = attn.proj.in_features // attn.num_heads
+        return HeadWidths(attn.num_heads, head_dim, head_dim)
     return found if isinstance(found.v, int) else replace(found, v=found.v[0])
 
 
@@ -152,7 +153,10 @@ class TimmBlockAdapter(Adapter):
 
 
 class NarrowAttention(nn.Module):
-    """timm's Attention whose heads are narrower than they were, Q and K, V, or V head by head (2.5, 2.9)."""
+    """timm's Attention whose heads are narrower than they were, Q and K, V, or V head by head (2.5, 2.9).
+
+    Norms that the one it is made of has no place for are left out.
+    """
 
     qkv: Any
     q_norm: Any
@@ -170,6 +174,9 @@ class NarrowAttention(nn.Module):
         super().__init__()
         for name, child in attn.named_children():
             setattr(self, name, child)
+        for name in ("q_norm", "k_norm", "norm"):
+            if not hasattr(self, name):
+                setattr(self, name, nn.Identity())
         self.num_heads, self.head_dim, self.scale = heads.number, heads.qk, attn.scale
         self.v_widths = None if isinstance(heads.v, int) else heads.v
 
@@ -177,6 +184,10 @@ class NarrowAttention(nn.Module):
     def heads(self) -> HeadWidths:
         """As the layers are now: a pruner that cuts them sets num_heads and head_dim, as in timm's attention."""
         return HeadWidths(self.num_heads, self.head_dim, self.v_widths or self.proj.in_features // self.num_heads)
+
+    def projected(self, x: Tensor) -> Tensor:
+        """(B, N, S) -> q, k and v of all heads (B, N, 2hD + hV)."""
+        return self.qkv(x)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, S) -> (B, N, S). attn_mask, is_causal: as torch's scaled_dot_product_attention takes them."""
@@ -193,7 +204,7 @@ class NarrowAttention(nn.Module):
         def norm_qk(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
             return self.q_norm(q), self.k_norm(k)
 
-        x = self.norm(by_width(self.qkv(x), self.heads, attend, norm_qk))
+        x = self.norm(by_width(self.projected(x), self.heads, attend, norm_qk))
         return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]
 
 

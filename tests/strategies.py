@@ -11,6 +11,7 @@ from typing import Any
 import hypothesis.strategies as st
 import torch
 from timm.layers import LayerNorm, RmsNorm
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -175,12 +176,38 @@ def eva_backbones(draw: st.DrawFn) -> nn.Module:
     return randomise(model, draw(SEEDS)).eval()
 
 
+@st.composite
+def beit_backbones(draw: st.DrawFn) -> nn.Module:
+    """A timm Beit with random features and weights, in eval mode."""
+    num_heads = draw(st.sampled_from([2, 3, 4]))
+    model = Beit(
+        img_size=draw(st.sampled_from([32, 48, (32, 48)])),
+        patch_size=16,
+        num_classes=draw(st.integers(2, 7)),
+        global_pool=draw(st.sampled_from(["avg", "token"])),
+        embed_dim=num_heads * draw(st.sampled_from([4, 8])),
+        depth=draw(st.integers(1, 3)),
+        num_heads=num_heads,
+        qkv_bias=draw(st.booleans()),
+        mlp_ratio=draw(st.sampled_from([1, 2, 4])),
+        swiglu_mlp=draw(st.booleans()),
+        scale_mlp=draw(st.booleans()),
+        norm_layer=draw(st.sampled_from([LayerNorm, RmsNorm])),
+        init_values=draw(st.sampled_from([None, 1.0])),
+        use_abs_pos_emb=draw(st.booleans()),
+        use_rel_pos_bias=draw(st.booleans()),
+        use_fc_norm=draw(st.sampled_from([None, True, False])),
+    )
+    return randomise(model, draw(SEEDS)).eval()
+
+
 BACKBONES = {
     "vit": vit_backbones,
     "swin": swin_backbones,
     "swinv2": swinv2_backbones,
     "t2t": t2t_backbones,
     "eva": eva_backbones,
+    "beit": beit_backbones,
 }
 
 

@@ -28,6 +28,7 @@ OF_OTHERS = {
     "t2t": {"dan", "uvc", "free"},
     "eva": {"joint", "free"},
     "swinv2": {"dan", "free"},
+    "beit": {"dan", "free"},
 }
 FULL_SIZE = [
     space

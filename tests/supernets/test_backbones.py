@@ -21,6 +21,7 @@ from timm.layers import (
     SwiGLU,
     SwiGLUPacked,
 )
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -53,6 +54,7 @@ T2T = dict(
     img_size=32, embed_dim=32, depth=2, num_heads=4, num_classes=5, token_dim=8, drop_path_rate=0.0, token_drop_rate=0.0
 )
 ROPE = dict(use_rot_pos_emb=True)
+TABLES = dict(use_abs_pos_emb=False, use_rel_pos_bias=True)
 DINOV3 = dict(
     rope_type="dinov3", rope_rotate_half=True, use_abs_pos_emb=False, init_values=1.0, num_reg_tokens=2,
     dynamic_img_size=True, use_fc_norm=False,
@@ -69,6 +71,7 @@ build: dict[str, Build] = {
     "swinv2": partial(SwinTransformerV2, **SWIN),
     "t2t": partial(T2TViT, **T2T),
     "eva": partial(Eva, **VIT | ROPE),
+    "beit": partial(Beit, **VIT | TABLES),
 }
 
 
@@ -149,7 +152,7 @@ SUPPORTED += [
             ("`num_classes=0`", {"num_classes": 0}),
         )
     ),
-    *(("`num_classes=0`", family, {"num_classes": 0}) for family in ("vit", "swin", "t2t", "eva")),
+    *(("`num_classes=0`", family, {"num_classes": 0}) for family in ("vit", "swin", "t2t", "eva", "beit")),
     ("`num_classes=0`", "vit", AVG | {"num_classes": 0, "fc_norm": False}),
     ("`dynamic_img_size`", "vit", {"dynamic_img_size": True}),
     ("`SwiGLU`, `SwiGLUPacked`, `GluMlp`", "vit", {"mlp_layer": SwiGLU, "scale_mlp_norm": True}),
@@ -190,6 +193,23 @@ SUPPORTED += [
     ("`class_token=False`", "eva", {"class_token": False}),
     ('`rope_type="mrope"`', "eva", {"rope_type": "mrope"}),
     ('`global_pool="avg"`, `"max"`, `"avgmax"`', "eva", {"global_pool": "avgmax"}),
+    *(
+        (words, "beit", options)
+        for words, options in (
+            ("`use_rel_pos_bias`", {"init_values": 0.1}),
+            ("`use_rel_pos_bias`", {"img_size": (32, 48), "drop_rate": 0.1, "attn_drop_rate": 0.1}),
+            ("`use_abs_pos_emb`", {"use_abs_pos_emb": True}),
+            ("`use_abs_pos_emb`", {"use_abs_pos_emb": True, "use_rel_pos_bias": False, "pos_drop_rate": 0.1}),
+            ('`global_pool="avg"` or `"token"`', {"global_pool": "token"}),
+            ("`use_fc_norm`", {"use_fc_norm": False}),
+            ("`use_fc_norm`", {"global_pool": "token", "use_fc_norm": True}),
+            ("`swiglu_mlp`, `scale_mlp`", {"swiglu_mlp": True, "scale_mlp": True, "init_values": 0.1}),
+            ("`swiglu_mlp`, `scale_mlp`", {"scale_mlp": True}),
+            ("`qkv_bias`", {"qkv_bias": False}),
+            ("`norm_layer=RmsNorm`", {"norm_layer": RmsNorm}),
+            ("`in_chans`", {"in_chans": 1}),
+        )
+    ),
 ]
 # words of the row, what the message names, and how the network is made
 REFUSED: list[tuple[str, str, Build]] = [
@@ -224,6 +244,7 @@ REFUSED: list[tuple[str, str, Build]] = [
         "num_kv_heads",
         partial(build["eva"], attn_type="rope", qkv_fused=False, num_kv_heads=2),
     ),
+    ('`global_pool=""`', "without pooling", partial(build["beit"], global_pool="")),
     ("`patch_drop_rate`", "patch_drop_rate", partial(build["eva"], patch_drop_rate=0.5)),
     ('`rope_type="mixed"`', "rope_type=mixed", partial(build["eva"], rope_type="mixed")),
     ("`rope_jitter_coords`", "rope_jitter_coords", partial(build["eva"], rope_jitter_coords=1.5)),
@@ -236,7 +257,6 @@ REFUSED: list[tuple[str, str, Build]] = [
         (f"`{cls}`", cls, partial(timm.create_model, name, **options))
         for cls, name, options in (
             ("SwinTransformerV2Cr", "swinv2_cr_tiny_224", {}),
-            ("Beit", "beit_base_patch16_224", {"depth": 1}),
             ("VisionTransformerRelPos", "vit_relpos_small_patch16_224", {"depth": 1}),
         )
     ),

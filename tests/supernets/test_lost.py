@@ -29,6 +29,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "swinv2": ("swinv2", dict(img_size=16)),
     "t2t": ("t2t", {}),
     "eva": ("eva", {}),
+    "beit": ("beit", {}),
     "eva, fused, not turned": ("eva", dict(qkv_fused=True, use_rot_pos_emb=False, scale_mlp=True)),
 }
 over_networks = pytest.mark.parametrize("network", NETWORKS)

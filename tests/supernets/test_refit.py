@@ -257,6 +257,8 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {  # of a Swin no window is padde
     "swinv2": ("swinv2", dict(img_size=16)),
     "t2t": ("t2t", {}),
     "eva": ("eva", {}),
+    "beit": ("beit", dict(scale_mlp=True)),
+    "beit, gated": ("beit", dict(swiglu_mlp=True, qkv_bias=False, global_pool="token")),
     "eva, attention pooling": ("eva", dict(global_pool="map", attn_pool_num_heads=3)),
     "eva, q, k and v fused": ("eva", dict(qkv_fused=True, scale_mlp=True)),
     "eva, gates in one layer": ("eva", dict(attn_type="rope", swiglu_align_to=0, init_values=None)),

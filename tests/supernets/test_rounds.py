@@ -38,6 +38,7 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "swinv2": ("swinv2", {}),
     "t2t": ("t2t", {}),
     "eva": ("eva", {}),
+    "beit": ("beit", {}),
     "eva, fused": ("eva", dict(qkv_fused=True, swiglu_mlp=False, use_rot_pos_emb=False)),
 }
 over_backbones = pytest.mark.parametrize("backbone", BACKBONES)
