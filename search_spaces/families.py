@@ -74,5 +74,12 @@ FAMILIES: dict[str, Family] = {
             NANO_VIT,
             defaults=SMALL_RATE,
         ),
+        Family(
+            "relpos",
+            "vit_relpos_base_patch16_224.sw_in1k",
+            "vit_relpos_small_patch16_224",
+            dict(NANO_VIT, init_values=0.1),
+            defaults=SMALL_RATE,
+        ),
     )
 }

@@ -1,4 +1,4 @@
-"""timm's Beit (BEiT, BEiT v2) as a backbone: a table of relative positions in every block. One stage."""
+"""timm's Beit (BEiT, BEiT v2) as a backbone: tables of relative positions. One stage."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,7 +7,6 @@ from typing import Any
 from timm.models.beit import Attention, Block
 from torch import Tensor, nn
 
-from supernets.adapter import refuse
 from supernets.axes import BlockAxes, HeadWidths, Params
 from supernets.biased_vit import BiasedVitAdapter, CompactBiasedAttention
 from supernets.compact_eva import CompactEvaBlock
@@ -33,8 +32,12 @@ class CompactBeitAttention(CompactBiasedAttention):
     def __init__(self, attn: Any, heads: HeadWidths) -> None:
         super().__init__(attn, heads)
         self.window_size = attn.window_size
-        if self.window_size is not None:
+        if self.has_own:
             self.register_buffer("relative_position_index", attn.relative_position_index, persistent=False)
+
+    @property
+    def has_own(self) -> bool:
+        return self.window_size is not None
 
     def bias_parameters(self) -> tuple[nn.Parameter, ...]:
         return (self.relative_position_bias_table,)
@@ -46,9 +49,9 @@ class CompactBeitAttention(CompactBiasedAttention):
         qkv: Tensor = self.qkv(x)
         return qkv + joined_bias(self.q_bias, self.v_bias) if hasattr(self, "q_bias") else qkv
 
-    def forward(self, x: Tensor, shared_rel_pos_bias: None = None) -> Tensor:  # type: ignore[override]
-        """(B, N, S) -> (B, N, S)."""
-        return super().forward(x, None if self.window_size is None else self._cached_bias(x.dtype))
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """(B, N, S) -> (B, N, S). shared_rel_pos_bias: (H, N, N), of as many heads as the backbone has."""
+        return self.attend(x, shared_rel_pos_bias)
 
 
 class BeitAdapter(BiasedVitAdapter):
@@ -60,16 +63,15 @@ class BeitAdapter(BiasedVitAdapter):
     plain_attention = "use timm's Attention of Beit"
     layer_scales = ("gamma_1", "gamma_2")
     compact_block = CompactEvaBlock
-
-    def _check(self, backbone: Any) -> None:
-        super()._check(backbone)
-        if backbone.rel_pos_bias is not None:
-            raise refuse(backbone, "use_shared_rel_pos_bias", "use use_rel_pos_bias, a table for every block")
+    shared = "rel_pos_bias"
 
     def stem(self, params: Params, images: Tensor) -> Tensor:
         return self.backbone.pos_drop(self.embed(params, images))  # type: ignore[no-any-return]
 
-    def bias(self, block: Any, params: Params) -> Tensor | None:
+    def shared_bias(self) -> Tensor:
+        return self.backbone.rel_pos_bias()  # type: ignore[no-any-return]
+
+    def own_bias(self, block: Any, params: Params) -> Tensor | None:
         table = params.get("attn.relative_position_bias_table")
         return None if table is None else relative_bias(table, block.attn.relative_position_index).contiguous()
 

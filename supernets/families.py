@@ -8,6 +8,7 @@ from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from search_spaces.errors import UserError
@@ -15,6 +16,7 @@ from supernets.adapter import Adapter
 from supernets.beit import BeitAdapter
 from supernets.eva import EvaAdapter
 from supernets.feature_head import with_feature_head
+from supernets.relpos import RelPosAdapter
 from supernets.swin import SwinAdapter
 from supernets.swin_v2 import SwinV2Adapter
 from supernets.t2t import T2TAdapter
@@ -46,6 +48,7 @@ ADAPTED: dict[str, Adapted] = {
     "t2t": Adapted((T2TViT,), T2TAdapter),
     "eva": Adapted((Eva,), EvaAdapter),
     "beit": Adapted((Beit,), BeitAdapter),
+    "relpos": Adapted((VisionTransformerRelPos,), RelPosAdapter),
 }
 
 

@@ -13,7 +13,7 @@ from search_spaces.slices import BlockShape, BlockSlice
 from supernets.adapter import Adapter, refuse
 from supernets.axes import BlockAxes, HalfAxes, HeadWidths, Params, head_widths
 from supernets.compact_block import CompactBlock, SkippedBlock, not_scriptable
-from supernets.layers import by_width, layer_scale, mlp, norm, on_channels
+from supernets.layers import by_width, late_norm, layer_scale, mlp, norm, on_channels
 from supernets.rotated import StemLayer, StemNorm, StreamNorm
 
 ATTENTION = HalfAxes(
@@ -56,6 +56,13 @@ MLP = HalfAxes(
     outputs=("ls2", "mlp.fc2"),
     late_norms=("mlp.norm",),
     norm="norm2",
+)
+LATE_MLP = replace(  # of a block that adds norm2(mlp(x))
+    MLP,
+    axes=dict(MLP.axes) | {"norm2.weight": ("R",), "norm2.bias": ("R",)},
+    outputs=("norm2", "mlp.fc2"),
+    late_norms=("norm2",),
+    norm=None,
 )
 PACKED = {"mlp.fc1.weight": ("2M", "R"), "mlp.fc1.bias": ("2M",)}  # of a GluMlp: what is gated and its gate
 
@@ -117,25 +124,33 @@ def check_compact(backbone: nn.Module, block: nn.Module, name: str, stage_width:
 
 
 class TimmBlockAdapter(Adapter):
-    """A family of such blocks; what it says of itself is its attention."""
+    """A family of such blocks; what it says of itself is its attention. Norms stand before the halves or end them."""
 
     block_axes = BlockAxes(ATTENTION, MLP)
     layer_scales = ("ls1.gamma", "ls2.gamma")  # of both halves, where there are any
 
     @abstractmethod
     def attend(self, block: Any, params: Params, heads: HeadWidths, x: Tensor) -> Tensor:
-        """The block's attention on its normed slice, before LayerScale and the residual."""
+        """The block's attention on what it reads of its slice, before LayerScale or norm and the residual."""
 
     def attention_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
-        y_S = self.attend(block, params, head_widths(kept, shape), norm(block.norm1, params, "norm1", z_S))
+        heads, late = head_widths(kept, shape), self.block_axes.attn.norm is None
+        y_S = self.attend(block, params, heads, z_S if late else norm(block.norm1, params, "norm1", z_S))
+        if late:
+            return late_norm(block.norm1, params, "norm1", y_S)
         return layer_scale(params, self.layer_scales[0], y_S)
 
     def mlp_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
-        def after_norm(h_R: Tensor) -> Tensor:
-            return layer_scale(params, self.layer_scales[1], mlp(block.mlp, params, h_R))
+        late = self.block_axes.mlp.norm is None
 
-        h_S = norm(block.norm2, params, "norm2", z_S)
-        return on_channels(after_norm, h_S, kept.mlp_stream, writes="mlp.fc2.weight" in params)
+        def half(h_R: Tensor) -> Tensor:
+            y_R = mlp(block.mlp, params, h_R)
+            if late:
+                return late_norm(block.norm2, params, "norm2", y_R)
+            return layer_scale(params, self.layer_scales[1], y_R)
+
+        h_S = z_S if late else norm(block.norm2, params, "norm2", z_S)
+        return on_channels(half, h_S, kept.mlp_stream, writes="mlp.fc2.weight" in params)
 
     def head_parts(self, block: Any) -> dict[str, str]:
         taken: dict[str, str] = {}

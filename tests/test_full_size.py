@@ -29,6 +29,7 @@ OF_OTHERS = {
     "eva": {"joint", "free"},
     "swinv2": {"dan", "free"},
     "beit": {"dan", "free"},
+    "relpos": {"dan", "free"},
 }
 FULL_SIZE = [
     space

@@ -39,6 +39,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "beit-free-nano": (
         "beit_base_patch16_224", dict(img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=5),
     ),
+    "relpos-free-nano": (
+        "vit_srelpos_small_patch16_224",
+        dict(img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=5),
+    ),
 }  # fmt: skip
 over_spaces = pytest.mark.parametrize("space", MODELS)
 

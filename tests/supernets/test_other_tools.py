@@ -242,7 +242,7 @@ def followed(family: str, kind: str, inside: bool, stream: bool) -> bool:
 
     Where a Swin V2's heads differ from block to block, its search for a group does not come to an end.
     """
-    if family == "beit":
+    if family in ("beit", "relpos"):
         return not inside
     return family != "eva" and not (family == "swinv2" and (inside or stream or kind == "uneven"))
 

@@ -29,6 +29,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "t2t": ("t2t", {}),
     "eva": ("eva", {}),
     "beit": ("beit", dict(scale_mlp=True)),
+    "relpos": ("relpos", {}),
+    "relpos, one network": ("relpos", dict(shared_rel_pos=True)),
     "eva, fused, norms inside": ("eva", dict(qkv_fused=True, scale_mlp=True, scale_attn_inner=True, qk_norm=True)),
 }
 
