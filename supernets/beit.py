@@ -32,12 +32,9 @@ class CompactBeitAttention(CompactBiasedAttention):
     def __init__(self, attn: Any, heads: HeadWidths) -> None:
         super().__init__(attn, heads)
         self.window_size = attn.window_size
+        self.has_own = self.window_size is not None
         if self.has_own:
             self.register_buffer("relative_position_index", attn.relative_position_index, persistent=False)
-
-    @property
-    def has_own(self) -> bool:
-        return self.window_size is not None
 
     def bias_parameters(self) -> tuple[nn.Parameter, ...]:
         return (self.relative_position_bias_table,)

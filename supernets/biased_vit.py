@@ -32,9 +32,10 @@ def columns(attn: Any, heads: HeadWidths) -> Kept:
 class CompactBiasedAttention(CachedBias, NarrowAttention):
     """Attention of a compact network of these. Children and parameters keep timm's names.
 
-    columns: its heads in the bias that all blocks read.
+    columns: its heads in the bias that all blocks read. has_own: whether it has one of its own.
     """
 
+    has_own: bool
     index: Tensor | None
 
     def __init__(self, attn: Any, heads: HeadWidths) -> None:
@@ -46,11 +47,6 @@ class CompactBiasedAttention(CachedBias, NarrowAttention):
         prefix = isinstance(self.columns, int)
         index = None if prefix else torch.tensor(self.columns, device=self.proj.weight.device)
         self.register_buffer("index", index, persistent=False)
-
-    @property
-    @abstractmethod
-    def has_own(self) -> bool:
-        """Whether it has a bias of its own."""
 
     def position_bias(self) -> Tensor:
         """Its own, (1, h, N, N)."""

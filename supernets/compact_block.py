@@ -18,8 +18,19 @@ def not_scriptable(module: nn.Module) -> nn.Module:
     )
 
 
+class NoAttention:
+    """What timm asks for in the attention of a block, where it changes the input size and the block has none."""
+
+    rel_pos = None
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """There is no bias of positions."""
+
+
 class SkippedBlock(nn.Identity):
     """In place of a block that is skipped whole: its input, whatever else blocks are handed."""
+
+    attn = NoAttention()
 
     def forward(
         self,
@@ -66,6 +77,8 @@ class CompactBlock(nn.Module):
         for name, p in block.named_parameters(recurse=False):
             if axes.has(name, kept):
                 self.register_parameter(name, p)
+        if not kept.attn:
+            self.attn = NoAttention()
         self.mlp_stream = kept.num_mlp_stream()
         index = None if isinstance(kept.mlp_stream, int | None) else torch.tensor(kept.mlp_stream)
         self.register_buffer("mlp_index", index, persistent=False)

@@ -133,7 +133,7 @@ def check_orders(supernet: Supernet, orders: Orders) -> None:
     stay = fixed_orders(supernet)
     for name, order in orders.items():
         if name in stay and order != sorted(order):
-            raise UserError(f"importance order '{name}': heads that all blocks read one bias for cannot be sorted")
+            raise UserError(f"importance order '{name}': all blocks read one bias by head, whose order stays")
         if known.get(name) != len(order):
             raise UserError(
                 f"importance order '{name}' sorts {len(order)} units, the backbone has {known.get(name, 'none')};"

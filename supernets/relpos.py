@@ -65,16 +65,13 @@ class CompactRelPosAttention(CompactBiasedAttention):
 
     def __init__(self, attn: Any, heads: HeadWidths) -> None:
         super().__init__(attn, heads)
-        if not hasattr(self, "rel_pos"):
+        self.has_own = hasattr(self, "rel_pos")
+        if not self.has_own:
             self.rel_pos = None  # all blocks read one
             return
         self.rel_pos.bias_shape = (*self.rel_pos.bias_shape[:2], heads.number)
         if hasattr(self.rel_pos, "num_heads"):
             self.rel_pos.num_heads = heads.number
-
-    @property
-    def has_own(self) -> bool:
-        return self.rel_pos is not None
 
     def bias_parameters(self) -> tuple[nn.Parameter, ...]:
         return tuple(self.rel_pos.parameters())

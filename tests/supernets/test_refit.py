@@ -107,7 +107,11 @@ def test_11_a_cut_that_removes_nothing_changes_no_weight(
     with written(supernet, subnet, values):
         assert relative(expected, supernet.large(x)) < (1e-10 if dtype is torch.float64 else 1e-4)
     layers = {name for name, module in supernet.backbone.named_modules() if isinstance(module, nn.Linear)}
-    layers = {name for name in layers if not name.startswith("tokens_to_token") and not ("cpb_mlp" in name or "rel_pos" in name)}
+    layers = {
+        name
+        for name in layers
+        if not name.startswith("tokens_to_token") and not ("cpb_mlp" in name or "rel_pos" in name)
+    }
     there = {name for name, _ in supernet.backbone.named_parameters()}
     parted = {name for name in there if name.endswith(("attn.q_bias", "attn.v_bias"))}
     assert values.keys() == {f"{name}.{leaf}" for name in layers for leaf in ("weight", "bias")} & there | parted
