@@ -238,7 +238,7 @@ BY_TORCH_PRUNING = [
 
 
 def followed(family: str, kind: str, inside: bool, stream: bool) -> bool:
-    """Not rotary embeddings; of a Swin V2 and a Beit not heads (as of timm's: biases of their own), nor a V2's stream.
+    """Not rotary embeddings; of a Swin V2, Beit and RelPos not heads (nor of timm's: biases apart), nor a V2's stream.
 
     Where a Swin V2's heads differ from block to block, its search for a group does not come to an end.
     """
