@@ -128,6 +128,7 @@ def test_two_processes_train_as_one(pairs: dict[str, tuple[Path, Path]], name: s
     assert bool(a_arch.permutation) != bool(a_arch.basis)
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_basis_of_one(pairs: dict[str, tuple[Path, Path]]) -> None:
     """On the same images, which process 0 alone looks at; the size of its batches is in the last digits."""
     for name in ("rotated", "adjoined-rotated"):
@@ -142,6 +143,7 @@ def test_two_processes_find_the_basis_of_one(pairs: dict[str, tuple[Path, Path]]
         )
 
 
+@pytest.mark.slow
 def test_the_runs_differ_where_they_should(pairs: dict[str, tuple[Path, Path]]) -> None:
     """Two processes did take part: each saw half of the batch, and only one wrote."""
     one, two = pairs["dan"]
@@ -151,6 +153,7 @@ def test_the_runs_differ_where_they_should(pairs: dict[str, tuple[Path, Path]]) 
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_resume_keeps_the_global_batch(pairs: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
     import nas.runs.folder
 
