@@ -12,6 +12,7 @@ import timm
 import torch
 
 import nas
+from benchmarks import families
 from nas.config import RetrainConfig, SearchConfig
 from nas.machine.files import write_json
 from nas.networks.weights import load_weights, save_weights
@@ -23,6 +24,7 @@ from search_spaces.errors import UserError
 from supernets.basis import timm_state
 from supernets.supernet import Supernet
 from tests.nas.run_checks import draw_pictures
+from tests.photographs import class_folders
 
 
 def run(name: str, arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
@@ -124,6 +126,34 @@ def test_torch_pruning_meets_the_budget_and_learns(
     assert whole["share"] == 1 and [row["network"] for row in cut] == [f"{kind} 0.5" for kind in kinds]
     assert all(0.4 < row["share"] <= 0.5 and row["params"] < whole["params"] for row in cut)
     assert all(row["epoch"] in (0, 1) and row["best"] == "*" for row in cut)
+
+
+@pytest.mark.slow
+def test_a_network_of_another_family_is_trained_compressed_and_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ("img_size=32", "patch_size=8", "embed_dim=24", "depth=2", "num_heads=2")
+    monkeypatch.setitem(families.NETWORKS, "dinov3", replace(families.NETWORKS["dinov3"], model_kwargs=small))
+    data = class_folders(tmp_path / "data", 4, train=30, val=5)
+    arguments = f"--output {tmp_path / 'out'} --data-dir {data} --networks dinov3 --epochs 1 --budgets 0.7 --threads 1"
+    printed = run("families", f"{arguments} --workers 0", monkeypatch, capsys)
+    base, ours, theirs = (
+        row
+        for way in ("ours", "torch-pruning")
+        for row in json.loads((tmp_path / f"out/dinov3/{way}.json").read_text())
+        if way == "ours" or row["network"] != "unpruned"
+    )
+    assert base["share"] == 1 and base["cut"] == nas_top1(tmp_path / "out/dinov3/base")
+    assert all(0.5 < row["share"] <= 0.7 and row["params"] < base["params"] for row in (ours, theirs))
+    assert theirs["network"] == "neurons 0.7" and "dinov3" in printed
+    weights = (tmp_path / "out/dinov3/base/large.safetensors").stat().st_mtime_ns
+    run("families", f"{arguments} --workers 0", monkeypatch, capsys)
+    assert (tmp_path / "out/dinov3/base/large.safetensors").stat().st_mtime_ns == weights
+
+
+def nas_top1(folder: Path) -> float:
+    """Of the large network, by the run's own table."""
+    return float(json.loads((folder / "summary.json").read_text())["large"]["top1"])
 
 
 def test_without_torch_pruning_one_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
