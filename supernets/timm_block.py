@@ -13,7 +13,7 @@ from search_spaces.slices import BlockShape, BlockSlice
 from supernets.adapter import Adapter, refuse
 from supernets.axes import BlockAxes, HalfAxes, HeadWidths, Params, head_widths
 from supernets.compact_block import CompactBlock, SkippedBlock, not_scriptable
-from supernets.layers import by_width, layer_scale, mlp, norm, on_channels
+from supernets.layers import by_width, late_norm, layer_scale, mlp, norm, on_channels
 from supernets.rotated import StemLayer, StemNorm, StreamNorm
 
 ATTENTION = HalfAxes(
@@ -57,6 +57,13 @@ MLP = HalfAxes(
     late_norms=("mlp.norm",),
     norm="norm2",
 )
+LATE_MLP = replace(  # of a block that adds norm2(mlp(x))
+    MLP,
+    axes=dict(MLP.axes) | {"norm2.weight": ("R",), "norm2.bias": ("R",)},
+    outputs=("norm2", "mlp.fc2"),
+    late_norms=("norm2",),
+    norm=None,
+)
 PACKED = {"mlp.fc1.weight": ("2M", "R"), "mlp.fc1.bias": ("2M",)}  # of a GluMlp: what is gated and its gate
 
 
@@ -85,7 +92,8 @@ def heads_of(attn: Any) -> HeadWidths:
     """
     found = getattr(attn, "heads", None)
     if not isinstance(found, HeadWidths):
-        return HeadWidths(attn.num_heads, attn.head_dim, attn.head_dim)
+        head_dim = attn.proj.in_features // attn.num_heads
+        return HeadWidths(attn.num_heads, head_dim, head_dim)
     return found if isinstance(found.v, int) else replace(found, v=found.v[0])
 
 
@@ -116,25 +124,33 @@ def check_compact(backbone: nn.Module, block: nn.Module, name: str, stage_width:
 
 
 class TimmBlockAdapter(Adapter):
-    """A family of such blocks; what it says of itself is its attention."""
+    """A family of such blocks; what it says of itself is its attention. Norms stand before the halves or end them."""
 
     block_axes = BlockAxes(ATTENTION, MLP)
     layer_scales = ("ls1.gamma", "ls2.gamma")  # of both halves, where there are any
 
     @abstractmethod
     def attend(self, block: Any, params: Params, heads: HeadWidths, x: Tensor) -> Tensor:
-        """The block's attention on its normed slice, before LayerScale and the residual."""
+        """The block's attention on what it reads of its slice, before LayerScale or norm and the residual."""
 
     def attention_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
-        y_S = self.attend(block, params, head_widths(kept, shape), norm(block.norm1, params, "norm1", z_S))
+        heads, late = head_widths(kept, shape), self.block_axes.attn.norm is None
+        y_S = self.attend(block, params, heads, z_S if late else norm(block.norm1, params, "norm1", z_S))
+        if late:
+            return late_norm(block.norm1, params, "norm1", y_S)
         return layer_scale(params, self.layer_scales[0], y_S)
 
     def mlp_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
-        def after_norm(h_R: Tensor) -> Tensor:
-            return layer_scale(params, self.layer_scales[1], mlp(block.mlp, params, h_R))
+        late = self.block_axes.mlp.norm is None
 
-        h_S = norm(block.norm2, params, "norm2", z_S)
-        return on_channels(after_norm, h_S, kept.mlp_stream, writes="mlp.fc2.weight" in params)
+        def half(h_R: Tensor) -> Tensor:
+            y_R = mlp(block.mlp, params, h_R)
+            if late:
+                return late_norm(block.norm2, params, "norm2", y_R)
+            return layer_scale(params, self.layer_scales[1], y_R)
+
+        h_S = z_S if late else norm(block.norm2, params, "norm2", z_S)
+        return on_channels(half, h_S, kept.mlp_stream, writes="mlp.fc2.weight" in params)
 
     def head_parts(self, block: Any) -> dict[str, str]:
         taken: dict[str, str] = {}
@@ -152,7 +168,10 @@ class TimmBlockAdapter(Adapter):
 
 
 class NarrowAttention(nn.Module):
-    """timm's Attention whose heads are narrower than they were, Q and K, V, or V head by head (2.5, 2.9)."""
+    """timm's Attention whose heads are narrower than they were, Q and K, V, or V head by head (2.5, 2.9).
+
+    Norms that the one it is made of has no place for are left out.
+    """
 
     qkv: Any
     q_norm: Any
@@ -170,6 +189,9 @@ class NarrowAttention(nn.Module):
         super().__init__()
         for name, child in attn.named_children():
             setattr(self, name, child)
+        for name in ("q_norm", "k_norm", "norm"):
+            if not hasattr(self, name):
+                setattr(self, name, nn.Identity())
         self.num_heads, self.head_dim, self.scale = heads.number, heads.qk, attn.scale
         self.v_widths = None if isinstance(heads.v, int) else heads.v
 
@@ -177,6 +199,10 @@ class NarrowAttention(nn.Module):
     def heads(self) -> HeadWidths:
         """As the layers are now: a pruner that cuts them sets num_heads and head_dim, as in timm's attention."""
         return HeadWidths(self.num_heads, self.head_dim, self.v_widths or self.proj.in_features // self.num_heads)
+
+    def projected(self, x: Tensor) -> Tensor:
+        """(B, N, S) -> q, k and v of all heads (B, N, 2hD + hV)."""
+        return self.qkv(x)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, S) -> (B, N, S). attn_mask, is_causal: as torch's scaled_dot_product_attention takes them."""
@@ -193,7 +219,7 @@ class NarrowAttention(nn.Module):
         def norm_qk(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
             return self.q_norm(q), self.k_norm(k)
 
-        x = self.norm(by_width(self.qkv(x), self.heads, attend, norm_qk))
+        x = self.norm(by_width(self.projected(x), self.heads, attend, norm_qk))
         return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]
 
 

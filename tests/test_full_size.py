@@ -30,6 +30,8 @@ OF_OTHERS = {
     "t2t": {"dan", "uvc", "free"},
     "eva": {"joint", "free"},
     "swinv2": {"dan", "free"},
+    "beit": {"dan", "free"},
+    "relpos": {"dan", "free"},
 }
 FULL_SIZE = [
     space

@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor
 
 from nas.prices.costs import PricedSpace, priced
@@ -40,6 +42,8 @@ FAMILIES: dict[str, Any] = {
         **dict(img_size=32, num_classes=5, embed_dim=24, depth=3, num_heads=6, mlp_ratio=2, token_dim=8) | kwargs
     ),
     "eva": lambda **kwargs: Eva(**VIT | EVA | kwargs),
+    "beit": lambda **kwargs: Beit(**VIT | dict(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=1.0) | kwargs),
+    "relpos": lambda **kwargs: VisionTransformerRelPos(**VIT | dict(rel_pos_dim=16, init_values=1.0) | kwargs),
 }
 UVC_FAMILIES = [family for family in FAMILIES if family not in UVC.without]
 

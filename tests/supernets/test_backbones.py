@@ -21,6 +21,7 @@ from timm.layers import (
     SwiGLU,
     SwiGLUPacked,
 )
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -32,6 +33,7 @@ from timm.models.vision_transformer import (
     ResPostBlock,
     VisionTransformer,
 )
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,6 +55,10 @@ T2T = dict(
     img_size=32, embed_dim=32, depth=2, num_heads=4, num_classes=5, token_dim=8, drop_path_rate=0.0, token_drop_rate=0.0
 )
 ROPE = dict(use_rot_pos_emb=True)
+SHARED = dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True)
+CLASS = dict(class_token=True, global_pool="token")
+LATE = dict(block_fn=ResPostRelPosBlock)
+TABLES = dict(use_abs_pos_emb=False, use_rel_pos_bias=True)
 DINOV3 = dict(
     rope_type="dinov3", rope_rotate_half=True, use_abs_pos_emb=False, init_values=1.0, num_reg_tokens=2,
     dynamic_img_size=True, use_fc_norm=False,
@@ -69,6 +75,8 @@ build: dict[str, Build] = {
     "swinv2": partial(SwinTransformerV2, **SWIN),
     "t2t": partial(T2TViT, **T2T),
     "eva": partial(Eva, **VIT | ROPE),
+    "beit": partial(Beit, **VIT | TABLES),
+    "relpos": partial(VisionTransformerRelPos, **VIT | dict(rel_pos_dim=8)),
 }
 
 
@@ -149,7 +157,7 @@ SUPPORTED += [
             ("`num_classes=0`", {"num_classes": 0}),
         )
     ),
-    *(("`num_classes=0`", family, {"num_classes": 0}) for family in ("vit", "swin", "t2t", "eva")),
+    *(("`num_classes=0`", family, {"num_classes": 0}) for family in ("vit", "swin", "t2t", "eva", "beit", "relpos")),
     ("`num_classes=0`", "vit", AVG | {"num_classes": 0, "fc_norm": False}),
     ("`dynamic_img_size`", "vit", {"dynamic_img_size": True}),
     ("`SwiGLU`, `SwiGLUPacked`, `GluMlp`", "vit", {"mlp_layer": SwiGLU, "scale_mlp_norm": True}),
@@ -190,6 +198,45 @@ SUPPORTED += [
     ("`class_token=False`", "eva", {"class_token": False}),
     ('`rope_type="mrope"`', "eva", {"rope_type": "mrope"}),
     ('`global_pool="avg"`, `"max"`, `"avgmax"`', "eva", {"global_pool": "avgmax"}),
+    *(
+        (words, "beit", options)
+        for words, options in (
+            ("`use_rel_pos_bias`", {"init_values": 0.1}),
+            ("`use_rel_pos_bias`", {"img_size": (32, 48), "drop_rate": 0.1, "attn_drop_rate": 0.1}),
+            ("`use_abs_pos_emb`", {"use_abs_pos_emb": True}),
+            ("`use_abs_pos_emb`", {"use_abs_pos_emb": True, "use_rel_pos_bias": False, "pos_drop_rate": 0.1}),
+            ('`global_pool="avg"` or `"token"`', {"global_pool": "token"}),
+            ("`use_fc_norm`", {"use_fc_norm": False}),
+            ("`use_fc_norm`", {"global_pool": "token", "use_fc_norm": True}),
+            ("`swiglu_mlp`, `scale_mlp`", {"swiglu_mlp": True, "scale_mlp": True, "init_values": 0.1}),
+            ("`swiglu_mlp`, `scale_mlp`", {"scale_mlp": True}),
+            ("`qkv_bias`", {"qkv_bias": False}),
+            ("`norm_layer=RmsNorm`", {"norm_layer": RmsNorm}),
+            ("`in_chans`", {"in_chans": 1}),
+            ("`use_shared_rel_pos_bias`", SHARED),
+            ("`use_shared_rel_pos_bias`", SHARED | {"use_rel_pos_bias": True, "qkv_bias": False}),
+        )
+    ),
+    *(
+        (words, "relpos", options)
+        for words, options in (
+            ('`rel_pos_type="mlp"`', {}),
+            ('`rel_pos_type="mlp"`', {"rel_pos_type": "mlp-swin", "img_size": (32, 48)}),
+            ('`rel_pos_type="bias"`', {"rel_pos_type": "bias"}),
+            ("`shared_rel_pos`", {"shared_rel_pos": True}),
+            ("`shared_rel_pos`", {"shared_rel_pos": True, "rel_pos_type": "bias", **CLASS}),
+            ("`class_token`", CLASS),
+            ("`class_token`", {"class_token": True, "rel_pos_type": "bias", "fc_norm": True}),
+            ("`ResPostRelPosBlock`", LATE),
+            ("`ResPostRelPosBlock`", LATE | CLASS | {"shared_rel_pos": True, "qk_norm": True}),
+            ("`fc_norm`", {"fc_norm": True}),
+            ("`init_values`", {"init_values": None}),
+            ("`qk_norm`", {"qk_norm": True}),
+            ("`qkv_bias=False`", {"qkv_bias": False, "drop_rate": 0.1, "attn_drop_rate": 0.1}),
+            ("`act_layer`", {"act_layer": nn.ReLU, "norm_layer": RmsNorm}),
+            ("`in_chans`", {"in_chans": 1}),
+        )
+    ),
 ]
 # words of the row, what the message names, and how the network is made
 REFUSED: list[tuple[str, str, Build]] = [
@@ -224,6 +271,8 @@ REFUSED: list[tuple[str, str, Build]] = [
         "num_kv_heads",
         partial(build["eva"], attn_type="rope", qkv_fused=False, num_kv_heads=2),
     ),
+    *(('`global_pool=""`', "without pooling", partial(build[name], global_pool="")) for name in ("beit", "relpos")),
+    ("a stem other than `PatchEmbed`", "HybridEmbed", partial(build["relpos"], embed_layer=HYBRID)),
     ("`patch_drop_rate`", "patch_drop_rate", partial(build["eva"], patch_drop_rate=0.5)),
     ('`rope_type="mixed"`', "rope_type=mixed", partial(build["eva"], rope_type="mixed")),
     ("`rope_jitter_coords`", "rope_jitter_coords", partial(build["eva"], rope_jitter_coords=1.5)),
@@ -234,11 +283,7 @@ REFUSED: list[tuple[str, str, Build]] = [
     ),
     *(
         (f"`{cls}`", cls, partial(timm.create_model, name, **options))
-        for cls, name, options in (
-            ("SwinTransformerV2Cr", "swinv2_cr_tiny_224", {}),
-            ("Beit", "beit_base_patch16_224", {"depth": 1}),
-            ("VisionTransformerRelPos", "vit_relpos_small_patch16_224", {"depth": 1}),
-        )
+        for cls, name, options in (("SwinTransformerV2Cr", "swinv2_cr_tiny_224", {}),)
     ),
 ]
 DOCS = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text()

@@ -300,7 +300,8 @@ def test_every_accepted_backbone_is_rotated_or_says_why_not(family: str, options
     evas = options.get("use_fc_norm", True) or options.get("use_post_transformer_norm", True)
     readable = options.get("final_norm", evas) and options.get("global_pool") not in ("max", "avgmax")
     readable &= not (options.get("global_pool") == "map" and options.get("fc_norm"))  # a norm after the pooling
-    norms_come_late = {shape.stage for shape in plain.shapes} if family == "swinv2" else set()
+    late = family == "swinv2" or "block_fn" in options
+    norms_come_late = {shape.stage for shape in plain.shapes} if late else set()
     assert fixed.keys() == norms_come_late | (set() if readable else {last}) and all(fixed.values())
     net = rewritten(backbone, 1)
     assert sorted({*net.adapter.streams, *fixed}) == list(range(last + 1))

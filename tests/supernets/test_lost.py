@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from torch import Tensor, nn
 
 from search_spaces.slices import identity_slice, network_slice
@@ -29,6 +30,9 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "swinv2": ("swinv2", dict(img_size=16)),
     "t2t": ("t2t", {}),
     "eva": ("eva", {}),
+    "beit": ("beit", {}),
+    "relpos": ("relpos", {}),
+    "relpos, norms after": ("relpos", dict(block_fn=ResPostRelPosBlock)),
     "eva, fused, not turned": ("eva", dict(qkv_fused=True, use_rot_pos_emb=False, scale_mlp=True)),
 }
 over_networks = pytest.mark.parametrize("network", NETWORKS)

@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from torch import Tensor, nn
 
 import supernets.refit
@@ -106,7 +107,11 @@ def test_11_a_cut_that_removes_nothing_changes_no_weight(
     with written(supernet, subnet, values):
         assert relative(expected, supernet.large(x)) < (1e-10 if dtype is torch.float64 else 1e-4)
     layers = {name for name, module in supernet.backbone.named_modules() if isinstance(module, nn.Linear)}
-    layers = {name for name in layers if not name.startswith("tokens_to_token") and "cpb_mlp" not in name}
+    layers = {
+        name
+        for name in layers
+        if not name.startswith("tokens_to_token") and not ("cpb_mlp" in name or "rel_pos" in name)
+    }
     there = {name for name, _ in supernet.backbone.named_parameters()}
     parted = {name for name in there if name.endswith(("attn.q_bias", "attn.v_bias"))}
     assert values.keys() == {f"{name}.{leaf}" for name in layers for leaf in ("weight", "bias")} & there | parted
@@ -257,6 +262,11 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {  # of a Swin no window is padde
     "swinv2": ("swinv2", dict(img_size=16)),
     "t2t": ("t2t", {}),
     "eva": ("eva", {}),
+    "beit": ("beit", dict(scale_mlp=True)),
+    "beit, gated": ("beit", dict(swiglu_mlp=True, qkv_bias=False, global_pool="token")),
+    "beit, one table": ("beit", dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True)),
+    "relpos": ("relpos", {}),
+    "relpos, norms after": ("relpos", dict(block_fn=ResPostRelPosBlock, shared_rel_pos=True, qk_norm=True)),
     "eva, attention pooling": ("eva", dict(global_pool="map", attn_pool_num_heads=3)),
     "eva, q, k and v fused": ("eva", dict(qkv_fused=True, scale_mlp=True)),
     "eva, gates in one layer": ("eva", dict(attn_type="rope", swiglu_align_to=0, init_values=None)),

@@ -28,6 +28,9 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "swin, three stages": ("swin", dict(img_size=44, depths=(1, 2, 1), num_heads=(2, 4, 8), embed_dim=8)),
     "t2t": ("t2t", {}),
     "eva": ("eva", {}),
+    "beit": ("beit", dict(scale_mlp=True)),
+    "relpos": ("relpos", {}),
+    "relpos, one network": ("relpos", dict(shared_rel_pos=True)),
     "eva, fused, norms inside": ("eva", dict(qkv_fused=True, scale_mlp=True, scale_attn_inner=True, qk_norm=True)),
 }
 

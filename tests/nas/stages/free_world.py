@@ -33,6 +33,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "eva02_tiny_patch14_224",
         dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, mlp_ratio=3),
     ),
+    "beit": ("beit_base_patch16_224", dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)),
+    "relpos": (
+        "vit_relpos_small_patch16_224",
+        dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, rel_pos_dim=16, init_values=0.5),
+    ),
 }
 COMMON: dict[str, Any] = dict(dataset="folder", workers=0, val_fraction=0.25, threads=1, device="cpu", batch_size=16)
 

@@ -55,6 +55,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "eva02_tiny_patch14_224",
         dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=4, mlp_ratio=3, init_values=0.5),
     ),
+    "beit": ("beit_base_patch16_224", dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=4)),
+    "relpos": (
+        "vit_relpos_small_patch16_224",
+        dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=4, rel_pos_dim=16, init_values=0.5),
+    ),
 }
 METHODS: dict[str, dict[str, Any]] = {"dan": {"budget": 0.7}, "kcr": {"budget": 0.9}, "joint": {"budget": 0.7}}
 TRAINING: dict[str, Any] = dict(
