@@ -175,9 +175,12 @@ def resize(attn: Any, heads: list[int]) -> None:
         attn.relative_position_bias_table = nn.Parameter(table[:, heads].clone())
 
 
-def prune(network: nn.Module, size: tuple[int, ...], ratio: float, kind: str, round_to: int) -> nn.Module:
+def prune(
+    network: nn.Module, size: tuple[int, ...], ratio: float, kind: str, round_to: int, importance: str = "taylor"
+) -> nn.Module:
     """A copy of a network that holds gradients, cut by Torch-Pruning."""
     tp = torch_pruning()
+    scores = {"taylor": tp.importance.GroupTaylorImportance, "magnitude": tp.importance.GroupMagnitudeImportance}
     small, inside = with_gradients(network), kind.removesuffix("-bottleneck")
     attentions: dict[Any, Any] = {m.proj: m for m in small.modules() if isinstance(m, Attention | WindowAttention)}
     num_heads = {attn.qkv: attn.num_heads for attn in attentions.values()}
@@ -185,7 +188,7 @@ def prune(network: nn.Module, size: tuple[int, ...], ratio: float, kind: str, ro
         pruner = tp.pruner.BasePruner(
             small,
             torch.zeros(1, *size, device=next(small.parameters()).device),
-            importance=tp.importance.GroupTaylorImportance(),
+            importance=scores[importance](),
             global_pruning=True,
             isomorphic=True,
             pruning_ratio=ratio,
@@ -215,13 +218,13 @@ def prune(network: nn.Module, size: tuple[int, ...], ratio: float, kind: str, ro
     return small.eval()
 
 
-def within(bench: Bench, budget: float, kind: str, round_to: int) -> nn.Module | None:
+def within(bench: Bench, budget: float, kind: str, round_to: int, importance: str = "taylor") -> nn.Module | None:
     """The largest network within the budget that bisection over the ratio meets; None if it meets none."""
     low, high, at_low = 0.0, 1.0, bench.full
     best, at_best = None, 0
     for _ in range(BISECTIONS):
         ratio = (low + high) / 2
-        candidate = prune(bench.large, bench.size, ratio, kind, round_to)
+        candidate = prune(bench.large, bench.size, ratio, kind, round_to, importance)
         flops = macs(candidate, bench.size)
         if flops <= budget * bench.full:
             high = ratio
@@ -244,7 +247,7 @@ def cut_by_torch_pruning(options: argparse.Namespace, bench: Bench, seed: int) -
     gradients = time.perf_counter() - began
     for budget, kind in itertools.product(options.budget, options.kinds):
         began = time.perf_counter()
-        network = within(bench, budget, kind, options.round_to)
+        network = within(bench, budget, kind, options.round_to, options.importance)
         seconds = gradients + time.perf_counter() - began
         if network is None:
             print(f"{kind} {budget:g}: left out, Torch-Pruning finds no network within this budget")
@@ -376,6 +379,7 @@ def option_parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", choices=("torch-pruning", "folder"), default="torch-pruning")
     parser.add_argument("--budget", type=float, nargs="+", default=[0.5], help="shares of the unpruned network's FLOPs")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[STRONGEST], help="what Torch-Pruning may cut")
+    parser.add_argument("--importance", choices=("taylor", "magnitude"), default="taylor", help="what it ranks by")
     parser.add_argument("--round-to", type=int, default=2, help="of every width that Torch-Pruning leaves")
     parser.add_argument("--calibration-images", type=int, default=2048, help="for Torch-Pruning's gradients")
     parser.add_argument("--folder", type=Path, nargs="+", default=[], help="runs whose compact networks are measured")

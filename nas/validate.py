@@ -143,7 +143,7 @@ def by_block(subject: Subject, device: "torch.device", autocast: Any) -> dict[st
         raise UserError("--by-block holds small networks against the large one: give --weights, a folder with both")
     seen = progress(subject.reported.images, "streams of the large and of the small network")
     found = cosine_by_block(opened.supernet, opened.subnet, opened.compact, seen, device, autocast)
-    for path in save(blocks_figure(found, subject.title), opened.folder / PICTURE):
+    for path in save(blocks_figure(found, f"{opened.arch.space}, {opened.folder.name}"), opened.folder / PICTURE):
         print(f"how like the large network's stream, block by block: {path}")
     return found
 

@@ -12,7 +12,7 @@ import timm
 import torch
 
 import nas
-from benchmarks import families
+from benchmarks import evidence, families
 from nas.config import RetrainConfig, SearchConfig
 from nas.machine.files import write_json
 from nas.networks.weights import load_weights, save_weights
@@ -21,6 +21,7 @@ from nas.runs.opened import open_folder
 from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
 from search_spaces.errors import UserError
+from search_spaces.families import FAMILIES
 from supernets.basis import timm_state
 from supernets.supernet import Supernet
 from tests.nas.run_checks import draw_pictures
@@ -149,6 +150,33 @@ def test_a_network_of_another_family_is_trained_compressed_and_pruned(
     weights = (tmp_path / "out/dinov3/base/large.safetensors").stat().st_mtime_ns
     run("families", f"{arguments} --workers 0", monkeypatch, capsys)
     assert (tmp_path / "out/dinov3/base/large.safetensors").stat().st_mtime_ns == weights
+
+
+@pytest.mark.slow
+def test_the_table_of_evidence_has_a_row_for_every_way_and_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, class_token=False, global_pool="avg")
+    monkeypatch.setitem(FAMILIES, "vit", replace(FAMILIES["vit"], nano_kwargs=small))
+    data, ways = class_folders(tmp_path / "data", 4, train=30, val=5), ["random", "importance", "gradient", "uvc"]
+    monkeypatch.setitem(evidence.SEARCHES, "random", evidence.Way("free", {"searcher": "random", "candidates": 3}))
+    monkeypatch.setattr(evidence, "images_per_second", lambda networks, *_: dict.fromkeys(networks, 1.0))
+    rows = ["control", "uniform", *ways, "by default", *evidence.PRUNED]
+    arguments = f"--output {tmp_path} --data-dir {data} --base-epochs 1 --epochs 2 --search-epochs 1 --lr 1e-3"
+    arguments += " --budgets 0.7 --seeds 0 --threads 1 --workers 0 --rows"
+    monkeypatch.setattr(sys, "argv", ["evidence", *arguments.split(), *rows])
+    evidence.main()
+    table = list(csv.DictReader((tmp_path / "vit/evidence.csv").open(newline="")))
+    assert [row["row"] for row in table] == rows and not any(row.get("failed") for row in table)
+    start = float(table[0]["params"])
+    assert all(float(r["share"]) <= 0.7 and float(r["params"]) < start and float(r["trained"]) >= 0 for r in table[1:])
+    assert float(table[0]["share"]) == 1 and float(table[0]["cut"]) == nas_top1(tmp_path / "vit/base")
+    markdown = (tmp_path / "vit/evidence.md").read_text()
+    assert markdown in capsys.readouterr().out and markdown.count("\n") == len(rows) + 2
+    assert (tmp_path / "vit/evidence.png").stat().st_size > 10_000
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob(evidence.ROW)}
+    evidence.main()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob(evidence.ROW)} == before and len(before) == 9
 
 
 def nas_top1(folder: Path) -> float:

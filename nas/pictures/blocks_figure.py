@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nas.pictures.figures import MARKERS, PALETTE, new_figure, tidy
+from nas.pictures.figures import MARKERS, PALETTE, STROKES, new_figure, tidy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +20,10 @@ def blocks_figure(cosines: Mapping[str, Sequence[float]], title: str) -> Figure:
     figure = new_figure(6.0, 3.6, title)
     axes = figure.subplots()
     for i, (name, values) in enumerate(cosines.items()):
-        axes.plot(range(len(values)), values, color=PALETTE[i], marker=MARKERS[i], ms=4, lw=1.4, label=name)
+        style: dict[str, Any] = dict(
+            color=PALETTE[i], marker=MARKERS[i], linestyle=STROKES[i], ms=6 - 2 * i, lw=2 - i / 2
+        )
+        axes.plot(range(len(values)), values, label=name, **style)
     axes.set_ylim(min(0.0, *(min(values) for values in cosines.values())), 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8, frameon=False)
