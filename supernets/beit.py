@@ -4,17 +4,33 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from timm.models.beit import Attention, Block
 from torch import Tensor, nn
 
 from supernets.axes import BlockAxes, HeadWidths, Params
-from supernets.biased_vit import BiasedVitAdapter, CompactBiasedAttention
+from supernets.biased_vit import BiasedVitAdapter, CompactBiasedAttention, joined_attention
 from supernets.compact_eva import CompactEvaBlock
 from supernets.eva import EVA_ATTENTION, EVA_MLP
 from supernets.layers import fused_qkv, joined_bias
 from supernets.relative import relative_bias
 
 BEIT_ATTENTION = replace(EVA_ATTENTION, parted_biases={"attn.qkv.weight": ("attn.q_bias", None, "attn.v_bias")})
+
+
+class ExportedBeitAttention(Attention):  # type: ignore[misc]
+    """timm's Attention of a Beit, which torch.export can write."""
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        """(B, N, E) -> (B, N, E). shared_rel_pos_bias: (H, N, N)."""
+        if self.training or not torch.compiler.is_exporting():
+            return super().forward(x, shared_rel_pos_bias)  # type: ignore[no-any-return]
+        bias = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
+        if shared_rel_pos_bias is not None:
+            bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
+        of_qkv = None if self.q_bias is None else joined_bias(self.q_bias, self.v_bias)
+        return joined_attention(self, F.linear(x, self.qkv.weight, of_qkv), bias)
 
 
 class CompactBeitAttention(CompactBiasedAttention):
@@ -56,7 +72,8 @@ class BeitAdapter(BiasedVitAdapter):
 
     block_axes = BlockAxes(BEIT_ATTENTION, EVA_MLP)
     block_types = (Block, CompactEvaBlock)
-    attention_types = (Attention, CompactBeitAttention)
+    attention_types = (Attention, ExportedBeitAttention, CompactBeitAttention)
+    exported = ExportedBeitAttention
     plain_attention = "use timm's Attention of Beit"
     layer_scales = ("gamma_1", "gamma_2")
     compact_block = CompactEvaBlock

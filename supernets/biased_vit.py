@@ -9,14 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from search_spaces.slices import Kept
 from supernets.axes import HeadWidths, Params, take
 from supernets.flops import PerWidth
-from supernets.layers import attention, norm
+from supernets.layers import attention, by_width, norm
 from supernets.relative import CachedBias
-from supernets.timm_block import NarrowAttention
+from supernets.timm_block import NarrowAttention, has_attn
 from supernets.vit import VitAdapter
 
 
@@ -27,6 +28,24 @@ def columns(attn: Any, heads: HeadWidths) -> Kept:
         return heads.number if heads.kept is None else heads.kept
     own = range(own) if isinstance(own, int) else own
     return tuple(own[head] for head in (range(heads.number) if heads.kept is None else heads.kept))
+
+
+def joined_attention(attn: Any, qkv: Tensor, bias: Tensor | None) -> Tensor:
+    """timm's attention of these in evaluation, its heads joined as torch.export can write it: (B, N, 3E) -> (B, N, E).
+
+    Under a bias fused attention is exported in parts, whose output timm views as what it is not.
+    """
+    width = attn.proj.in_features // attn.num_heads
+
+    def norm_qk(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return attn.q_norm(q), attn.k_norm(k)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, bias)
+
+    heads = HeadWidths(attn.num_heads, width, width)
+    x = by_width(qkv, heads, attend, norm_qk if hasattr(attn, "q_norm") else None)
+    return attn.proj(x)  # type: ignore[no-any-return]
 
 
 class CompactBiasedAttention(CachedBias, NarrowAttention):
@@ -72,10 +91,17 @@ class BiasedVitAdapter(VitAdapter):
     """
 
     shared: str
+    exported: Any  # timm's attention as torch.export can write it
 
     def __init__(self, backbone: Any) -> None:
         self.heads_stay = getattr(backbone, self.shared) is not None
         super().__init__(backbone)
+
+    def _check(self, backbone: Any) -> None:
+        super()._check(backbone)
+        for block in filter(has_attn, backbone.blocks):
+            if type(block.attn) is self.attention_types[0]:
+                block.attn.__class__ = self.exported
 
     @abstractmethod
     def own_bias(self, block: Any, params: Params) -> Tensor | None:

@@ -7,6 +7,7 @@ network's own channels, in an order (section 2.7).
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers.pos_embed_rel import RelPosBias, RelPosMlp
 from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, ResPostRelPosBlock
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from search_spaces.slices import BlockShape
 from supernets.adapter import refuse
 from supernets.axes import BlockAxes, HeadWidths, Params
-from supernets.biased_vit import BiasedVitAdapter, CompactBiasedAttention
+from supernets.biased_vit import BiasedVitAdapter, CompactBiasedAttention, joined_attention
 from supernets.compact_block import CompactBlock, CompactLateBlock
 from supernets.flops import BlockCosts
 from supernets.layers import linear
@@ -58,6 +59,17 @@ def network_flops(rel_pos: Any) -> tuple[int, int]:
     return offsets * hidden * inputs, offsets * hidden
 
 
+class ExportedRelPosAttention(RelPosAttention):  # type: ignore[misc]
+    """timm's RelPosAttention, which torch.export can write."""
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        """(B, N, E) -> (B, N, E). shared_rel_pos: (1, H, N, N)."""
+        if self.training or not torch.compiler.is_exporting():
+            return super().forward(x, shared_rel_pos)  # type: ignore[no-any-return]
+        bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
+        return joined_attention(self, self.qkv(x), bias)
+
+
 class CompactRelPosAttention(CompactBiasedAttention):
     """timm's RelPosAttention whose heads were cut."""
 
@@ -89,7 +101,8 @@ class RelPosAdapter(BiasedVitAdapter):
 
     block_axes = BlockAxes(REL_POS_ATTENTION, MLP)
     block_types = (RelPosBlock, CompactBlock)
-    attention_types = (RelPosAttention, CompactRelPosAttention)
+    attention_types = (RelPosAttention, ExportedRelPosAttention, CompactRelPosAttention)
+    exported = ExportedRelPosAttention
     plain_attention = "use timm's RelPosAttention"
     shared = "shared_rel_pos"
 

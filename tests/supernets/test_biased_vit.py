@@ -174,3 +174,15 @@ def test_what_is_lost_of_heads_that_stay_is_of_the_first(kind: str) -> None:
     for i in range(3):
         lost = basis.lost[f"blocks.{i}.heads"]
         assert lost.shape == (7,) and lost[-1] == 0 and (lost.diff() <= 0).all()
+
+
+@over_kinds
+def test_large_and_compact_network_can_be_exported_for_any_batch(kind: str) -> None:
+    net = supernet(kind).float()
+    x = images(net.backbone, 3)
+    for network in (net.backbone, cut(net.backbone, heads(net, (1, 2), (0,), (0, 1, 2))).eval()):
+        with torch.no_grad():
+            program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("B", min=1)},))
+            program = program.run_decompositions()
+            for batch in (x[:1], x, torch.cat([x, x])):
+                torch.testing.assert_close(program.module()(batch), network(batch), rtol=1e-4, atol=1e-5)
