@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -172,6 +173,21 @@ class Adapter(ABC):
         if unknown:
             raise KeyError(f"parameters that no axis table names: {', '.join(unknown)}")
         return params
+
+    def one_draw(self, images: Tensor) -> AbstractContextManager[None]:
+        """In training every pass over the same images sees the same draw of what is random of the network itself.
+
+        images: the batch's tensor, which is known again by what it is and not by what it holds.
+        """
+        return nullcontext()
+
+    def block_parameter(self, block: nn.Module, name: str) -> nn.Parameter:
+        """One of a block's parameters, by which it and its gradient are read and written in place."""
+        return block.get_parameter(name)
+
+    def joined(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of a compact network by its own names, of those that blocks have (`<block>.<name>`)."""
+        return values
 
     def pads_after_norm(self, block: Any) -> bool:
         """Whether attention sees tokens of zeros that its norm has not: they get the readers' bias, not the norm's."""

@@ -5,6 +5,7 @@ A family's adapter has the table of its blocks. An axis is a string of letters, 
     S stream channel          H head          M hidden neuron of the MLP
     R stream channel that the MLP reads or writes (a subset of the block's S)
     D channel of q and k inside a head        V channel of v, and of the attention's output, inside a head
+    P so many neighbouring channels of q and k that only go together (`BlockShape.qk_unit`), inside a head
     2, 3, 4 so many parts side by side: both projections of a GLU; q, k and v; patch merging's quadrants
     . nothing that a slice keeps or drops
 
@@ -129,7 +130,8 @@ def layer_of(block: nn.Module, matrices: Iterable[str]) -> Any:
 def unit_sizes(shape: BlockShape) -> dict[str, int]:
     """The size of every letter's factor in a block; '.' is as large as its parameter says."""
     E, d = shape.embed_dim, shape.head_dim
-    return {"S": E, "R": E, "H": shape.num_heads, "D": d, "V": shape.v_dim, "M": shape.hidden, "2": 2, "3": 3}
+    units = {"S": E, "R": E, "H": shape.num_heads, "D": d, "P": d // shape.qk_unit, "V": shape.v_dim, "M": shape.hidden}
+    return units | {"2": 2, "3": 3}
 
 
 def qkv_rows(shape: BlockShape) -> list[int]:
@@ -211,7 +213,9 @@ def slice_block(params: Params, axes: BlockAxes, shape: BlockShape, kept: BlockS
     mlp_stream = kept.stream if kept.mlp_stream is None else kept.mlp_stream
     keep: dict[str, Kept] = {"S": kept.stream, "R": mlp_stream, "H": kept.heads, "M": kept.hidden}
     if kept.qk is not None:
-        keep["D"] = shape.qk_kept(kept.qk)
+        keep["D"] = channels = shape.qk_kept(kept.qk)
+        unit = shape.qk_unit
+        keep["P"] = channels // unit if isinstance(channels, int) else tuple(c // unit for c in channels[::unit])
     if isinstance(kept.v_channels, int):
         keep["V"] = kept.v_channels
     sizes = unit_sizes(shape)

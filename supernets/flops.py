@@ -84,14 +84,15 @@ def _kept_size(letters: str, size: int, shape: BlockShape) -> dict[str, int]:
     if letters == ".":
         return {"": size}
     sizes = unit_sizes(shape)
-    (unit,) = (letter for letter in letters if letter in "SRHDM")
+    (unit,) = (letter for letter in letters if letter in "SRHDPM")
     return {unit: math.prod(sizes[letter] for letter in letters if letter != unit)}
 
 
 def _kept_units(shape: BlockShape, kept: BlockSlice) -> dict[str, int]:
     heads = head_widths(kept, shape)
     units = {"S": kept.stream, "R": kept.num_mlp_stream(), "M": count(kept.hidden)}
-    return units | {"H": heads.number, "D": heads.qk, "Q": heads.number * heads.qk, "V": heads.v_total}
+    units |= {"H": heads.number, "D": heads.qk, "P": heads.qk // shape.qk_unit}
+    return units | {"Q": heads.number * heads.qk, "V": heads.v_total}
 
 
 def _sum(products: Products, kept: Mapping[str, int]) -> int:

@@ -41,6 +41,7 @@ class VitAdapter(TimmBlockAdapter):
     block_types: tuple[type[nn.Module], ...] = (Block, CompactBlock)
     attention_types: tuple[type[nn.Module], ...] = (Attention, NarrowAttention)
     plain_attention = "use timm's plain Attention"
+    of_blocks: tuple[str, ...] = ("blocks.",)  # first letters of the parameters that blocks have
 
     def __init__(self, backbone: Any) -> None:
         super().__init__(backbone)
@@ -56,7 +57,9 @@ class VitAdapter(TimmBlockAdapter):
         self.classifiers = tuple(name for name in ("head", "head_dist") if getattr(backbone, name, None) is not None)
         self._describe_streams(num_tokens)
         self.outer_axes = {
-            name: self._axes(name, p.dim()) for name, p in backbone.named_parameters() if not name.startswith("blocks.")
+            name: self._axes(name, p.dim())
+            for name, p in backbone.named_parameters()
+            if not name.startswith(self.of_blocks)
         }
         norms = ("patch_embed.norm", "norm_pre", "norm", "fc_norm")
         self.outer_norms = {name: ("S", 0) for name in norms if not self._is_whole(f"{name}.")}

@@ -257,6 +257,16 @@ class KeptWeights:
         self.tensors[f"{name}.cpb_mlp.2.weight"] = heads[:, None].expand_as(attn.cpb_mlp[2].weight)
         self.tensors[f"{name}.logit_scale"] = heads[:, None, None]
 
+    def frequencies(self, backbone: Any, subnet: NetworkSlice) -> None:
+        """A mixed rotary embedding's, (2, blocks, heads, pairs): of the pairs and heads that each block keeps."""
+        _, _, num_heads, pairs = backbone.rope.freqs.shape
+        kept = torch.zeros(backbone.rope.freqs.shape, dtype=torch.bool)
+        for i, block in enumerate(subnet.blocks):
+            if block.attn:
+                turned = among_pairs(2 * pairs if block.qk is None else block.qk, 2 * pairs, "next")[::2]
+                kept[:, i] = among(block.heads, num_heads)[:, None] & turned
+        self.tensors["rope.freqs"] = kept
+
     def stem(self, backbone: Any, width: Tensor) -> None:
         """Patch embedding (or T2T's last projection), tokens, position embedding, the norm before block 0."""
         if hasattr(backbone, "tokens_to_token"):  # T2T: what comes before the projection is not sliced
@@ -320,6 +330,8 @@ def kept_weights(backbone: nn.Module, subnet: NetworkSlice) -> KeptWeights:
         name = f"layers.{stage}.downsample"
         weights.merging(name, backbone.get_submodule(name), widths[stage - 1], widths[stage])
     weights.classifier(backbone, widths[-1])
+    if getattr(backbone, "rope_mixed", False):
+        weights.frequencies(backbone, subnet)
 
     unknown = {name for name, _ in backbone.named_parameters()} - weights.tensors.keys()
     if unknown:

@@ -136,7 +136,7 @@ def eva_backbones(draw: st.DrawFn) -> nn.Module:
     """A timm Eva with the features of EVA, EVA-02, DINOv3, Perception Encoder and ViTs with rotary embeddings."""
     num_heads = draw(st.sampled_from([2, 3, 4]))
     class_token, positions, after = draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from(["norm", "fc", ""]))
-    rope = draw(st.sampled_from(["cat", "cat", "dinov3", "mrope", ""]))
+    rope = draw(st.sampled_from(["cat", "cat", "dinov3", "mrope", "mixed", ""]))
     model = Eva(
         img_size=draw(st.sampled_from([32, 48, (32, 48)])),
         patch_size=16,
@@ -166,7 +166,7 @@ def eva_backbones(draw: st.DrawFn) -> nn.Module:
         use_rot_pos_emb=bool(rope),
         rope_type=rope,
         rope_grid_indexing="ij" if rope == "mrope" else draw(st.sampled_from(["ij", "xy"])),
-        rope_rotate_half=draw(st.booleans()),
+        rope_rotate_half=rope != "mixed" and draw(st.booleans()),
         rope_temperature=100.0,
         use_pre_transformer_norm=draw(st.booleans()),
         use_post_transformer_norm=after == "norm",

@@ -26,6 +26,7 @@ from tests.strategies import expected_logits, random_basis
 
 VIT = dict(img_size=32, patch_size=16, num_classes=5, embed_dim=24, depth=3, num_heads=6, mlp_ratio=2)
 EVA = dict(use_rot_pos_emb=True, swiglu_mlp=True, swiglu_align_to=4, qkv_fused=False, init_values=1.0, num_reg_tokens=1)
+MIXED = dict(rope_type="mixed", qkv_fused=True, attn_type="rope")  # an Eva's frequencies by block and head
 FAMILIES: dict[str, Any] = {
     "vit": lambda **kwargs: VisionTransformer(**VIT | dict(init_values=1.0) | kwargs),
     "swin": lambda **kwargs: SwinTransformer(

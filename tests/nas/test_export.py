@@ -117,7 +117,11 @@ def test_heads_whose_widths_differ_are_exported(tmp_path: Path) -> None:
     assert_exported(network, tmp_path)
 
 
-EVAS = {"EVA-02": "eva02_base_patch14_224", "DINOv3": "vit_small_plus_patch16_dinov3"}
+EVAS = {
+    "EVA-02": "eva02_base_patch14_224",
+    "DINOv3": "vit_small_plus_patch16_dinov3",
+    "mixed": "vit_small_patch16_rope_mixed_224",
+}
 
 
 @pytest.mark.slow

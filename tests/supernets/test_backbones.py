@@ -189,6 +189,11 @@ SUPPORTED += [
     ("`attn_only_layer_scale`", "eva", {"init_values": 1.0, "attn_only_layer_scale": True}),
     ("`class_token=False`", "eva", {"class_token": False}),
     ('`rope_type="mrope"`', "eva", {"rope_type": "mrope"}),
+    *(
+        ('`rope_type="mixed"`', "eva", {"rope_type": "mixed", "use_abs_pos_emb": False} | more)
+        for more in ({}, {"attn_type": "rope", "rope_grid_indexing": "xy", "dynamic_img_size": True})
+    ),
+    ("`rope_rescale_coords`", "eva", DINOV3 | {"rope_shift_coords": 0.1, "rope_rescale_coords": 2.0}),
     ('`global_pool="avg"`, `"max"`, `"avgmax"`', "eva", {"global_pool": "avgmax"}),
 ]
 # words of the row, what the message names, and how the network is made
@@ -225,8 +230,6 @@ REFUSED: list[tuple[str, str, Build]] = [
         partial(build["eva"], attn_type="rope", qkv_fused=False, num_kv_heads=2),
     ),
     ("`patch_drop_rate`", "patch_drop_rate", partial(build["eva"], patch_drop_rate=0.5)),
-    ('`rope_type="mixed"`', "rope_type=mixed", partial(build["eva"], rope_type="mixed")),
-    ("`rope_jitter_coords`", "rope_jitter_coords", partial(build["eva"], rope_jitter_coords=1.5)),
     (
         "a norm before pooling and one after it",
         "a norm before pooling",

@@ -21,7 +21,7 @@ from supernets.importance import magnitude_scores, taylor_lost, taylor_pass
 from supernets.refit import refit, write
 from supernets.streams import fixed_streams
 from supernets.supernet import Supernet
-from tests.nas.small import FAMILIES, small_supernet
+from tests.nas.small import FAMILIES, MIXED, small_supernet
 from tests.oracle import randomise
 from tests.strategies import images, qk_width, random_basis
 from tests.supernets.test_basis import assert_costs
@@ -38,6 +38,7 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "swinv2": ("swinv2", {}),
     "t2t": ("t2t", {}),
     "eva": ("eva", {}),
+    "eva, mixed": ("eva", MIXED),
     "eva, fused": ("eva", dict(qkv_fused=True, swiglu_mlp=False, use_rot_pos_emb=False)),
 }
 over_backbones = pytest.mark.parametrize("backbone", BACKBONES)
