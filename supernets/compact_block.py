@@ -97,3 +97,13 @@ class CompactBlock(nn.Module):
         if self.has_mlp:
             z = self._add_mlp(z)
         return z if s == x.shape[-1] else torch.cat([z, x[..., s:]], dim=-1)
+
+
+class LateBlock(CompactBlock):
+    """A block whose norms end its halves."""
+
+    def attention_half(self, z: Tensor, **given: Any) -> Tensor:
+        return self.norm1(self.attn(z, **given))  # type: ignore[no-any-return]
+
+    def mlp_half(self, z: Tensor) -> Tensor:
+        return self.norm2(self.mlp(self.mlp_channels(z)))  # type: ignore[no-any-return]

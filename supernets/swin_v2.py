@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block, WindowAttention
 from torch import Tensor, nn
 
-from search_spaces.slices import BlockShape, BlockSlice
-from supernets.axes import BlockAxes, HalfAxes, HeadWidths, Params, head_widths
+from search_spaces.slices import BlockShape
+from supernets.axes import BlockAxes, HalfAxes, HeadWidths, Params
+from supernets.compact_block import LateBlock
 from supernets.compact_swin import CompactWindowAttention, CompactWindowBlock, relative_bias
 from supernets.flops import BlockCosts
-from supernets.layers import fused_qkv, joined_bias, late_norm, linear, mlp, on_channels
+from supernets.layers import fused_qkv, joined_bias, late_norm, linear
 from supernets.swin import SwinAdapter, attend_windows, placed, quadrants, windowed
-from supernets.timm_block import ATTENTION, MLP, has_attn
+from supernets.timm_block import ATTENTION, MLP, has_attn, with_norms_late
 
 LARGEST = math.log(100)  # of timm's logit_scale
 LEAST = 1e-12  # length of q and k, F.normalize's
@@ -38,17 +39,9 @@ COSINE_ATTENTION = HalfAxes(
         "attn.cpb_mlp.0.bias": (".",),
         "attn.cpb_mlp.2.weight": ("H", "."),  # (H, 512)
     },
-    outputs=("norm1", "attn.proj"),
-    late_norms=("norm1",),
+    outputs=ATTENTION.outputs,
     parted_biases={"attn.qkv.weight": ("attn.q_bias", None, "attn.v_bias")},
     normalised={"attn": "D"},
-)
-LATE_MLP = replace(
-    MLP,
-    axes=dict(MLP.axes) | {"norm2.weight": ("R",), "norm2.bias": ("R",)},
-    outputs=("norm2", "mlp.fc2"),
-    late_norms=("norm2",),
-    norm=None,
 )
 
 
@@ -132,20 +125,15 @@ class CompactCosineAttention(CompactWindowAttention):
         return unit_qk(q, k, self.logit_scale.repeat(windows, 1, 1))
 
 
-class CompactLateBlock(CompactWindowBlock):
-    """A block of a compact Swin V2, whose norms end its halves."""
-
-    def attention_half(self, z: Tensor, **given: Any) -> Tensor:
-        return self.norm1(self.attn(z, **given))  # type: ignore[no-any-return]
-
-    def mlp_half(self, z: Tensor) -> Tensor:
-        return self.norm2(self.mlp(self.mlp_channels(z)))  # type: ignore[no-any-return]
+class CompactLateBlock(LateBlock, CompactWindowBlock):
+    """A block of a compact Swin V2."""
 
 
 class SwinV2Adapter(SwinAdapter):
     """SwinTransformerV2 as blocks, stem, patch merging and classifier. Turns fused attention on."""
 
-    block_axes = BlockAxes(COSINE_ATTENTION, LATE_MLP)
+    block_axes = with_norms_late(BlockAxes(COSINE_ATTENTION, MLP))
+    norms_late = True
     compact_block = CompactLateBlock
     block_type = SwinTransformerV2Block
     timm_attention = WindowAttention
@@ -177,15 +165,6 @@ class SwinV2Adapter(SwinAdapter):
 
     def attend(self, block: Any, params: Params, heads: HeadWidths, x: Tensor) -> Tensor:
         return windowed(placed(block), x, partial(cosine_attention, block.attn, params, heads))
-
-    def attention_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
-        return late_norm(block.norm1, params, "norm1", self.attend(block, params, head_widths(kept, shape), z_S))
-
-    def mlp_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
-        def half(h_R: Tensor) -> Tensor:
-            return late_norm(block.norm2, params, "norm2", mlp(block.mlp, params, h_R))
-
-        return on_channels(half, z_S, kept.mlp_stream, writes="mlp.fc2.weight" in params)
 
     def cosine_qk(self, block: Any) -> bool:
         return has_attn(block)

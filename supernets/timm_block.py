@@ -13,7 +13,7 @@ from search_spaces.slices import BlockShape, BlockSlice
 from supernets.adapter import Adapter, refuse
 from supernets.axes import BlockAxes, HalfAxes, HeadWidths, Params, head_widths
 from supernets.compact_block import CompactBlock, SkippedBlock, not_scriptable
-from supernets.layers import by_width, layer_scale, mlp, norm, on_channels
+from supernets.layers import by_width, late_norm, layer_scale, mlp, norm, on_channels
 from supernets.rotated import StemLayer, StemNorm, StreamNorm
 
 ATTENTION = HalfAxes(
@@ -68,6 +68,22 @@ def with_packed_gates(axes: HalfAxes, blocks: Iterable[Any]) -> HalfAxes:
     return replace(axes, axes=dict(axes.axes) | PACKED) if packed and all(packed) else axes
 
 
+def with_norms_late(axes: BlockAxes) -> BlockAxes:
+    """The axes of blocks whose norms end the halves and are over what these write: x + norm(half(x))."""
+    attn, mlp = axes.attn, axes.mlp
+    written = {"norm2.weight": ("R",), "norm2.bias": ("R",)}
+    return BlockAxes(
+        replace(attn, outputs=("norm1", "attn.proj"), late_norms=(*attn.late_norms, "norm1"), norm=None),
+        replace(
+            mlp,
+            axes=dict(mlp.axes) | written,
+            outputs=("norm2", "mlp.fc2"),
+            late_norms=(*mlp.late_norms, "norm2"),
+            norm=None,
+        ),
+    )
+
+
 def has_attn(block: nn.Module) -> bool:
     """Whether a block has attention: one of a compact network may lack it."""
     return not isinstance(block, SkippedBlock) and (not isinstance(block, CompactBlock) or block.has_attn)
@@ -120,21 +136,28 @@ class TimmBlockAdapter(Adapter):
 
     block_axes = BlockAxes(ATTENTION, MLP)
     layer_scales = ("ls1.gamma", "ls2.gamma")  # of both halves, where there are any
+    norms_late = False  # whether norms end the halves, in place of LayerScale, and none begins them
 
     @abstractmethod
     def attend(self, block: Any, params: Params, heads: HeadWidths, x: Tensor) -> Tensor:
         """The block's attention on its normed slice, before LayerScale and the residual."""
 
     def attention_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
-        y_S = self.attend(block, params, head_widths(kept, shape), norm(block.norm1, params, "norm1", z_S))
+        heads = head_widths(kept, shape)
+        if self.norms_late:
+            return late_norm(block.norm1, params, "norm1", self.attend(block, params, heads, z_S))
+        y_S = self.attend(block, params, heads, norm(block.norm1, params, "norm1", z_S))
         return layer_scale(params, self.layer_scales[0], y_S)
 
     def mlp_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
-        def after_norm(h_R: Tensor) -> Tensor:
-            return layer_scale(params, self.layer_scales[1], mlp(block.mlp, params, h_R))
+        def on_read(h_R: Tensor) -> Tensor:
+            y_R = mlp(block.mlp, params, h_R)
+            if self.norms_late:
+                return late_norm(block.norm2, params, "norm2", y_R)
+            return layer_scale(params, self.layer_scales[1], y_R)
 
-        h_S = norm(block.norm2, params, "norm2", z_S)
-        return on_channels(after_norm, h_S, kept.mlp_stream, writes="mlp.fc2.weight" in params)
+        h_S = z_S if self.norms_late else norm(block.norm2, params, "norm2", z_S)
+        return on_channels(on_read, h_S, kept.mlp_stream, writes="mlp.fc2.weight" in params)
 
     def head_parts(self, block: Any) -> dict[str, str]:
         taken: dict[str, str] = {}

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, GluMlp, Mlp, PatchEmbed, SwiGLU
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape
 from supernets.adapter import OuterAxis, refuse
 from supernets.attention_pool import adopt, pool_flops, pool_params, pooled
 from supernets.axes import HeadWidths, Params
-from supernets.compact_block import CompactBlock, SkippedBlock
+from supernets.compact_block import CompactBlock, LateBlock, SkippedBlock
 from supernets.flops import NetworkCosts, PerWidth
 from supernets.layers import attention, norm, stem_norm
 from supernets.rotated import StemLayer
@@ -25,6 +25,7 @@ from supernets.timm_block import (
     has_attn,
     has_mlp,
     shape_of,
+    with_norms_late,
     with_packed_gates,
 )
 
@@ -39,6 +40,7 @@ class VitAdapter(TimmBlockAdapter):
     """
 
     block_types: tuple[type[nn.Module], ...] = (Block, CompactBlock)
+    late_types: tuple[type[nn.Module], ...] = (ResPostBlock, LateBlock)  # whose norms end the halves
     attention_types: tuple[type[nn.Module], ...] = (Attention, NarrowAttention)
     plain_attention = "use timm's plain Attention"
     of_blocks: tuple[str, ...] = ("blocks.",)  # first letters of the parameters that blocks have
@@ -46,6 +48,9 @@ class VitAdapter(TimmBlockAdapter):
     def __init__(self, backbone: Any) -> None:
         super().__init__(backbone)
         self.attn_pool = adopt(backbone, POOL)
+        if any(type(block) in self.late_types for block in backbone.blocks):
+            self.norms_late, self.block_types, self.compact_block = True, self.late_types, LateBlock
+            self.block_axes = with_norms_late(self.block_axes)
         self._check(backbone)
         embed = backbone.patch_embed
         self.input_size = (embed.proj.in_channels, *embed.img_size)
@@ -170,7 +175,7 @@ class VitAdapter(TimmBlockAdapter):
                 continue
             if type(block) not in self.block_types:
                 own = self.block_types[0].__name__
-                raise refuse(backbone, f"block type {type(block).__name__}", f"use pre-norm blocks (timm's {own})")
+                raise refuse(backbone, f"block type {type(block).__name__}", f"use timm's {own} throughout")
             check_compact(backbone, block, f"blocks.{i}", self.width)
             attn = block.attn if has_attn(block) else None
             if attn is not None and (type(attn) not in self.attention_types or getattr(attn, "gate", None) is not None):

@@ -24,6 +24,7 @@ from search_spaces.slices import BlockSlice, Kept, NetworkSlice, count
 
 LAYER_NORMS = (nn.LayerNorm, timm.layers.LayerNorm)
 RMS_NORMS = (timm.layers.RmsNorm,)
+LATE = ("ResPostBlock", "EvaBlockPostNorm", "LateBlock")  # blocks whose norms stand after the halves, but Swin V2's
 
 
 class KeptNorm(nn.Module):
@@ -120,7 +121,7 @@ def embed_dim_of(block: Any) -> int:
 
 def norms_late(block: Any) -> bool:
     """Whether norms stand after the halves, as in Swin V2: x + norm1(attn(x))."""
-    return hasattr(getattr(block, "attn", None), "cpb_mlp")
+    return hasattr(getattr(block, "attn", None), "cpb_mlp") or type(block).__name__ in LATE
 
 
 def turning_pairs(backbone: Any) -> str:

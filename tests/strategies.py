@@ -15,7 +15,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape, BlockSlice, Kept, NetworkSlice, network_slice, prefix_slice
@@ -65,6 +65,7 @@ def vit_backbones(draw: st.DrawFn) -> nn.Module:
             fc_norm=draw(st.sampled_from([None, True, False])),
             reg_tokens=draw(st.sampled_from([0, 2])),
             pos_embed=draw(st.sampled_from(["learn", "none"])),
+            block_fn=draw(st.sampled_from([Block, Block, ResPostBlock])),
         )
     return randomise(model, draw(SEEDS)).eval()
 
@@ -136,6 +137,7 @@ def eva_backbones(draw: st.DrawFn) -> nn.Module:
     """A timm Eva with the features of EVA, EVA-02, DINOv3, Perception Encoder and ViTs with rotary embeddings."""
     num_heads = draw(st.sampled_from([2, 3, 4]))
     class_token, positions, after = draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from(["norm", "fc", ""]))
+    late = draw(st.integers(0, 4)) == 0
     rope = draw(st.sampled_from(["cat", "cat", "dinov3", "mrope", "mixed", ""]))
     model = Eva(
         img_size=draw(st.sampled_from([32, 48, (32, 48)])),
@@ -149,7 +151,7 @@ def eva_backbones(draw: st.DrawFn) -> nn.Module:
         num_heads=num_heads,
         qkv_bias=draw(st.booleans()),
         qkv_fused=draw(st.booleans()),
-        qk_norm=draw(st.booleans()),
+        qk_norm=not late and draw(st.booleans()),
         mlp_ratio=draw(st.sampled_from([1, 2, 4])),
         swiglu_mlp=draw(st.booleans()),
         swiglu_align_to=draw(st.sampled_from([0, 12])),
@@ -158,7 +160,8 @@ def eva_backbones(draw: st.DrawFn) -> nn.Module:
         attn_type=draw(st.sampled_from(["eva", "rope"])),
         norm_layer=draw(st.sampled_from([LayerNorm, RmsNorm])),
         init_values=draw(st.sampled_from([None, 1.0])),
-        attn_only_layer_scale=draw(st.booleans()),
+        attn_only_layer_scale=not late and draw(st.booleans()),
+        use_post_norm=late,
         class_token=class_token,
         num_reg_tokens=draw(st.sampled_from([0, 2])),
         no_embed_class=draw(st.booleans()),

@@ -193,6 +193,10 @@ SUPPORTED += [
         ('`rope_type="mixed"`', "eva", {"rope_type": "mixed", "use_abs_pos_emb": False} | more)
         for more in ({}, {"attn_type": "rope", "rope_grid_indexing": "xy", "dynamic_img_size": True})
     ),
+    ("`ResPostBlock`", "vit", {"block_fn": ResPostBlock, "qk_norm": True}),
+    ("`ResPostBlock`", "vit", {"block_fn": ResPostBlock, "scale_attn_norm": True, "mlp_layer": GluMlp}),
+    ("`use_post_norm`", "eva", {"use_post_norm": True, "qkv_fused": False, "init_values": 1.0}),
+    ("`use_post_norm`", "eva", {"use_post_norm": True, "swiglu_mlp": True, "rope_type": "mixed"}),
     ("`rope_rescale_coords`", "eva", DINOV3 | {"rope_shift_coords": 0.1, "rope_rescale_coords": 2.0}),
     ('`global_pool="avg"`, `"max"`, `"avgmax"`', "eva", {"global_pool": "avgmax"}),
 ]
@@ -204,7 +208,6 @@ REFUSED: list[tuple[str, str, Build]] = [
     ("attention pooling that leaves several tokens", "several tokens", partial(pooling, pool_type="")),
     ('`global_pool=""`', "without pooling", partial(build["vit"], global_pool="")),
     ("`VisionTransformerDistilled` with `num_classes=0`", "two heads", partial(build["distilled"], num_classes=0)),
-    ("`ResPostBlock`", "ResPostBlock", partial(build["vit"], block_fn=ResPostBlock)),
     ("`ParallelScalingBlock`", "ParallelScalingBlock", partial(build["vit"], block_fn=ParallelScalingBlock)),
     ("`ParallelThingsBlock`", "ParallelThingsBlock", partial(build["vit"], block_fn=ParallelThingsBlock)),
     (
@@ -223,7 +226,6 @@ REFUSED: list[tuple[str, str, Build]] = [
     ('`global_pool="catavgmax"`', "catavgmax", partial(build["swin"], global_pool="catavgmax")),
     ('`global_pool=""`', "without pooling", partial(build["swin"], global_pool="")),
     ("`global_pool` other than the class token", "global_pool", partial(build["t2t"], global_pool="avg")),
-    ("`use_post_norm`", "EvaBlockPostNorm", partial(build["eva"], use_post_norm=True)),
     (
         "`num_kv_heads`",
         "num_kv_heads",

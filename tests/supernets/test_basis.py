@@ -25,7 +25,7 @@ from supernets.elastic import BlockMixture, Term
 from supernets.rotated import StemNorm, StreamNorm
 from supernets.streams import fixed_streams, readings, scalings
 from supernets.supernet import Supernet
-from tests.oracle import LAYER_NORMS, RMS_NORMS, blocks_of, randomise, readers_of
+from tests.oracle import LAYER_NORMS, RMS_NORMS, blocks_of, norms_late, randomise, readers_of
 from tests.strategies import BACKBONES, SEEDS, disturb, expected_logits, images, random_basis, rotation
 from tests.supernets.test_backbones import SUPPORTED, build
 from tests.supernets.test_invariants import draw_subnet, few, over_families, over_widths, relative
@@ -300,7 +300,9 @@ def test_every_accepted_backbone_is_rotated_or_says_why_not(family: str, options
     evas = options.get("use_fc_norm", True) or options.get("use_post_transformer_norm", True)
     readable = options.get("final_norm", evas) and options.get("global_pool") not in ("max", "avgmax")
     readable &= not (options.get("global_pool") == "map" and options.get("fc_norm"))  # a norm after the pooling
-    norms_come_late = {shape.stage for shape in plain.shapes} if family == "swinv2" else set()
+    norms_come_late = {
+        shape.stage for shape, b in zip(plain.shapes, plain.adapter.blocks(), strict=True) if norms_late(b)
+    }
     assert fixed.keys() == norms_come_late | (set() if readable else {last}) and all(fixed.values())
     net = rewritten(backbone, 1)
     assert sorted({*net.adapter.streams, *fixed}) == list(range(last + 1))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 from search_spaces.slices import identity_slice, network_slice
@@ -30,6 +31,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "t2t": ("t2t", {}),
     "eva": ("eva", {}),
     "eva, mixed": ("eva", MIXED),
+    "vit, norms late": ("vit", dict(block_fn=ResPostBlock)),
     "eva, fused, not turned": ("eva", dict(qkv_fused=True, use_rot_pos_emb=False, scale_mlp=True)),
 }
 over_networks = pytest.mark.parametrize("network", NETWORKS)

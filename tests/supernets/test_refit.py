@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 import supernets.refit
@@ -259,6 +260,8 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {  # of a Swin no window is padde
     "t2t": ("t2t", {}),
     "eva": ("eva", {}),
     "eva, mixed": ("eva", MIXED),
+    "vit, norms late": ("vit", dict(block_fn=ResPostBlock)),
+    "eva, norms late": ("eva", dict(use_post_norm=True)),
     "eva, attention pooling": ("eva", dict(global_pool="map", attn_pool_num_heads=3)),
     "eva, q, k and v fused": ("eva", dict(qkv_fused=True, scale_mlp=True)),
     "eva, gates in one layer": ("eva", dict(attn_type="rope", swiglu_align_to=0, init_values=None)),

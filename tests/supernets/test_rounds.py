@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 from search_spaces.errors import UserError
@@ -39,6 +40,8 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "t2t": ("t2t", {}),
     "eva": ("eva", {}),
     "eva, mixed": ("eva", MIXED),
+    "vit, norms late": ("vit", dict(block_fn=ResPostBlock)),
+    "eva, norms late": ("eva", dict(use_post_norm=True)),
     "eva, fused": ("eva", dict(qkv_fused=True, swiglu_mlp=False, use_rot_pos_emb=False)),
 }
 over_backbones = pytest.mark.parametrize("backbone", BACKBONES)
