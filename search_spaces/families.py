@@ -67,5 +67,12 @@ FAMILIES: dict[str, Family] = {
             NANO_VIT,
             defaults=SMALL_RATE,
         ),
+        Family(
+            "cait",
+            "cait_s24_224.fb_dist_in1k",
+            "cait_xxs24_224",
+            dict(NANO_VIT, init_values=0.1),  # of its depth, from scratch
+            defaults=SMALL_RATE,
+        ),
     )
 }

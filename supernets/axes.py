@@ -46,6 +46,7 @@ class HalfAxes:
     output_norms: norms over the channels that the half writes.
     unit_norms: norms over channels of q and k, heads or neurons, and the letters of that axis: they stand behind gates.
     by_output: the parameters of each module of `outputs`.
+    mixers: matrices from heads to heads.
     """
 
     axes: Mapping[str, tuple[str, ...]]
@@ -60,6 +61,7 @@ class HalfAxes:
     output_norms: tuple[str, ...] = field(init=False)
     unit_norms: Mapping[str, str] = field(init=False)
     by_output: tuple[tuple[str, ...], ...] = field(init=False)
+    mixers: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         two = {name: axes for name, axes in self.axes.items() if len(axes) == 2}
@@ -70,6 +72,7 @@ class HalfAxes:
             "output_norms": tuple(n for n in self.late_norms if self.axes[f"{n}.weight"][0] in ("S", "R")),
             "unit_norms": {name: a[0] for name, a in units.items() if len(a) == 1 and a[0] in ("D", "HV", "M")}
             | dict(self.normalised),
+            "mixers": tuple(name for name, axes in two.items() if axes == ("H", "H")),
             "by_output": tuple(tuple(n for n in self.axes if within(n, (module,))) for module in self.outputs),
         }
         for name, value in found.items():

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -11,6 +12,7 @@ from torch import nn
 
 from search_spaces.errors import UserError
 from supernets.adapter import Adapter
+from supernets.cait import CaitAdapter
 from supernets.eva import EvaAdapter
 from supernets.feature_head import with_feature_head
 from supernets.swin import SwinAdapter
@@ -43,6 +45,7 @@ ADAPTED: dict[str, Adapted] = {
     "deit": Adapted((VisionTransformer, VisionTransformerDistilled), VitAdapter),
     "t2t": Adapted((T2TViT,), T2TAdapter),
     "eva": Adapted((Eva,), EvaAdapter),
+    "cait": Adapted((Cait,), CaitAdapter),
 }
 
 

@@ -25,8 +25,9 @@ class BlockCosts:
     matrices, which are its MACs per token; attn_params, mlp_params: entries of all its parameters. Letters as in
     axes.py, but Q and V for the channels of q and of v in all heads. norm_after_gate: a norm stands behind the gates
     of heads or neurons, so that nested slices in one gated pass are not their sum. shifted: whether attention's
-    windows are, which costs no MAC but time. attn_once: MACs of an image whatever its tokens (Swin V2's network of
-    position biases, which runs once a batch and is counted with every image).
+    windows are, which costs no MAC but time. attn_once: MACs of an image that neither the stream's width nor that of
+    heads changes (Swin V2's network of position biases, which runs once a batch and is counted with every image; what
+    mixes CaiT's heads). pads_heads: whether heads of one width run padded (`by_width`, layers.py).
     """
 
     attn_tokens: int
@@ -39,6 +40,7 @@ class BlockCosts:
     norm_after_gate: bool
     shifted: bool = False
     attn_once: Products = ()
+    pads_heads: bool = True
 
 
 def block_costs(
@@ -186,7 +188,7 @@ def block_flops(shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
     """MACs of one block at a slice: every weight on every token, and q k^T and the scores times v in attention."""
     units, total = _kept_units(shape, kept), 0
     if kept.attn:
-        attention = costs.attended * attention_channels(head_widths(kept, shape))
+        attention = costs.attended * attention_channels(head_widths(kept, shape), costs.pads_heads)
         total += costs.attn_tokens * (_sum(costs.attn_weights, units) + attention) + _sum(costs.attn_once, units)
     if kept.mlp:
         total += costs.mlp_tokens * _sum(costs.mlp_weights, units)
@@ -200,12 +202,12 @@ def block_params(shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
     return attn + mlp
 
 
-def attention_channels(heads: HeadWidths) -> int:
+def attention_channels(heads: HeadWidths, padded: bool = True) -> int:
     """Channels of all heads in q k^T and in the scores times v, as they run: padded to one width where heads are even.
 
     Source: `by_width` (layers.py).
     """
-    if isinstance(heads.v, int):
+    if isinstance(heads.v, int) and padded:
         return 2 * heads.number * max(heads.qk, heads.v)
     return heads.number * heads.qk + heads.v_total
 

@@ -164,6 +164,10 @@ def readers_of(backbone: Any) -> Iterator[tuple[int, str, list[str], bool]]:
         last = "norm" if not isinstance(backbone.norm, nn.Identity) else "fc_norm"
         heads = [name for name in ("head", "head_dist") if isinstance(getattr(backbone, name, None), nn.Linear)]
         heads = heads if getattr(backbone, "attn_pool", None) is None else ["attn_pool.kv"]
+        for i, _ in enumerate(getattr(backbone, "blocks_token_only", ())):  # CaiT's class attention
+            name = f"blocks_token_only.{i}"
+            yield 0, f"{name}.norm1", [f"{name}.attn.{key}" for key in ("q", "k", "v")], False
+            yield 0, f"{name}.norm2", [f"{name}.mlp.fc1"], False
         yield 0, last, heads, False
 
 
@@ -231,6 +235,8 @@ class KeptWeights:
         table = getattr(attn, "relative_position_bias_table", None)  # (number of offsets, H)
         self.last_axis(f"{name}.attn.relative_position_bias_table", table, heads)
         self.positions(f"{name}.attn", attn, heads)
+        for key in there(attn, "proj_l", "proj_w"):  # CaiT's, which mix heads
+            self.linear(f"{name}.attn.{key}", getattr(attn, key), heads, heads)
         self.norm(f"{name}.attn.norm", getattr(attn, "norm", None), v)
         self.linear(f"{name}.attn.proj", attn.proj, stream, v)
         self.scale(f"{name}.ls1", getattr(block, "ls1", None), stream)
@@ -290,9 +296,24 @@ class KeptWeights:
         self.norm(f"{name}.norm", merging.norm, after if len(after) == len(merging.norm.weight) else quadrants)
         self.linear(f"{name}.reduction", merging.reduction, after, quadrants)
 
+    def class_attention(self, backbone: Any, width: Tensor) -> None:
+        """CaiT's blocks of the class token: they read and write the stream, all inside is whole."""
+        for i, block in enumerate(getattr(backbone, "blocks_token_only", ())):
+            name, attn, mlp = f"blocks_token_only.{i}", block.attn, block.mlp
+            every, hidden = (among(n, n) for n in (attn.proj.in_features, mlp.fc2.in_features))
+            for key in ("norm1", "norm2"):
+                self.norm(f"{name}.{key}", getattr(block, key), width)
+                self.last_axis(f"{name}.gamma_{key[-1]}", getattr(block, f"gamma_{key[-1]}"), width)
+            for key in ("q", "k", "v"):
+                self.linear(f"{name}.attn.{key}", getattr(attn, key), every, width)
+            self.linear(f"{name}.attn.proj", attn.proj, width, every)
+            self.linear(f"{name}.mlp.fc1", mlp.fc1, hidden, width)
+            self.linear(f"{name}.mlp.fc2", mlp.fc2, width, hidden)
+
     def classifier(self, backbone: Any, width: Tensor) -> None:
         """Final norm and every classifier head."""
         self.norm("norm", backbone.norm, width)
+        self.class_attention(backbone, width)
         if getattr(backbone, "attn_pool", None) is not None:  # its keys and values read the stream, all else is whole
             kv = backbone.attn_pool.kv
             self.linear("attn_pool.kv", kv, among(kv.out_features, kv.out_features), width)
@@ -309,7 +330,7 @@ class KeptWeights:
 
 
 def kept_weights(backbone: nn.Module, subnet: NetworkSlice) -> KeptWeights:
-    """The masks of a subnet over a timm ViT, distilled DeiT, Swin or Eva, or a T2T-ViT.
+    """The masks of a subnet over a timm ViT, distilled DeiT, Swin, Eva or CaiT, or a T2T-ViT.
 
     Where an MLP reads only some channels (mlp_stream), norm2 still keeps a weight for every channel that it
     normalises over. Raises ValueError when the subnet is not one of this backbone, and TypeError when the

@@ -11,6 +11,7 @@ from typing import Any
 import hypothesis.strategies as st
 import torch
 from timm.layers import LayerNorm, RmsNorm
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -178,12 +179,33 @@ def eva_backbones(draw: st.DrawFn) -> nn.Module:
     return randomise(model, draw(SEEDS)).eval()
 
 
+@st.composite
+def cait_backbones(draw: st.DrawFn) -> nn.Module:
+    """A timm Cait, talking heads and class attention, randomised, in eval mode."""
+    num_heads = draw(st.sampled_from([2, 3, 4, 6]))
+    model = Cait(
+        img_size=draw(st.sampled_from([32, 48, (32, 48)])),
+        patch_size=16,
+        num_classes=draw(st.integers(2, 7)),
+        global_pool=draw(st.sampled_from(["token", "token", "avg"])),
+        embed_dim=num_heads * draw(st.sampled_from([4, 8])),
+        depth=draw(st.integers(1, 3)),
+        num_heads=num_heads,
+        mlp_ratio=draw(st.sampled_from([1, 2, 4])),
+        qkv_bias=draw(st.booleans()),
+        depth_token_only=draw(st.integers(1, 2)),
+        mlp_ratio_token_only=draw(st.sampled_from([1, 3])),
+    )
+    return randomise(model, draw(SEEDS)).eval()
+
+
 BACKBONES = {
     "vit": vit_backbones,
     "swin": swin_backbones,
     "swinv2": swinv2_backbones,
     "t2t": t2t_backbones,
     "eva": eva_backbones,
+    "cait": cait_backbones,
 }
 
 

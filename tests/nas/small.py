@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.models.cait import Cait
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -41,6 +42,7 @@ FAMILIES: dict[str, Any] = {
         **dict(img_size=32, num_classes=5, embed_dim=24, depth=3, num_heads=6, mlp_ratio=2, token_dim=8) | kwargs
     ),
     "eva": lambda **kwargs: Eva(**VIT | EVA | kwargs),
+    "cait": lambda **kwargs: Cait(**VIT | dict(depth_token_only=1) | kwargs),
 }
 UVC_FAMILIES = [family for family in FAMILIES if family not in UVC.without]
 

@@ -146,6 +146,22 @@ def test_heads_that_turn_are_exported(kind: str, tmp_path: Path) -> None:
     assert wider(torch.randn(1, 3, 24, 16)).shape == (1, 10)
 
 
+@pytest.mark.slow
+def test_talking_heads_are_exported(tmp_path: Path) -> None:
+    for name in runtimes.PACKAGES:
+        pytest.importorskip(name)
+    options = dict(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, num_classes=10)
+    supernet = nas.Supernet(randomise(timm.create_model("cait_xxs24_224", **options), 0)).eval()
+    picks = [
+        dict(stream=24, heads=3, qk=6, v=3, hidden=40),
+        dict(stream=24, heads=1, qk=2, v=7, hidden=0),
+        dict(stream=24, heads=0, qk=2, v=7, hidden=0),
+    ]
+    arch = nas.pick(supernet, "cait-free", picks, model_kwargs=options)
+    nas.save(nas.cut(supernet, arch), tmp_path, arch)
+    assert_exported(load_compact(tmp_path), tmp_path)
+
+
 def test_a_file_that_computes_something_else_is_caught(run: Path) -> None:
     network = load_compact(run)
     batches = {"one": pictures(1)}

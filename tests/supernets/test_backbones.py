@@ -21,6 +21,7 @@ from timm.layers import (
     SwiGLU,
     SwiGLUPacked,
 )
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -69,6 +70,7 @@ build: dict[str, Build] = {
     "swinv2": partial(SwinTransformerV2, **SWIN),
     "t2t": partial(T2TViT, **T2T),
     "eva": partial(Eva, **VIT | ROPE),
+    "cait": partial(Cait, **VIT),
 }
 
 
@@ -200,6 +202,13 @@ SUPPORTED += [
     ("`rope_rescale_coords`", "eva", DINOV3 | {"rope_shift_coords": 0.1, "rope_rescale_coords": 2.0}),
     ('`global_pool="avg"`, `"max"`, `"avgmax"`', "eva", {"global_pool": "avgmax"}),
 ]
+SUPPORTED += [
+    ("talking heads (`TalkingHeadAttn`), LayerScale, class attention", "cait", {}),
+    ("talking heads (`TalkingHeadAttn`), LayerScale, class attention", "cait", {"depth_token_only": 1, "depth": 1}),
+    ('`global_pool="token"`, `"avg"`', "cait", {"global_pool": "avg"}),
+    ("`qkv_bias=False`", "cait", {"qkv_bias": False, "img_size": (32, 48), "in_chans": 1}),
+    ("`num_classes=0`", "cait", {"num_classes": 0}),
+]
 # words of the row, what the message names, and how the network is made
 REFUSED: list[tuple[str, str, Build]] = [
     ("`dynamic_img_pad`", "dynamic_img_pad", partial(build["vit"], dynamic_img_pad=True)),
@@ -237,6 +246,12 @@ REFUSED: list[tuple[str, str, Build]] = [
         "a norm before pooling",
         partial(build["eva"], use_fc_norm=True, use_post_transformer_norm=True),
     ),
+    ('`global_pool=""`', "without pooling", partial(build["cait"], global_pool="")),
+    (
+        "`attn_block`, `attn_block_token_only`",
+        "Attention",
+        partial(build["cait"], attn_block=lambda dim, **kwargs: Attention(dim, num_heads=4)),
+    ),
     *(
         (f"`{cls}`", cls, partial(timm.create_model, name, **options))
         for cls, name, options in (
@@ -264,7 +279,7 @@ def test_supported(family: str, options: dict[str, Any], width: str) -> None:
     assert float((compact(x) - small).abs().max() / small.abs().max()) <= 1e-5
     assert sum(p.numel() for p in compact.parameters()) == supernet.params(subnet) < supernet.params()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        compact.to("meta")(x[:1].to("meta"))
+        compact.to("meta").requires_grad_(False)(x[:1].to("meta"))
     assert counter.get_total_flops() == 2 * supernet.flops(subnet) < 2 * supernet.flops()
     double = Supernet(backbone.double()).eval()
     whole = [BlockMixture((Term(kept),)) for kept in subnet.blocks]  # all of the stream, of which the gates leave w

@@ -59,7 +59,7 @@ def assert_costs(compact: nn.Module, net: Supernet, subnet: NetworkSlice, x: Ten
     """Invariant 3. Leaves the compact network on the meta device."""
     assert sum(p.numel() for p in compact.parameters()) == net.params(subnet)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        compact.to("meta")(x[:1].to("meta"))
+        compact.to("meta").requires_grad_(False)(x[:1].to("meta"))
     assert counter.get_total_flops() == 2 * net.flops(subnet)
 
 
@@ -157,7 +157,8 @@ def folded(backbone: nn.Module, stages: Iterable[int], got: Mapping[str, Tensor]
             state[f"{norm}.bias"] = torch.zeros_like(bias)
         for reader in readers:
             state[f"{reader}.weight"] *= weight
-    for stage, name, _ in blocks_of(backbone):
+    of_token = [(0, f"blocks_token_only.{i}", None) for i, _ in enumerate(getattr(backbone, "blocks_token_only", ()))]
+    for stage, name, _ in (*blocks_of(backbone), *of_token):
         scales = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2", "gamma_1": "attn.proj", "gamma_2": "mlp.fc2"}
         for scale, writer in ((f"{name}.{leaf}", writer) for leaf, writer in scales.items()):
             if stage in stages and scale in state:

@@ -32,6 +32,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "eva": ("eva", {}),
     "eva, mixed": ("eva", MIXED),
     "vit, norms late": ("vit", dict(block_fn=ResPostBlock)),
+    "cait": ("cait", {}),
     "eva, fused, not turned": ("eva", dict(qkv_fused=True, use_rot_pos_emb=False, scale_mlp=True)),
 }
 over_networks = pytest.mark.parametrize("network", NETWORKS)

@@ -42,6 +42,7 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "eva, mixed": ("eva", MIXED),
     "vit, norms late": ("vit", dict(block_fn=ResPostBlock)),
     "eva, norms late": ("eva", dict(use_post_norm=True)),
+    "cait": ("cait", {}),
     "eva, fused": ("eva", dict(qkv_fused=True, swiglu_mlp=False, use_rot_pos_emb=False)),
 }
 over_backbones = pytest.mark.parametrize("backbone", BACKBONES)

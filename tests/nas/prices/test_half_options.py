@@ -29,6 +29,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "t2t": ("t2t", {}),
     "eva": ("eva", {}),
     "eva, mixed": ("eva", MIXED),
+    "cait": ("cait", {}),
     "eva, fused, norms inside": ("eva", dict(qkv_fused=True, scale_mlp=True, scale_attn_inner=True, qk_norm=True)),
 }
 

@@ -162,6 +162,8 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # family, of t
     "swinv2": ("swinv2", {}, {}),
     "t2t": ("t2t", {}, {}),
     "eva": ("eva", {}, {}),
+    "eva, mixed": ("eva", dict(rope_type="mixed"), dict(evals=1)),
+    "cait": ("cait", {}, dict(evals=1)),
     "eva, norms inside": ("eva", dict(scale_mlp=True, scale_attn_inner=True, qkv_fused=False), dict(evals=1)),
     "attention pooling": ("vit", dict(global_pool="map", class_token=False), dict(evals=1)),
     "taylor, and no basis": ("vit", {}, dict(score="taylor", basis="none")),
