@@ -23,10 +23,10 @@ class BlockCosts:
     attn_tokens: tokens that qkv, attention and projection run on (Swin pads after norm1). attended: T, tokens
     each of them attends to. mlp_tokens: tokens of the MLP. attn_weights, mlp_weights: entries of each half's weight
     matrices, which are its MACs per token; attn_params, mlp_params: entries of all its parameters. Letters as in
-    axes.py, but Q and V for the channels of q and of v in all heads. norm_after_gate: a norm stands behind the gates
-    of heads or neurons, so that nested slices in one gated pass are not their sum. shifted: whether attention's
-    windows are, which costs no MAC but time. attn_once: MACs of an image that neither the stream's width nor that of
-    heads changes (Swin V2's network of position biases, which runs once a batch and is counted with every image; what
+    axes.py, but Q and V for the channels of q and of v in all heads. norm_after_gate: a norm, or what mixes heads,
+    stands behind the gates of heads or neurons, so that nested slices in one gated pass are not their sum. shifted:
+    whether attention's windows are, which costs no MAC but time. attn_once: MACs of an image that no width of stream or
+    head changes (Swin V2's network of position biases, which runs once a batch and is counted with every image; what
     mixes CaiT's heads). pads_heads: whether heads of one width run padded (`by_width`, layers.py).
     """
 
