@@ -10,7 +10,8 @@ all. Torch-Pruning cuts as its authors do in VainF/Isomorphic-Pruning: Taylor im
 of one form (isomorphic) over the whole network, its gradients from training images prepared as in evaluation; the
 ratio is the one that leaves the most FLOPs within the budget. Kinds: `dims` narrows every head, `heads` removes whole
 heads, `both` heads by the ratio and their channels by half of it; `-bottleneck` leaves the residual stream whole. The
-default is the strongest on the nano networks, at a half and at a quarter.
+default is the strongest on the nano networks, at a half and at a quarter. `neurons` is the one kind for networks
+whose attention it does not follow (all but ViT and Swin).
 
 Every network learns from the frozen teacher in the same way (--epochs), from the same start at every rate (--lr), and
 is taken from the epoch that was best on the held-out training images, the start among them; * marks the best rate.
@@ -56,7 +57,8 @@ from nas.training.optim import make_optimizer
 from search_spaces.errors import UserError
 from search_spaces.registry import get_space
 
-KINDS = tuple(f"{inside}{stream}" for stream in ("", "-bottleneck") for inside in ("dims", "heads", "both"))
+NEURONS = "neurons"  # hidden ones alone
+KINDS = (*(f"{inside}{stream}" for stream in ("", "-bottleneck") for inside in ("dims", "heads", "both")), NEURONS)
 STRONGEST = "dims-bottleneck"
 BISECTIONS = 10
 DISTILL = 0.5  # share of the loss that is the teacher's
@@ -101,7 +103,7 @@ def torch_pruning() -> Any:
 def macs(network: nn.Module, size: tuple[int, ...]) -> int:
     """Multiply-accumulates of one image, by torch's own counter."""
     image = torch.zeros(1, *size, device=next(network.parameters()).device)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # its hooks want gradients on
         network(image)
     return int(counter.get_total_flops()) // 2
 
@@ -148,9 +150,15 @@ def merging_pruner(tp: Any) -> Any:
 
 
 def ignored(network: Any, kind: str) -> list[Any]:
-    """Layers and parameters that keep their size: classifier, relative positions, and in a bottleneck the stream."""
+    """Layers and parameters that keep their size: classifier, pooling by attention, relative positions, and in a
+    bottleneck the stream."""
+    pool = [network.attn_pool] if getattr(network, "attn_pool", None) is not None else []
+    if kind == NEURONS:
+        mlps = [m for name, m in network.named_modules() if name.endswith(".mlp") and not name.startswith("attn_pool")]
+        inside = {part for mlp in mlps for part in mlp.modules()}
+        return pool + [m for m in network.modules() if not [*m.children()] and m not in inside]
     heads = network.get_classifier()
-    layers = list(heads) if isinstance(heads, tuple) else [heads]
+    layers = [*heads, *pool] if isinstance(heads, tuple) else [heads, *pool]
     layers += [m.relative_position_bias_table for m in network.modules() if isinstance(m, WindowAttention)]
     if kind.endswith("-bottleneck"):
         layers += [network.patch_embed.proj, *(m for m in network.modules() if isinstance(m, PatchMerging))]
@@ -167,9 +175,12 @@ def resize(attn: Any, heads: list[int]) -> None:
         attn.relative_position_bias_table = nn.Parameter(table[:, heads].clone())
 
 
-def prune(network: nn.Module, size: tuple[int, ...], ratio: float, kind: str, round_to: int) -> nn.Module:
+def prune(
+    network: nn.Module, size: tuple[int, ...], ratio: float, kind: str, round_to: int, importance: str = "taylor"
+) -> nn.Module:
     """A copy of a network that holds gradients, cut by Torch-Pruning."""
     tp = torch_pruning()
+    scores = {"taylor": tp.importance.GroupTaylorImportance, "magnitude": tp.importance.GroupMagnitudeImportance}
     small, inside = with_gradients(network), kind.removesuffix("-bottleneck")
     attentions: dict[Any, Any] = {m.proj: m for m in small.modules() if isinstance(m, Attention | WindowAttention)}
     num_heads = {attn.qkv: attn.num_heads for attn in attentions.values()}
@@ -177,7 +188,7 @@ def prune(network: nn.Module, size: tuple[int, ...], ratio: float, kind: str, ro
         pruner = tp.pruner.BasePruner(
             small,
             torch.zeros(1, *size, device=next(small.parameters()).device),
-            importance=tp.importance.GroupTaylorImportance(),
+            importance=scores[importance](),
             global_pruning=True,
             isomorphic=True,
             pruning_ratio=ratio,
@@ -207,13 +218,13 @@ def prune(network: nn.Module, size: tuple[int, ...], ratio: float, kind: str, ro
     return small.eval()
 
 
-def within(bench: Bench, budget: float, kind: str, round_to: int) -> nn.Module | None:
+def within(bench: Bench, budget: float, kind: str, round_to: int, importance: str = "taylor") -> nn.Module | None:
     """The largest network within the budget that bisection over the ratio meets; None if it meets none."""
     low, high, at_low = 0.0, 1.0, bench.full
     best, at_best = None, 0
     for _ in range(BISECTIONS):
         ratio = (low + high) / 2
-        candidate = prune(bench.large, bench.size, ratio, kind, round_to)
+        candidate = prune(bench.large, bench.size, ratio, kind, round_to, importance)
         flops = macs(candidate, bench.size)
         if flops <= budget * bench.full:
             high = ratio
@@ -228,14 +239,15 @@ def within(bench: Bench, budget: float, kind: str, round_to: int) -> nn.Module |
 
 def cut_by_torch_pruning(options: argparse.Namespace, bench: Bench, seed: int) -> Iterator[Contender]:
     """Networks within every budget, of every kind. seed: draws the images of the gradients."""
-    if not isinstance(bench.large, VisionTransformer | SwinTransformer):
-        raise UserError(f"{type(bench.large).__name__}: Torch-Pruning is set up for VisionTransformer, SwinTransformer")
+    if not isinstance(bench.large, VisionTransformer | SwinTransformer) and options.kinds != [NEURONS]:
+        name = type(bench.large).__name__
+        raise UserError(f"{name}: Torch-Pruning follows only the neurons of it; give --kinds {NEURONS}")
     began = time.perf_counter()
     accumulate(bench.large, bench.loaders.calibration(seed), options.calibration_images)
     gradients = time.perf_counter() - began
     for budget, kind in itertools.product(options.budget, options.kinds):
         began = time.perf_counter()
-        network = within(bench, budget, kind, options.round_to)
+        network = within(bench, budget, kind, options.round_to, options.importance)
         seconds = gradients + time.perf_counter() - began
         if network is None:
             print(f"{kind} {budget:g}: left out, Torch-Pruning finds no network within this budget")
@@ -367,6 +379,7 @@ def option_parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", choices=("torch-pruning", "folder"), default="torch-pruning")
     parser.add_argument("--budget", type=float, nargs="+", default=[0.5], help="shares of the unpruned network's FLOPs")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[STRONGEST], help="what Torch-Pruning may cut")
+    parser.add_argument("--importance", choices=("taylor", "magnitude"), default="taylor", help="what it ranks by")
     parser.add_argument("--round-to", type=int, default=2, help="of every width that Torch-Pruning leaves")
     parser.add_argument("--calibration-images", type=int, default=2048, help="for Torch-Pruning's gradients")
     parser.add_argument("--folder", type=Path, nargs="+", default=[], help="runs whose compact networks are measured")
@@ -387,15 +400,8 @@ def option_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
+def run(options: argparse.Namespace) -> None:
     """Cut or load, measure, train, print the table."""
-    options = option_parser().parse_args()
-    if options.output and options.output.suffix not in WRITERS:
-        raise UserError(f"--output {options.output}; expected a name that ends in {' or '.join(WRITERS)}")
-    if (options.method == "folder") != bool(options.folder):
-        raise UserError("--folder names the runs of --method folder: give both or neither")
-    if options.method == "torch-pruning":
-        torch_pruning()  # before anything that takes time
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         bench = open_bench(options, Path(folder))
@@ -406,6 +412,18 @@ def main() -> None:
                     WRITERS[options.output.suffix](options.output, rows)
     print_table(rows)
     print(f"top-1 % on the {bench.loaders.reported}; held out: {bench.loaders.held_out}")
+
+
+def main() -> None:
+    """What the options ask for, once they are known to go together."""
+    options = option_parser().parse_args()
+    if options.output and options.output.suffix not in WRITERS:
+        raise UserError(f"--output {options.output}; expected a name that ends in {' or '.join(WRITERS)}")
+    if (options.method == "folder") != bool(options.folder):
+        raise UserError("--folder names the runs of --method folder: give both or neither")
+    if options.method == "torch-pruning":
+        torch_pruning()  # before anything that takes time
+    run(options)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ class RetrainConfig(StageTwoOptions, Common):
     """arch.json of a search, or the folder that holds it; of a search with --front: all of its networks at once, over
     shared weights (docs/searchers.md)"""
     space: str | None = None
-    """instead of --arch: a space that needs no search (with --train plain any space)"""
+    """instead of --arch: a space that needs no search (with --train plain any space); auto-<method>: of the family of
+    --model"""
     alpha: int | None = None
     """one compression factor for every block, of such a space"""
     width: Literal["stream", "inner"] = "stream"

@@ -76,7 +76,7 @@ def rewrite(supernet: Supernet, batches: Iterable[Tensor]) -> bases.Basis:
     fixed = fixed_streams(supernet.adapter)
     widths = {shape.stage: shape.embed_dim for shape in supernet.shapes if shape.stage not in fixed}
     found = calibrate(supernet, enough(batches, max(widths.values(), default=0)), Wanted(frozenset(widths)))
-    orders = orders_of(magnitude_scores(supernet))
+    orders = orders_of(magnitude_scores(supernet), supernet)
     rotated = {f"stream.{stage}" for stage in widths}
     found = replace(found, orders={name: order for name, order in orders.items() if name not in rotated})
     bases.rewrite(supernet, found)

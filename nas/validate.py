@@ -4,6 +4,7 @@ python -m nas.validate --weights results/<run>                                  
 python -m nas.validate --weights results/<run>/compact.safetensors --dataset imagenet --data-dir /data/imagenet
 python -m nas.validate --model NAME --checkpoint FILE --data-dir /data/flowers                  any timm network
 python -m nas.validate --weights results/<run> --knn                                            no classifier needed
+python -m nas.validate --weights results/<run> --by-block                       where it parts from the large network
 """
 
 import argparse
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from nas.machine.timing import Network
+    from nas.runs.opened import Opened
     from nas.stages.reported import Reported
 
 DATA = ("dataset", "data_dir", "val_split", "num_classes", "class_map", "labels", "batch_size", "workers")
@@ -45,6 +47,7 @@ class Subject:
     reference: str | None = None
     output: Path | None = None  # where the numbers go unless --output says
     clocked: "Callable[[], dict[str, dict[str, float]]]" = dict  # milliseconds of networks, by a latency table
+    opened: "Opened | None" = None  # the run that they are of
 
 
 def run_validate(options: argparse.Namespace) -> dict[str, Any]:
@@ -70,6 +73,9 @@ def run_validate(options: argparse.Namespace) -> dict[str, Any]:
     for name, found in scores_of(subject, options.knn, device, autocast).items():
         rows[name] |= found
     reported = subject.reported
+    if options.by_block:
+        for name, values in by_block(subject, device, autocast).items():
+            rows[name]["cosine_by_block"] = values
     for batch in options.speed_batches:
         speeds = images_per_second(subject.networks, subject.input_size, batch, device, autocast)
         for name, speed in speeds.items():
@@ -125,6 +131,23 @@ def scores_of(subject: Subject, wanted: bool, device: "torch.device", autocast: 
     return {name: {k: flat[f"{name}_{k}"] for k in columns if f"{name}_{k}" in flat} for name in networks}
 
 
+def by_block(subject: Subject, device: "torch.device", autocast: Any) -> dict[str, list[float]]:
+    """{network: cosine similarity of its stream to the large network's, a value per block}, drawn into the folder."""
+    from nas.pictures.blocks_figure import PICTURE, blocks_figure
+    from nas.pictures.run import save
+    from nas.training.by_block import cosine_by_block
+    from nas.training.evaluate import progress
+
+    opened = subject.opened
+    if opened is None or opened.supernet is None or subject.reference is None:
+        raise UserError("--by-block holds small networks against the large one: give --weights, a folder with both")
+    seen = progress(subject.reported.images, "streams of the large and of the small network")
+    found = cosine_by_block(opened.supernet, opened.subnet, opened.compact, seen, device, autocast)
+    for path in save(blocks_figure(found, f"{opened.arch.space}, {opened.folder.name}"), opened.folder / PICTURE):
+        print(f"how like the large network's stream, block by block: {path}")
+    return found
+
+
 def of_a_run(options: argparse.Namespace, device: "torch.device") -> Subject:
     """Every network of a run's folder, or that of one of its files."""
     from nas.prices.whole import clocked
@@ -152,6 +175,7 @@ def of_a_run(options: argparse.Namespace, device: "torch.device") -> Subject:
         reference=opened.whole if opened.whole in networks else None,
         output=opened.folder / "validation.json",
         clocked=partial(clocked, opened.arch, opened.compact, small, whole),
+        opened=opened,
     )
 
 
@@ -269,6 +293,11 @@ def parser() -> argparse.ArgumentParser:
         help="read none: how like the large network the others are (docs/unlabelled.md)",
     )
     add("--knn", action="store_true", help="k-NN top-1 too: the training part's features as bank, 20 neighbours")
+    add(
+        "--by-block",
+        action="store_true",
+        help="draw how like the large network's stream the small one's is after every block (blocks.png)",
+    )
     add("--class-map", metavar="FILE", help="timm's class map, where the folders' natural order is not the network's")
     add("--batch-size", type=int, default=64)
     add("--workers", type=int)

@@ -74,5 +74,19 @@ FAMILIES: dict[str, Family] = {
             dict(NANO_VIT, init_values=0.1),  # of its depth, from scratch
             defaults=SMALL_RATE,
         ),
+        Family(
+            "beit",
+            "beitv2_base_patch16_224.in1k_ft_in22k_in1k",
+            "beitv2_base_patch16_224",
+            NANO_VIT,
+            defaults=SMALL_RATE,
+        ),
+        Family(
+            "relpos",
+            "vit_relpos_base_patch16_224.sw_in1k",
+            "vit_relpos_small_patch16_224",
+            dict(NANO_VIT, init_values=0.1),
+            defaults=SMALL_RATE,
+        ),
     )
 }

@@ -20,6 +20,7 @@ from search_spaces.uvc import UVC
 
 METHODS: dict[str, Method] = {method.name: method for method in (AN(), DAN(), KCR(), Joint(), UVC(), Free())}
 DEFAULT_SPACE = "swin-dan-nano"
+AUTO = "auto-"  # before a method's name: of the family that --model turns out to be of
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def get_space(name: str) -> Space:
         for family, why in method.without.items():
             if name in (f"{family}-{method.name}", f"{family}-{method.name}-nano"):
                 raise UserError(f"there is no space {name}: {why}; take another method of {family}")
+    if name.startswith(AUTO):
+        raise UserError(f"{name} is a space of the family of --model, which is not named here; name a family's space")
     near = difflib.get_close_matches(name, spaces, n=3) or sorted(spaces)
     raise UserError(f"unknown space {name!r}; did you mean {', '.join(near)}? (search.py --list-spaces shows all)")
 

@@ -45,6 +45,7 @@ class Adapter(ABC):
     stem_tokens: int = 0  # tokens that stem_norm runs on, or a stem's layer
     stem_layer: str | None = None  # of a compact network: the norm and layer that end its stem, which stays whole
     unrotated: Mapping[int, str] = MappingProxyType({})  # stage -> what stands against a rotation of its stream
+    heads_stay: bool = False  # whether the heads of all blocks stand in one order, which is the network's own
 
     def __init__(self, backbone: Any) -> None:
         self.backbone = backbone

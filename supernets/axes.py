@@ -170,13 +170,14 @@ def take_axis(t: Tensor, dim: int, letters: str, kept: Mapping[str, Kept], sizes
 class HeadWidths:
     """The kept heads of a block. qk: channels of q and k in each; v: of v in each, or one number per head.
 
-    qk_channels: those of q and k where they are not the first.
+    qk_channels: those of q and k where they are not the first; kept: which heads, where they are not.
     """
 
     number: int
     qk: int
     v: int | tuple[int, ...]
     qk_channels: tuple[int, ...] | None = None
+    kept: tuple[int, ...] | None = None
 
     @property
     def even(self) -> bool:
@@ -193,10 +194,11 @@ def head_widths(kept: BlockSlice, shape: BlockShape) -> HeadWidths:
     """How wide the kept heads are."""
     v = shape.v_dim if kept.v_channels is None else kept.v_channels
     widths = v if isinstance(v, int) else tuple(map(len, v))
+    which = None if isinstance(kept.heads, int) else kept.heads
     if kept.qk is None:
-        return HeadWidths(count(kept.heads), shape.head_dim, widths)
+        return HeadWidths(count(kept.heads), shape.head_dim, widths, kept=which)
     channels = shape.qk_kept(kept.qk)
-    return HeadWidths(count(kept.heads), kept.qk, widths, None if isinstance(channels, int) else channels)
+    return HeadWidths(count(kept.heads), kept.qk, widths, None if isinstance(channels, int) else channels, which)
 
 
 def v_rows(shape: BlockShape, kept: BlockSlice) -> list[int]:

@@ -412,10 +412,14 @@ class HeadMoments:
         lost: dict[str, Tensor] = {}
         for name in self.heads:
             H, proj = self._shape(name).num_heads, self._writer(name, 0)
-            orders[f"{name}.heads"], heads = head_order(self.heads[name].value(), proj, H)
+            if self.supernet.adapter.heads_stay:
+                order, heads = list(range(H)), prefix_lost(self.heads[name].value(), proj, self._shape(name).v_dim)
+            else:
+                order, heads = head_order(self.heads[name].value(), proj, H)
+                orders[f"{name}.heads"] = order
             lost[f"{name}.heads"] = heads.cpu()
             if name in self.out:
-                kept = torch.tensor(orders[f"{name}.heads"])
+                kept = torch.tensor(order)
                 tails = v_lost if name in self.rotated else v_lost_as_it_stands
                 lost[f"{name}.v"] = tails(self.out[name].value(), self._by_head(name))[kept].cpu()
         for name in self.hidden:

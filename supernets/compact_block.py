@@ -18,11 +18,28 @@ def not_scriptable(module: nn.Module) -> nn.Module:
     )
 
 
+class NoAttention:
+    """What timm asks for in the attention of a block, where it changes the input size and the block has none."""
+
+    rel_pos = None
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """There is no bias of positions."""
+
+
 class SkippedBlock(nn.Identity):
     """In place of a block that is skipped whole: its input, whatever else blocks are handed."""
 
+    attn = NoAttention()
+
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Tensor | None = None,
+        shared_rel_pos_bias: Tensor | None = None,
+        shared_rel_pos: Tensor | None = None,
     ) -> Tensor:
         return x
 
@@ -60,6 +77,8 @@ class CompactBlock(nn.Module):
         for name, p in block.named_parameters(recurse=False):
             if axes.has(name, kept):
                 self.register_parameter(name, p)
+        if not kept.attn:
+            self.attn = NoAttention()
         self.mlp_stream = kept.num_mlp_stream()
         index = None if isinstance(kept.mlp_stream, int | None) else torch.tensor(kept.mlp_stream)
         self.register_buffer("mlp_index", index, persistent=False)
@@ -99,7 +118,7 @@ class CompactBlock(nn.Module):
         return z if s == x.shape[-1] else torch.cat([z, x[..., s:]], dim=-1)
 
 
-class LateBlock(CompactBlock):
+class CompactLateBlock(CompactBlock):
     """A block whose norms end its halves."""
 
     def attention_half(self, z: Tensor, **given: Any) -> Tensor:

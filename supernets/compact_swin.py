@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from supernets.axes import HeadWidths
 from supernets.compact_block import CompactBlock, not_scriptable
 from supernets.layers import by_width, join_heads, padded
+from supernets.relative import CachedBias, relative_bias
 
 
-class CompactWindowAttention(nn.Module):
+class CompactWindowAttention(CachedBias):
     """timm's WindowAttention with the shift and the partition around it. Children keep timm's names.
 
     Plain windows are gathered as (B*W, T). Shifted ones as (B, T, W): then q, k and v become (B, W*h, T, D), one copy
@@ -87,12 +88,9 @@ class CompactWindowAttention(nn.Module):
         self.num_windows = 0 if mask is None else mask.shape[0]
         (H, W), (win_h, win_w) = self.input_resolution, self.window_size
         self.padded = H % win_h != 0 or W % win_w != 0
-        self._bias: tuple[tuple[nn.Parameter, ...], list[Tensor], Any, Tensor] | None = (
-            None  # of what, memory, key, bias
-        )
+        self._bias = None
 
     def bias_parameters(self) -> tuple[nn.Parameter, ...]:
-        """What the bias of relative positions is made of."""
         return (self.relative_position_bias_table,)
 
     def position_bias(self) -> Tensor:
@@ -106,20 +104,6 @@ class CompactWindowAttention(nn.Module):
             bias = (bias + self.attn_mask.unsqueeze(1)).flatten(0, 1)
         return bias.unsqueeze(0).to(dtype).contiguous()
 
-    def _cached_bias(self, dtype: torch.dtype) -> Tensor:
-        """`bias`, computed again only when what it is made of has changed; kept where nothing is being differentiated.
-
-        A change in place through `.data` goes unnoticed, as it does in autograd.
-        """
-        made_of = self.bias_parameters()
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(p.is_inference() for p in made_of):
-            return self.bias(dtype)
-        cached, key = self._bias, (*((id(p), p.data_ptr(), p._version) for p in made_of), dtype)
-        if cached is None or cached[2] != key:
-            memory = [p.detach() for p in made_of]  # as long as it is held, nothing else comes to lie at its address
-            self._bias = cached = made_of, memory, key, self.bias(dtype)
-        return cached[3]
-
     def projected(self, x: Tensor) -> Tensor:
         """(..., S) -> q, k and v of all heads (..., 2hD + hV)."""
         return self.qkv(x)  # type: ignore[no-any-return]
@@ -127,10 +111,6 @@ class CompactWindowAttention(nn.Module):
     def prepared(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q and k (B*W, h, T, D) or (B, W*h, T, D), heads of a window side by side, as their products are taken."""
         return q, k
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy's parameters count their versions anew: it starts without a cached bias."""
-        return self.__dict__ | {"_bias": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, S) -> (B, H, W, S)."""
@@ -186,11 +166,6 @@ class CompactWindowBlock(CompactBlock):
         """timm's, on the attention."""
         if self.has_attn:
             self.attn.set_input_size(feat_size, window_size, always_partition)
-
-
-def relative_bias(table: Tensor, index: Tensor) -> Tensor:
-    """(offsets, h) by the offset of two tokens (T, T) -> (h, T, T)."""
-    return table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1)
 
 
 def _gathers(attn: Any, by_token: bool) -> tuple[Tensor | None, Tensor | None]:

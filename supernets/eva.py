@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from search_spaces.slices import BlockShape
 from supernets.adapter import refuse
 from supernets.axes import BlockAxes, HalfAxes, HeadWidths, Params
-from supernets.compact_block import LateBlock
+from supernets.compact_block import CompactLateBlock
 from supernets.compact_eva import (
     CompactEvaAttention,
     CompactEvaBlock,
@@ -67,7 +67,7 @@ class EvaAdapter(VitAdapter):
 
     block_axes = BlockAxes(EVA_ATTENTION, EVA_MLP)
     block_types = (EvaBlock, CompactEvaBlock)
-    late_types = (EvaBlockPostNorm, LateBlock)
+    late_types = (EvaBlockPostNorm, CompactLateBlock)
     attention_types = (EvaAttention, AttentionRope, CompactEvaAttention)
     plain_attention = "use timm's EvaAttention or AttentionRope"
     layer_scales = ("gamma_1", "gamma_2")

@@ -2,19 +2,23 @@
 
 from dataclasses import dataclass
 
+from timm.models.beit import Beit
 from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from search_spaces.errors import UserError
 from supernets.adapter import Adapter
+from supernets.beit import BeitAdapter
 from supernets.cait import CaitAdapter
 from supernets.eva import EvaAdapter
 from supernets.feature_head import with_feature_head
+from supernets.relpos import RelPosAdapter
 from supernets.swin import SwinAdapter
 from supernets.swin_v2 import SwinV2Adapter
 from supernets.t2t import T2TAdapter
@@ -45,6 +49,8 @@ ADAPTED: dict[str, Adapted] = {
     "deit": Adapted((VisionTransformer, VisionTransformerDistilled), VitAdapter),
     "t2t": Adapted((T2TViT,), T2TAdapter),
     "eva": Adapted((Eva,), EvaAdapter),
+    "beit": Adapted((Beit,), BeitAdapter),
+    "relpos": Adapted((VisionTransformerRelPos,), RelPosAdapter),
     "cait": Adapted((Cait,), CaitAdapter),
 }
 

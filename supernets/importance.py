@@ -109,9 +109,20 @@ def taylor_lost(supernet: Supernet, scores: Mapping[str, Tensor]) -> dict[str, T
     return lost
 
 
-def orders_of(scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Descending order of every group's scores; equal scores keep their place."""
-    return {name: torch.argsort(s, descending=True, stable=True).tolist() for name, s in scores.items()}
+def orders_of(scores: Mapping[str, Tensor], supernet: Supernet | None = None) -> dict[str, list[int]]:
+    """Descending order of every group's scores; equal scores keep their place.
+
+    supernet: whose heads are left out where they stay (`Adapter.heads_stay`).
+    """
+    stay = () if supernet is None else fixed_orders(supernet)
+    sorted_by = {name: torch.argsort(s, descending=True, stable=True) for name, s in scores.items() if name not in stay}
+    return {name: order.tolist() for name, order in sorted_by.items()}
+
+
+def fixed_orders(supernet: Supernet) -> set[str]:
+    """Units that cannot be sorted: the heads of blocks that all read one bias by relative positions."""
+    adapter = supernet.adapter
+    return {f"{name}.heads" for name in adapter.block_names} if adapter.heads_stay else set()
 
 
 def check_orders(supernet: Supernet, orders: Orders) -> None:
@@ -119,7 +130,10 @@ def check_orders(supernet: Supernet, orders: Orders) -> None:
     known: dict[str, int] = {}
     for _, _, _, letters, sizes, names in _axes(supernet):
         known |= {names[letter]: sizes[letter] for letter in letters if letter in names}
+    stay = fixed_orders(supernet)
     for name, order in orders.items():
+        if name in stay and order != sorted(order):
+            raise UserError(f"importance order '{name}': all blocks read one bias by head, whose order stays")
         if known.get(name) != len(order):
             raise UserError(
                 f"importance order '{name}' sorts {len(order)} units, the backbone has {known.get(name, 'none')};"

@@ -18,13 +18,13 @@ from supernets.axes import HeadWidths, Params
 from supernets.rotated import StemLayer, StemNorm, StreamNorm
 
 
-def norm(module: nn.Module, params: Params, name: str, x: Tensor) -> Tensor:
-    """LayerNorm or RMSNorm over the channels of x alone, with the sliced weight and bias `name.*`.
+def norm(module: nn.Module | None, params: Params, name: str, x: Tensor) -> Tensor:
+    """LayerNorm or RMSNorm over the channels of x alone, with the sliced weight and bias `name.*`; None: x itself.
 
     With `name.gate` (w,), how much of each channel exists, mean and variance are over what exists, and so is the
     result: a gate of ones and zeros gives the norm of the channels of gate one, and zero elsewhere.
     """
-    if isinstance(module, nn.Identity):
+    if module is None or isinstance(module, nn.Identity):
         return x
     weight = params.get(f"{name}.weight")
     if isinstance(module, StreamNorm):
@@ -141,27 +141,35 @@ def fused_qkv(params: Params, x: Tensor) -> Tensor:
     return F.linear(x, params["attn.qkv.weight"], joined_bias(params["attn.q_bias"], params["attn.v_bias"]))
 
 
-def attention(attn: Any, params: Params, heads: HeadWidths, x_BNS: Tensor, scale: float | None = None) -> Tensor:
+def attention(
+    attn: Any,
+    params: Params,
+    heads: HeadWidths,
+    x_BNS: Tensor,
+    scale: float | None = None,
+    bias_HNN: Tensor | None = None,
+) -> Tensor:
     """timm's Attention on sliced parameters. Returns (B, N, S); without its projection (B, N, V).
 
-    scale: of q k^T; by default that of heads as wide as the backbone's.
+    scale: of q k^T; by default that of heads as wide as the backbone's. bias_HNN: of the kept heads, added to it.
     """
     if scale is None and attn.scale != heads.qk**-0.5:
         scale = attn.scale
 
-    def attend(q_BHND: Tensor, k_BHND: Tensor, v_BHNV: Tensor, _: Any) -> Tensor:
+    def attend(q_BHND: Tensor, k_BHND: Tensor, v_BHNV: Tensor, index: Any) -> Tensor:
+        bias = None if bias_HNN is None else bias_HNN[index].unsqueeze(0).to(q_BHND.dtype)
         if attn.fused_attn:
             dropout_p = attn.attn_drop.p if attn.training else 0.0
-            return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHNV, dropout_p=dropout_p, scale=scale)
+            return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHNV, bias, dropout_p=dropout_p, scale=scale)
         scores = (q_BHND * attn.scale) @ k_BHND.transpose(-2, -1)
+        scores = scores if bias is None else scores + bias
         return attn.attn_drop(scores.softmax(dim=-1)) @ v_BHNV  # type: ignore[no-any-return]
 
-    def norm_qk(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return norm(attn.q_norm, params, "attn.q_norm", q), norm(attn.k_norm, params, "attn.k_norm", k)
+    def inner(name: str, x: Tensor) -> Tensor:
+        return norm(getattr(attn, name, None), params, f"attn.{name}", x)
 
-    x = by_width(linear(params, "attn.qkv", x_BNS), heads, attend, norm_qk)
-    x = norm(attn.norm, params, "attn.norm", x)
-    return attn.proj_drop(linear(params, "attn.proj", x))  # type: ignore[no-any-return]
+    x = by_width(fused_qkv(params, x_BNS), heads, attend, lambda q, k: (inner("q_norm", q), inner("k_norm", k)))
+    return attn.proj_drop(linear(params, "attn.proj", inner("norm", x)))  # type: ignore[no-any-return]
 
 
 def mlp(module: Any, params: Params, x: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from supernets.adapter import OuterAxis, refuse
 from supernets.axes import HeadWidths, Params
 from supernets.compact_block import SkippedBlock
-from supernets.compact_swin import CompactWindowAttention, CompactWindowBlock, relative_bias
+from supernets.compact_swin import CompactWindowAttention, CompactWindowBlock
 from supernets.flops import NetworkCosts, PerWidth
 from supernets.layers import by_width, linear, norm, stem_norm
+from supernets.relative import relative_bias
 from supernets.rotated import StemLayer
 from supernets.timm_block import TimmBlockAdapter, check_compact, check_norm, has_attn, has_mlp, num_params, shape_of
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape
 from supernets.axes import BlockAxes, HalfAxes, HeadWidths, Params
-from supernets.compact_block import LateBlock
-from supernets.compact_swin import CompactWindowAttention, CompactWindowBlock, relative_bias
+from supernets.compact_block import CompactLateBlock
+from supernets.compact_swin import CompactWindowAttention, CompactWindowBlock
 from supernets.flops import BlockCosts
 from supernets.layers import fused_qkv, joined_bias, late_norm, linear
+from supernets.relative import relative_bias
 from supernets.swin import SwinAdapter, attend_windows, placed, quadrants, windowed
 from supernets.timm_block import ATTENTION, MLP, has_attn, with_norms_late
 
@@ -125,7 +126,7 @@ class CompactCosineAttention(CompactWindowAttention):
         return unit_qk(q, k, self.logit_scale.repeat(windows, 1, 1))
 
 
-class CompactLateBlock(LateBlock, CompactWindowBlock):
+class CompactLateWindowBlock(CompactLateBlock, CompactWindowBlock):
     """A block of a compact Swin V2."""
 
 
@@ -133,8 +134,7 @@ class SwinV2Adapter(SwinAdapter):
     """SwinTransformerV2 as blocks, stem, patch merging and classifier. Turns fused attention on."""
 
     block_axes = with_norms_late(BlockAxes(COSINE_ATTENTION, MLP))
-    norms_late = True
-    compact_block = CompactLateBlock
+    compact_block = CompactLateWindowBlock
     block_type = SwinTransformerV2Block
     timm_attention = WindowAttention
     fused_attention = FusedCosineAttention

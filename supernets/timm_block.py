@@ -101,7 +101,8 @@ def heads_of(attn: Any) -> HeadWidths:
     """
     found = getattr(attn, "heads", None)
     if not isinstance(found, HeadWidths):
-        return HeadWidths(attn.num_heads, attn.head_dim, attn.head_dim)
+        head_dim = attn.proj.in_features // attn.num_heads
+        return HeadWidths(attn.num_heads, head_dim, head_dim)
     return found if isinstance(found.v, int) else replace(found, v=found.v[0])
 
 
@@ -132,32 +133,33 @@ def check_compact(backbone: nn.Module, block: nn.Module, name: str, stage_width:
 
 
 class TimmBlockAdapter(Adapter):
-    """A family of such blocks; what it says of itself is its attention."""
+    """A family of such blocks; what it says of itself is its attention. Norms stand before the halves or end them."""
 
     block_axes = BlockAxes(ATTENTION, MLP)
     layer_scales = ("ls1.gamma", "ls2.gamma")  # of both halves, where there are any
-    norms_late = False  # whether norms end the halves, in place of LayerScale, and none begins them
 
     @abstractmethod
     def attend(self, block: Any, params: Params, heads: HeadWidths, x: Tensor) -> Tensor:
-        """The block's attention on its normed slice, before LayerScale and the residual."""
+        """The block's attention on what it reads of its slice, before LayerScale or norm and the residual."""
 
     def attention_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
-        heads = head_widths(kept, shape)
-        if self.norms_late:
-            return late_norm(block.norm1, params, "norm1", self.attend(block, params, heads, z_S))
-        y_S = self.attend(block, params, heads, norm(block.norm1, params, "norm1", z_S))
+        heads, late = head_widths(kept, shape), self.block_axes.attn.norm is None
+        y_S = self.attend(block, params, heads, z_S if late else norm(block.norm1, params, "norm1", z_S))
+        if late:
+            return late_norm(block.norm1, params, "norm1", y_S)
         return layer_scale(params, self.layer_scales[0], y_S)
 
     def mlp_half(self, block: Any, shape: BlockShape, params: Params, kept: BlockSlice, z_S: Tensor) -> Tensor:
-        def on_read(h_R: Tensor) -> Tensor:
+        late = self.block_axes.mlp.norm is None
+
+        def half(h_R: Tensor) -> Tensor:
             y_R = mlp(block.mlp, params, h_R)
-            if self.norms_late:
+            if late:
                 return late_norm(block.norm2, params, "norm2", y_R)
             return layer_scale(params, self.layer_scales[1], y_R)
 
-        h_S = z_S if self.norms_late else norm(block.norm2, params, "norm2", z_S)
-        return on_channels(on_read, h_S, kept.mlp_stream, writes="mlp.fc2.weight" in params)
+        h_S = z_S if late else norm(block.norm2, params, "norm2", z_S)
+        return on_channels(half, h_S, kept.mlp_stream, writes="mlp.fc2.weight" in params)
 
     def head_parts(self, block: Any) -> dict[str, str]:
         taken: dict[str, str] = {}
@@ -175,7 +177,10 @@ class TimmBlockAdapter(Adapter):
 
 
 class NarrowAttention(nn.Module):
-    """timm's Attention whose heads are narrower than they were, Q and K, V, or V head by head (2.5, 2.9)."""
+    """timm's Attention whose heads are narrower than they were, Q and K, V, or V head by head (2.5, 2.9).
+
+    Norms that the one it is made of has no place for are left out.
+    """
 
     qkv: Any
     q_norm: Any
@@ -193,6 +198,9 @@ class NarrowAttention(nn.Module):
         super().__init__()
         for name, child in attn.named_children():
             setattr(self, name, child)
+        for name in ("q_norm", "k_norm", "norm"):
+            if not hasattr(self, name):
+                setattr(self, name, nn.Identity())
         self.num_heads, self.head_dim, self.scale = heads.number, heads.qk, attn.scale
         self.v_widths = None if isinstance(heads.v, int) else heads.v
 
@@ -200,6 +208,10 @@ class NarrowAttention(nn.Module):
     def heads(self) -> HeadWidths:
         """As the layers are now: a pruner that cuts them sets num_heads and head_dim, as in timm's attention."""
         return HeadWidths(self.num_heads, self.head_dim, self.v_widths or self.proj.in_features // self.num_heads)
+
+    def projected(self, x: Tensor) -> Tensor:
+        """(B, N, S) -> q, k and v of all heads (B, N, 2hD + hV)."""
+        return self.qkv(x)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, S) -> (B, N, S). attn_mask, is_causal: as torch's scaled_dot_product_attention takes them."""
@@ -216,7 +228,7 @@ class NarrowAttention(nn.Module):
         def norm_qk(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
             return self.q_norm(q), self.k_norm(k)
 
-        x = self.norm(by_width(self.qkv(x), self.heads, attend, norm_qk))
+        x = self.norm(by_width(self.projected(x), self.heads, attend, norm_qk))
         return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]
 
 

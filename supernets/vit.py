@@ -13,7 +13,7 @@ from search_spaces.slices import BlockShape
 from supernets.adapter import OuterAxis, refuse
 from supernets.attention_pool import adopt, pool_flops, pool_params, pooled
 from supernets.axes import HeadWidths, Params
-from supernets.compact_block import CompactBlock, LateBlock, SkippedBlock
+from supernets.compact_block import CompactBlock, CompactLateBlock, SkippedBlock
 from supernets.flops import NetworkCosts, PerWidth
 from supernets.layers import attention, norm, stem_norm
 from supernets.rotated import StemLayer
@@ -40,7 +40,7 @@ class VitAdapter(TimmBlockAdapter):
     """
 
     block_types: tuple[type[nn.Module], ...] = (Block, CompactBlock)
-    late_types: tuple[type[nn.Module], ...] = (ResPostBlock, LateBlock)  # whose norms end the halves
+    late_types: tuple[type[nn.Module], ...] = (ResPostBlock, CompactLateBlock)  # whose norms end the halves
     attention_types: tuple[type[nn.Module], ...] = (Attention, NarrowAttention)
     plain_attention = "use timm's plain Attention"
     of_blocks: tuple[str, ...] = ("blocks.",)  # first letters of the parameters that blocks have
@@ -49,7 +49,7 @@ class VitAdapter(TimmBlockAdapter):
         super().__init__(backbone)
         self.attn_pool = adopt(backbone, POOL)
         if any(type(block) in self.late_types for block in backbone.blocks):
-            self.norms_late, self.block_types, self.compact_block = True, self.late_types, LateBlock
+            self.block_types, self.compact_block = self.late_types, CompactLateBlock
             self.block_axes = with_norms_late(self.block_axes)
         self._check(backbone)
         embed = backbone.patch_embed
@@ -84,6 +84,10 @@ class VitAdapter(TimmBlockAdapter):
         )
         self.costs = self.stream_costs(self.with_stem_layer(costs))
 
+    def norm_at(self, name: str) -> nn.Module:
+        """A norm outside the blocks by its name in a ViT; nothing where the class has none by that name."""
+        return getattr(self.backbone, name, None) or nn.Identity()
+
     @property
     def width(self) -> int:
         """Channels of the stream. A compact network with attention pooling has `embed_dim` features, and fewer."""
@@ -115,11 +119,11 @@ class VitAdapter(TimmBlockAdapter):
     def _describe_streams(self, num_tokens: int) -> None:
         vit = self.backbone
         norms = ("norm", "fc_norm") if self.attn_pool is None else ("norm",)
-        last = next((n for n in norms if not isinstance(getattr(vit, n), nn.Identity)), None)
+        last = next((n for n in norms if not isinstance(self.norm_at(n), nn.Identity)), None)
         if last is not None:
             self.outer_readers = {last: self.classifiers if self.attn_pool is None else (f"{POOL}.kv",)}
         stem = None
-        if not isinstance(vit.norm_pre, nn.Identity):
+        if not isinstance(self.norm_at("norm_pre"), nn.Identity):
             stem, self.stem_tokens = "norm_pre", num_tokens
             self.before_stem = ("patch_embed.", *STREAM_VECTORS)
         elif not isinstance(vit.patch_embed.norm, nn.Identity):
@@ -169,7 +173,7 @@ class VitAdapter(TimmBlockAdapter):
         if not len(backbone.blocks):
             raise refuse(backbone, "a network without blocks", "use a depth of 1 or more")
         for where in ("norm", "fc_norm", "norm_pre"):
-            check_norm(backbone, getattr(backbone, where), where)
+            check_norm(backbone, self.norm_at(where), where)
         for i, block in enumerate(backbone.blocks):
             if isinstance(block, SkippedBlock):
                 continue
@@ -184,8 +188,10 @@ class VitAdapter(TimmBlockAdapter):
             if has_mlp(block) and type(block.mlp) not in (Mlp, GluMlp, SwiGLU):
                 raise refuse(backbone, f"MLP type {type(block.mlp).__name__}", "use timm's Mlp, GluMlp or SwiGLU")
             attention_norms = ("norm1", "attn.q_norm", "attn.k_norm") if attn is not None else ()
+            there = dict(block.named_modules())
             for where in (*attention_norms, *(("norm2",) if has_mlp(block) else ())):
-                check_norm(backbone, block.get_submodule(where), where)
+                if where in there:
+                    check_norm(backbone, there[where], where)
 
     def embed(self, params: Params, images: Tensor) -> Tensor:
         """Patches, the tokens before them and the positions of all, (B, N, w)."""
@@ -198,10 +204,11 @@ class VitAdapter(TimmBlockAdapter):
             for name in ("cls_token", "dist_token", "reg_token")
             if name in params
         ]
-        if "pos_embed" in params and vit.no_embed_class:
+        before = getattr(vit, "no_embed_class", False)  # positions are the patches' alone
+        if "pos_embed" in params and before:
             x = x + params["pos_embed"]
         x = self.join(prefix, x)
-        return x if "pos_embed" not in params or vit.no_embed_class else x + params["pos_embed"]
+        return x if "pos_embed" not in params or before else x + params["pos_embed"]
 
     def join(self, prefix: list[Tensor], x: Tensor) -> Tensor:
         """The tokens before the patches, and these."""

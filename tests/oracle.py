@@ -24,7 +24,8 @@ from search_spaces.slices import BlockSlice, Kept, NetworkSlice, count
 
 LAYER_NORMS = (nn.LayerNorm, timm.layers.LayerNorm)
 RMS_NORMS = (timm.layers.RmsNorm,)
-LATE = ("ResPostBlock", "EvaBlockPostNorm", "LateBlock")  # blocks whose norms stand after the halves, but Swin V2's
+# Blocks whose norms stand after the halves, but for Swin V2's.
+LATE = ("ResPostBlock", "EvaBlockPostNorm", "ResPostRelPosBlock", "CompactLateBlock")
 
 
 class KeptNorm(nn.Module):
@@ -256,7 +257,15 @@ class KeptWeights:
         self.last_axis(f"{name}.gamma_2", getattr(block, "gamma_2", None), selected)
 
     def positions(self, name: str, attn: Any, heads: Tensor) -> None:
-        """Swin V2's: a factor of each head's cosines, and the network whose outputs are each head's biases."""
+        """Swin V2's: a factor of each head's cosines, and the network whose outputs are each head's biases.
+
+        And those of a VisionTransformerRelPos: such a network, or a table (number of offsets, H).
+        """
+        rel_pos: Any = getattr(attn, "rel_pos", None)
+        for key, tensor in [] if rel_pos is None else rel_pos.named_parameters():
+            by_head = heads[:, None] if key == "mlp.fc2.weight" else heads  # timm: mlp(offsets, 2) -> (offsets, H)
+            kept = torch.ones_like(tensor, dtype=torch.bool) if key.startswith("mlp.fc1.") else by_head
+            self.tensors[f"{name}.rel_pos.{key}"] = kept.expand_as(tensor)
         if not hasattr(attn, "cpb_mlp"):
             return
         for key, tensor in attn.cpb_mlp.named_parameters():
@@ -289,6 +298,9 @@ class KeptWeights:
         for key in ("cls_token", "reg_token", "dist_token", "pos_embed"):
             self.last_axis(key, getattr(backbone, key, None), width)
         self.norm("norm_pre", getattr(backbone, "norm_pre", None), width)
+        for key, tensor in backbone.named_parameters():  # a bias that all blocks read is cut by none
+            if key.startswith(("rel_pos_bias.", "shared_rel_pos.")):
+                self.tensors[key] = torch.ones_like(tensor, dtype=torch.bool)
 
     def merging(self, name: str, merging: Any, before: Tensor, after: Tensor) -> None:
         """timm: x.reshape(B, H/2, 2, W/2, 2, C).permute(0, 1, 3, 4, 2, 5).flatten(3), so (quadrant 4, C)."""

@@ -11,12 +11,14 @@ from typing import Any
 import hypothesis.strategies as st
 import torch
 from timm.layers import LayerNorm, RmsNorm
+from timm.models.beit import Beit
 from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBlock, VisionTransformerRelPos
 from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape, BlockSlice, Kept, NetworkSlice, network_slice, prefix_slice
@@ -199,6 +201,59 @@ def cait_backbones(draw: st.DrawFn) -> nn.Module:
     return randomise(model, draw(SEEDS)).eval()
 
 
+@st.composite
+def beit_backbones(draw: st.DrawFn) -> nn.Module:
+    """A timm Beit with random features and weights, in eval mode."""
+    num_heads = draw(st.sampled_from([2, 3, 4]))
+    model = Beit(
+        img_size=draw(st.sampled_from([32, 48, (32, 48)])),
+        patch_size=16,
+        num_classes=draw(st.integers(2, 7)),
+        global_pool=draw(st.sampled_from(["avg", "token"])),
+        embed_dim=num_heads * draw(st.sampled_from([4, 8])),
+        depth=draw(st.integers(1, 3)),
+        num_heads=num_heads,
+        qkv_bias=draw(st.booleans()),
+        mlp_ratio=draw(st.sampled_from([1, 2, 4])),
+        swiglu_mlp=draw(st.booleans()),
+        scale_mlp=draw(st.booleans()),
+        norm_layer=draw(st.sampled_from([LayerNorm, RmsNorm])),
+        init_values=draw(st.sampled_from([None, 1.0])),
+        use_abs_pos_emb=draw(st.booleans()),
+        use_rel_pos_bias=draw(st.booleans()),
+        use_shared_rel_pos_bias=draw(st.booleans()),
+        use_fc_norm=draw(st.sampled_from([None, True, False])),
+    )
+    return randomise(model, draw(SEEDS)).eval()
+
+
+@st.composite
+def relpos_backbones(draw: st.DrawFn) -> nn.Module:
+    """A timm VisionTransformerRelPos with random features and weights, in eval mode."""
+    num_heads = draw(st.sampled_from([2, 3, 4]))
+    class_token = draw(st.booleans())
+    model = VisionTransformerRelPos(
+        img_size=draw(st.sampled_from([32, 48, (32, 48)])),
+        patch_size=16,
+        num_classes=draw(st.integers(2, 7)),
+        global_pool=draw(st.sampled_from(["avg", "token"])) if class_token else "avg",
+        embed_dim=num_heads * draw(st.sampled_from([4, 8])),
+        depth=draw(st.integers(1, 3)),
+        num_heads=num_heads,
+        mlp_ratio=draw(st.sampled_from([1, 2, 4])),
+        qkv_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        init_values=draw(st.sampled_from([None, 1.0])),
+        class_token=class_token,
+        fc_norm=draw(st.booleans()),
+        rel_pos_type=draw(st.sampled_from(["mlp", "mlp-swin", "bias"])),
+        rel_pos_dim=draw(st.sampled_from([None, 16])),
+        shared_rel_pos=draw(st.booleans()),
+        block_fn=draw(st.sampled_from([RelPosBlock, ResPostRelPosBlock])),
+    )
+    return randomise(model, draw(SEEDS)).eval()
+
+
 BACKBONES = {
     "vit": vit_backbones,
     "swin": swin_backbones,
@@ -206,6 +261,8 @@ BACKBONES = {
     "t2t": t2t_backbones,
     "eva": eva_backbones,
     "cait": cait_backbones,
+    "beit": beit_backbones,
+    "relpos": relpos_backbones,
 }
 
 
@@ -327,7 +384,7 @@ def random_basis(net: Supernet, seed: int) -> Basis:
                     matrices[name] = torch.stack(each)
                 else:
                     matrices[name] = well_conditioned(shape.num_heads, width, generator)
-        if shape.attn:
+        if shape.attn and not net.adapter.heads_stay:
             orders[f"{name}.heads"] = torch.randperm(shape.num_heads, generator=generator).tolist()
         if shape.mlp:
             orders[f"{name}.hidden"] = torch.randperm(shape.hidden, generator=generator).tolist()

@@ -12,6 +12,7 @@ import timm
 import torch
 
 import nas
+from benchmarks import evidence, families
 from nas.config import RetrainConfig, SearchConfig
 from nas.machine.files import write_json
 from nas.networks.weights import load_weights, save_weights
@@ -20,8 +21,11 @@ from nas.runs.opened import open_folder
 from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
 from search_spaces.errors import UserError
+from search_spaces.families import FAMILIES
 from supernets.basis import timm_state
 from supernets.supernet import Supernet
+from tests.nas.run_checks import draw_pictures
+from tests.photographs import class_folders
 
 
 def run(name: str, arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
@@ -40,11 +44,16 @@ SMALL = {
         " --seconds 0",
         "nano",
     ),
-    "importance": ("--space vit-an-nano --epochs 1 --threads 1 --test-images 100", "rotate taylor"),
-    "rotation": ("--space vit-an-nano --epochs 1 --threads 1 --widths 48 --calibration-images 128", "gradient "),
+    "importance": (
+        "--space vit-an-nano --epochs 1 --threads 1 --test-images 50 --calibration-images 128 --alphas 2",
+        "rotate taylor",
+    ),
+    "rotation": (
+        "--space vit-an-nano --epochs 0 --threads 1 --widths 48 --calibration-images 128 --test-images 50",
+        "gradient ",
+    ),
     "accepted": ("--modules vision_transformer_relpos --names", "VisionTransformerRelPos"),
     "basis": ("--model deit_tiny_patch16_224 --images 8 --batch-size 4", "by error"),
-    "threads": ("--busy 0 --settings one --epochs 1", "one"),
 }
 
 
@@ -63,8 +72,9 @@ def test_a_benchmark_measures_a_small_network(
 def test_methods_are_compared_and_what_is_finished_is_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pictures = draw_pictures(tmp_path / "pictures")
     arguments = f"--output {tmp_path} --runs dan:0.6 kcr:0.9:eta_kc=0 --seeds 0 --family vit --search-epochs 1"
-    arguments += " --retrain-epochs 1 --batch-size 256"
+    arguments += f" --retrain-epochs 1 --batch-size 16 --data-dir {pictures}"
     table = [line for line in run("methods", arguments, monkeypatch, capsys).splitlines() if "+-" in line]
     assert [line.split()[:2] for line in table] == [["dan:0.6", "1"], ["kcr:0.9:eta_kc=0", "1"]]
     weights = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("compact.safetensors")}
@@ -105,12 +115,73 @@ def test_torch_pruning_meets_the_budget_and_learns(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table, kinds = tmp_path / "table.json", ["dims-bottleneck", "heads-bottleneck", "both"]
-    arguments = f"--space {family}-an-nano --budget 0.5 --kinds {' '.join(kinds)} --calibration-images 64"
-    run("pruners", f"{arguments} --epochs 1 --lr 1e-3 --test-images 100 --output {table}", monkeypatch, capsys)
+    small = {"vit": "depth=3 patch_size=8", "swin": "depths=1,2"}[family]
+    arguments = f"--space {family}-an-nano --model-kwargs {small} --budget 0.5 --kinds {' '.join(kinds)}"
+    run(
+        "pruners",
+        f"{arguments} --calibration-images 64 --epochs 1 --lr 1e-3 --test-images 100 --output {table}",
+        monkeypatch,
+        capsys,
+    )
     whole, *cut = json.loads(table.read_text())
     assert whole["share"] == 1 and [row["network"] for row in cut] == [f"{kind} 0.5" for kind in kinds]
     assert all(0.4 < row["share"] <= 0.5 and row["params"] < whole["params"] for row in cut)
     assert all(row["epoch"] in (0, 1) and row["best"] == "*" for row in cut)
+
+
+@pytest.mark.slow
+def test_a_network_of_another_family_is_trained_compressed_and_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ("img_size=32", "patch_size=8", "embed_dim=24", "depth=2", "num_heads=2")
+    monkeypatch.setitem(families.NETWORKS, "dinov3", replace(families.NETWORKS["dinov3"], model_kwargs=small))
+    data = class_folders(tmp_path / "data", 4, train=30, val=5)
+    arguments = f"--output {tmp_path / 'out'} --data-dir {data} --networks dinov3 --epochs 1 --budgets 0.7 --threads 1"
+    printed = run("families", f"{arguments} --workers 0", monkeypatch, capsys)
+    base, ours, theirs = (
+        row
+        for way in ("ours", "torch-pruning")
+        for row in json.loads((tmp_path / f"out/dinov3/{way}.json").read_text())
+        if way == "ours" or row["network"] != "unpruned"
+    )
+    assert base["share"] == 1 and base["cut"] == nas_top1(tmp_path / "out/dinov3/base")
+    assert all(0.5 < row["share"] <= 0.7 and row["params"] < base["params"] for row in (ours, theirs))
+    assert theirs["network"] == "neurons 0.7" and "dinov3" in printed
+    weights = (tmp_path / "out/dinov3/base/large.safetensors").stat().st_mtime_ns
+    run("families", f"{arguments} --workers 0", monkeypatch, capsys)
+    assert (tmp_path / "out/dinov3/base/large.safetensors").stat().st_mtime_ns == weights
+
+
+@pytest.mark.slow
+def test_the_table_of_evidence_has_a_row_for_every_way_and_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, class_token=False, global_pool="avg")
+    monkeypatch.setitem(FAMILIES, "vit", replace(FAMILIES["vit"], nano_kwargs=small))
+    data, ways = class_folders(tmp_path / "data", 4, train=30, val=5), ["random", "importance", "gradient", "uvc"]
+    monkeypatch.setitem(evidence.SEARCHES, "random", evidence.Way("free", {"searcher": "random", "candidates": 3}))
+    monkeypatch.setattr(evidence, "images_per_second", lambda networks, *_: dict.fromkeys(networks, 1.0))
+    rows = ["control", "uniform", *ways, "by default", *evidence.PRUNED]
+    arguments = f"--output {tmp_path} --data-dir {data} --base-epochs 1 --epochs 2 --search-epochs 1 --lr 1e-3"
+    arguments += " --budgets 0.7 --seeds 0 --threads 1 --workers 0 --rows"
+    monkeypatch.setattr(sys, "argv", ["evidence", *arguments.split(), *rows])
+    evidence.main()
+    table = list(csv.DictReader((tmp_path / "vit/evidence.csv").open(newline="")))
+    assert [row["row"] for row in table] == rows and not any(row.get("failed") for row in table)
+    start = float(table[0]["params"])
+    assert all(float(r["share"]) <= 0.7 and float(r["params"]) < start and float(r["trained"]) >= 0 for r in table[1:])
+    assert float(table[0]["share"]) == 1 and float(table[0]["cut"]) == nas_top1(tmp_path / "vit/base")
+    markdown = (tmp_path / "vit/evidence.md").read_text()
+    assert markdown in capsys.readouterr().out and markdown.count("\n") == len(rows) + 2
+    assert (tmp_path / "vit/evidence.png").stat().st_size > 10_000
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob(evidence.ROW)}
+    evidence.main()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob(evidence.ROW)} == before and len(before) == 9
+
+
+def nas_top1(folder: Path) -> float:
+    """Of the large network, by the run's own table."""
+    return float(json.loads((folder / "summary.json").read_text())["large"]["top1"])
 
 
 def test_without_torch_pruning_one_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +227,10 @@ def test_networks_drawn_at_random_stand_in_the_basis_of_the_search(
 def test_a_search_is_compared_with_chance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    search = SearchConfig(space="vit-dan-nano", budget=0.6, epochs=1, batch_size=256, threads=1, output=tmp_path / "s")
+    small = ("patch_size=8", "embed_dim=48", "depth=4")
+    search = SearchConfig(
+        space="vit-dan-nano", model_kwargs=small, budget=0.6, epochs=1, batch_size=256, threads=1, output=tmp_path / "s"
+    )
     run_search(search)
     arguments = f"--search {tmp_path / 's'} --output {tmp_path / 'chance'} --count 2 --epochs 1"
     *rows, last = run("chance", arguments, monkeypatch, capsys).splitlines()[-4:]

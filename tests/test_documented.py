@@ -21,6 +21,7 @@ from search_spaces.registry import get_space
 from supernets import t2t_vit  # noqa: F401  registers T2T-ViT with timm
 from supernets.supernet import Supernet
 from tests.documented import ROOT, Command, all_commands
+from tests.forked import run_python
 from tests.photographs import photograph
 
 NOT_RUN = {  # what cannot be run that way: as it begins, and why
@@ -44,7 +45,7 @@ NOT_RUN = {  # what cannot be run that way: as it begins, and why
 }
 ONCE = {  # each runs the same code
     "seed=0,1,2": "seed=0", "budget=0.2,0.35,0.5,0.7": "budget=0.35,0.7", "alpha=1,2,4": "alpha=1,4",
-    "--trials 20": "--trials 3", "--seeds 0 1 2": "--seeds 0", "--seeds 1 2 3": "--seeds 1",
+    "--trials 20": "--trials 3", "--seeds 0 1 2": "--seeds 0",
 }  # fmt: skip
 FEWER = {  # run with less than they measure by default, and why
     "benchmarks/digits.py": "--seeds 0",  # as above
@@ -53,6 +54,7 @@ FEWER = {  # run with less than they measure by default, and why
     "benchmarks/accepted.py": "--modules vision_transformer_relpos",  # all take minutes
     "benchmarks/basis.py": "--model vit_tiny_patch16_224 --images 2",  # a ViT-B takes minutes
     "benchmarks/threads.py": "--busy 0 --settings one --epochs 1",
+    "benchmarks/importance.py": "--test-images 50 --alphas 2 --seeds 1 2 --calibration-images 64",
     "benchmarks/training_flags.py": "--options float32 bf16 channels-last",  # torch.compile takes ten minutes
 }
 # named without arguments: their --help is run
@@ -69,6 +71,7 @@ BEFORE = {  # commands of README.md that a page takes for done
     "docs/free.md": ("python search.py --space vit-free --model vit_small_patch16_224 --checkpoint my.safetensors"
                      " --data-dir /data/flowers --budget 0.5",),
 }  # fmt: skip
+AS_TYPED = {"README.md", "docs/sweeps.md"}  # what a user meets first; Ray's settings hold before it is imported
 SMALL: dict[str, tuple[str, str]] = {
     "swin": ("swin_tiny_patch4_window7_224", "img_size=32 window_size=4 embed_dim=24 depths=1,1 num_heads=4,8"),
     "vit": ("vit_tiny_patch16_224", "img_size=32 patch_size=8 embed_dim=48 depth=2 num_heads=6"),
@@ -115,6 +118,7 @@ class Workshop:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.data = folder, folder / "elsewhere"
+        self.forks = False  # whether Python is forked where torch is imported already, or starts anew
         for name in ("search.py", "retrain.py", "nas", "search_spaces", "supernets", "benchmarks", "docs"):
             (folder / name).symlink_to(ROOT / name)
         self.variables: list[str] = []
@@ -164,18 +168,20 @@ class Workshop:
         return str(found[-1].parent.relative_to(self.folder))
 
     def run(self, line: str) -> str:
-        start = time.monotonic()
+        start, python = time.monotonic(), shlex.quote(sys.executable)
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        forks = self.forks and line.startswith(f"{python} ")
+        typed = [*self.variables, f"printf '%s\\0' {line.removeprefix(python)}" if forks else line]
         done = subprocess.run(
-            ["bash", "-c", "\n".join([*self.variables, line])],
-            cwd=self.folder,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
-            capture_output=True,
-            text=True,
+            ["bash", "-c", "\n".join(typed)], cwd=self.folder, env=environment, capture_output=True, text=True
         )
+        code, printed, errors = done.returncode, done.stdout, done.stderr
+        if forks and code == 0:  # bash said what the words of the line are
+            code, printed, errors = run_python(printed.split("\0")[:-1], self.folder, environment, self.folder / "log")
         print(f"{time.monotonic() - start:4.0f} s  {line}", flush=True)
-        assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        assert "Traceback" not in done.stderr
-        return done.stdout
+        assert code == 0, f"{line}\n{printed[-3000:]}\n{errors[-3000:]}"
+        assert "Traceback" not in errors
+        return printed
 
     def adapted(self, text: str) -> str:
         """The line with the small model, the data at hand and one epoch."""
@@ -297,6 +303,7 @@ def workshop(tmp_path: Path) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page_run_in_their_order(page: str, workshop: Workshop) -> None:
+    workshop.forks = page not in AS_TYPED
     for text in BEFORE.get(page, ()):
         workshop.run(workshop.adapted(text))
     for command in first_printed():

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import timm
 import torch
 
 from nas.networks.architecture import cut_down
@@ -10,17 +11,41 @@ from nas.networks.backbone import Start, TimmModel, build, check_family, startin
 from nas.networks.key_values import parse_key_values
 from nas.networks.options import NetworkOptions
 from nas.networks.sources import source_of
-from search_spaces.registry import Space
+from search_spaces.errors import UserError
+from search_spaces.registry import AUTO, Space
+from supernets.families import ADAPTED, adapter_for
 from supernets.supernet import Supernet
 
 
 def model_of(options: NetworkOptions, space: Space) -> TimmModel:
     """The space's own model unless --model names another: one of timm's, or that of a folder or of the Hub."""
-    source, given = source_of(options.model), parse_key_values(options.model_kwargs)
-    if source is not None:
-        return TimmModel(source.name, source.kwargs | given)
-    own = dict(space.model_kwargs) if options.model is None else {}
-    return TimmModel(options.model or space.model, own | given)
+    if options.model is not None:
+        return named_model(options.model, options.model_kwargs)
+    return TimmModel(space.model, dict(space.model_kwargs) | parse_key_values(options.model_kwargs))
+
+
+def named_model(name: str, model_kwargs: tuple[str, ...]) -> TimmModel:
+    """What --model and --model-kwargs name."""
+    source, given = source_of(name), parse_key_values(model_kwargs)
+    return TimmModel(name, given) if source is None else TimmModel(source.name, source.kwargs | given)
+
+
+def settled_space(space: str, options: NetworkOptions) -> str:
+    """`auto-METHOD` as that method's space of the family that --model is of; another name as it is.
+
+    UserError where no model is named, or no family takes it.
+    """
+    if not space.startswith(AUTO):
+        return space
+    if options.model is None:
+        raise UserError(f"--space {space} is a space of the family of --model; name a model, or a family's space")
+    model = named_model(options.model, options.model_kwargs)
+    with torch.device("meta"):
+        backbone = build(model.name, model.kwargs, num_classes=1)
+    adapter_for(backbone)  # or it is refused by name
+    families = [name for name, adapted in ADAPTED.items() if adapted.takes(backbone)]
+    module = timm.model_entrypoint(model.name).__module__.rpartition(".")[2]  # DeiT's networks are of ViT's class
+    return f"{module if module in families else families[0]}-{space.removeprefix(AUTO)}"
 
 
 def start_of(options: NetworkOptions, seed: int) -> Start:

@@ -16,8 +16,8 @@ class SpaceOptions:
     """Which space, and which candidates it offers."""
 
     space: str | None = None
-    """<backbone>-<method>[-nano]; --list-spaces shows all. By default that of the embedded digits (docs/options.md),
-    with --arch the free widths of that run's family"""
+    """<backbone>-<method>[-nano]; --list-spaces shows all. auto-<method>: of the family of --model. By default that of
+    the embedded digits (docs/options.md), with --arch the free widths of that run's family"""
     arch: Path | None = None
     """another round: the folder of a finished run, whose compact network is compressed further in free widths; a budget
     stays a share of the timm model's own FLOPs. Model, classes and images are that run's unless given (docs/free.md)"""

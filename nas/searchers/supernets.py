@@ -51,6 +51,10 @@ def check_supernet(options: SearchOptions) -> None:
     given = as_given("supernet", options.supernet)
     if not options.epochs:
         raise UserError(f"{given} trains for --epochs; give --epochs 1 or more, or leave {given} out")
+    if options.detach_teacher:
+        raise UserError(
+            f"--detach-teacher: {given} never lets a gradient into the network that is followed; leave it out"
+        )
     if options.compile:
         raise UserError(f"--compile: {given} trains other networks in every step, each would be compiled; leave it out")
 

@@ -21,7 +21,7 @@ from nas.networks.backbone import Start, TimmModel
 from nas.networks.basis_file import streams_of
 from nas.networks.classes import Outputs, outputs_of
 from nas.networks.compact_file import WEIGHTS
-from nas.networks.opening import meta_supernet, model_of, start_of
+from nas.networks.opening import meta_supernet, model_of, settled_space, start_of
 from nas.networks.rounds import Round, check_widths, narrowed_stem, round_of, with_stem
 from nas.prices.costs import PricedSpace, priced
 from nas.prices.flops import FLOPS
@@ -66,7 +66,8 @@ def resolve(config: SearchConfig) -> tuple[SearchConfig, Space]:
     """Fill in the space's defaults and check every option that needs no data."""
     config = continued(config)
     assert config.space is not None
-    space = get_space(config.space)
+    space = get_space(settled_space(config.space, config))
+    config = replace(config, space=space.name)
     check_searcher(config, space)
     config = with_recipe(with_price(one_front(config), config.front), space, "search")
     trained = config.arch is not None

@@ -16,7 +16,7 @@ from nas.networks.basis_file import basis_of, streams_of
 from nas.networks.classes import FEATURES, Outputs
 from nas.networks.classes import outputs_of as outputs_anew
 from nas.networks.compact_file import with_classes
-from nas.networks.opening import meta_supernet, model_of, start_of
+from nas.networks.opening import meta_supernet, model_of, settled_space, start_of
 from nas.networks.rounds import ROUND, check_unchanged, large_model
 from nas.objectives.members import ONE, PER_STEP, Members
 from nas.objectives.options import TeacherOptions
@@ -108,7 +108,8 @@ def resolve(config: RetrainConfig) -> tuple[RetrainConfig, Space, dict[str, Arch
         config = based(config, given)
     else:
         assert config.space is not None
-        space = get_space(config.space)
+        space = get_space(settled_space(config.space, config))
+        config = replace(config, space=space.name)
     config = with_recipe(config, space, "retrain")
     alpha, lr, config = config.alpha, config.lr, with_defaults(config, space, "retrain", started(given))
     kind = kind_of(config.trained())

@@ -16,7 +16,7 @@ from nas.machine.launch import launched
 from nas.methods.recipe import with_recipe
 from nas.sweeps.options import SweepConfig
 from search_spaces.errors import UserError
-from search_spaces.registry import get_space, space_of
+from search_spaces.registry import AUTO, get_space, space_of
 
 RETRAIN = "retrain."
 OWN = {f.name for f in fields(SweepConfig)} - {f.name for f in fields(SearchConfig)}
@@ -46,9 +46,13 @@ class Trial:
 
     def resolved(self) -> SearchConfig:
         """The options of its search, with the space's own for what was not given."""
-        arch = self.search.arch
-        space = get_space(space_of(self.search.space, arch))
-        return with_defaults(with_recipe(self.search, space, "search"), space, "search", trained=arch is not None)
+        search = self.search
+        if search.space is not None and search.space.startswith(AUTO) and search.arch is None:
+            from nas.networks.opening import settled_space
+
+            search = replace(search, space=settled_space(search.space, search))
+        space = get_space(space_of(search.space, search.arch))
+        return with_defaults(with_recipe(search, space, "search"), space, "search", trained=search.arch is not None)
 
     def words(self) -> str:
         """budget 0.2, seed 1"""

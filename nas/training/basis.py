@@ -106,7 +106,7 @@ def _orders(options: LoopOptions, prepared: Prepared, kind: str, by_error: Order
         batches = [(x.to(device), y.to(device)) for x, y in itertools.islice(loader, TAYLOR_BATCHES)]
         batches, loss = to_score(prepared.supernet, batches, prepared.plan.labels, options.seed)
         scores = taylor_pass(prepared.supernet, batches, loss, mean_gradients)
-    orders = on_main(lambda: orders_of(scores))
+    orders = on_main(lambda: orders_of(scores, prepared.supernet))
     return {name: order for name, order in orders.items() if not streams.get(name)}
 
 

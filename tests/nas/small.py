@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.models.beit import Beit
 from timm.models.cait import Cait
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor
 
 from nas.prices.costs import PricedSpace, priced
@@ -43,6 +45,8 @@ FAMILIES: dict[str, Any] = {
     ),
     "eva": lambda **kwargs: Eva(**VIT | EVA | kwargs),
     "cait": lambda **kwargs: Cait(**VIT | dict(depth_token_only=1) | kwargs),
+    "beit": lambda **kwargs: Beit(**VIT | dict(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=1.0) | kwargs),
+    "relpos": lambda **kwargs: VisionTransformerRelPos(**VIT | dict(rel_pos_dim=16, init_values=1.0) | kwargs),
 }
 UVC_FAMILIES = [family for family in FAMILIES if family not in UVC.without]
 

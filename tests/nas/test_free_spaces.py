@@ -36,6 +36,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "eva-free-nano": (
         "vit_small_patch16_dinov3", dict(img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=5),
     ),
+    "beit-free-nano": (
+        "beit_base_patch16_224", dict(img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=5),
+    ),
+    "relpos-free-nano": (
+        "vit_srelpos_small_patch16_224",
+        dict(img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=5),
+    ),
 }  # fmt: skip
 over_spaces = pytest.mark.parametrize("space", MODELS)
 

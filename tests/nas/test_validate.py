@@ -54,6 +54,16 @@ def test_all_three_networks_of_a_run(run: Path, monkeypatch: pytest.MonkeyPatch)
     assert reported.words == result["split"] == "test fifth" and result["images"] == 359
 
 
+def test_the_stream_parts_from_the_large_networks_block_by_block(run: Path) -> None:
+    rows = validate("--weights", run, "--by-block")["networks"]
+    cosines = [rows[name]["cosine_by_block"] for name in ("subnet", "compact")]
+    assert "cosine_by_block" not in rows["large"] and len(cosines[0]) == 3
+    assert cosines[0] == pytest.approx(cosines[1], abs=1e-5) and all(0 < value < 0.9999 for value in cosines[0])
+    assert (run / "blocks.png").stat().st_size > 5000
+    with pytest.raises(UserError, match="--by-block holds small networks against the large one"):
+        validate("--weights", run / "compact.safetensors", "--by-block")
+
+
 def test_one_file_is_one_network(run: Path, tmp_path: Path) -> None:
     assert list(open_folder(run / "compact.safetensors", CPU).networks()) == ["compact"]
     assert list(open_folder(run / "large.safetensors", CPU).networks()) == ["large", "subnet"]

@@ -21,6 +21,7 @@ from timm.layers import (
     SwiGLU,
     SwiGLUPacked,
 )
+from timm.models.beit import Beit
 from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -33,6 +34,7 @@ from timm.models.vision_transformer import (
     ResPostBlock,
     VisionTransformer,
 )
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -54,6 +56,10 @@ T2T = dict(
     img_size=32, embed_dim=32, depth=2, num_heads=4, num_classes=5, token_dim=8, drop_path_rate=0.0, token_drop_rate=0.0
 )
 ROPE = dict(use_rot_pos_emb=True)
+SHARED = dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True)
+CLASS = dict(class_token=True, global_pool="token")
+LATE = dict(block_fn=ResPostRelPosBlock)
+TABLES = dict(use_abs_pos_emb=False, use_rel_pos_bias=True)
 DINOV3 = dict(
     rope_type="dinov3", rope_rotate_half=True, use_abs_pos_emb=False, init_values=1.0, num_reg_tokens=2,
     dynamic_img_size=True, use_fc_norm=False,
@@ -71,6 +77,8 @@ build: dict[str, Build] = {
     "t2t": partial(T2TViT, **T2T),
     "eva": partial(Eva, **VIT | ROPE),
     "cait": partial(Cait, **VIT),
+    "beit": partial(Beit, **VIT | TABLES),
+    "relpos": partial(VisionTransformerRelPos, **VIT | dict(rel_pos_dim=8)),
 }
 
 
@@ -151,7 +159,7 @@ SUPPORTED += [
             ("`num_classes=0`", {"num_classes": 0}),
         )
     ),
-    *(("`num_classes=0`", family, {"num_classes": 0}) for family in ("vit", "swin", "t2t", "eva")),
+    *(("`num_classes=0`", family, {"num_classes": 0}) for family in ("vit", "swin", "t2t", "eva", "beit", "relpos")),
     ("`num_classes=0`", "vit", AVG | {"num_classes": 0, "fc_norm": False}),
     ("`dynamic_img_size`", "vit", {"dynamic_img_size": True}),
     ("`SwiGLU`, `SwiGLUPacked`, `GluMlp`", "vit", {"mlp_layer": SwiGLU, "scale_mlp_norm": True}),
@@ -201,6 +209,45 @@ SUPPORTED += [
     ("`use_post_norm`", "eva", {"use_post_norm": True, "swiglu_mlp": True, "rope_type": "mixed"}),
     ("`rope_rescale_coords`", "eva", DINOV3 | {"rope_shift_coords": 0.1, "rope_rescale_coords": 2.0}),
     ('`global_pool="avg"`, `"max"`, `"avgmax"`', "eva", {"global_pool": "avgmax"}),
+    *(
+        (words, "beit", options)
+        for words, options in (
+            ("`use_rel_pos_bias`", {"init_values": 0.1}),
+            ("`use_rel_pos_bias`", {"img_size": (32, 48), "drop_rate": 0.1, "attn_drop_rate": 0.1}),
+            ("`use_abs_pos_emb`", {"use_abs_pos_emb": True}),
+            ("`use_abs_pos_emb`", {"use_abs_pos_emb": True, "use_rel_pos_bias": False, "pos_drop_rate": 0.1}),
+            ('`global_pool="avg"` or `"token"`', {"global_pool": "token"}),
+            ("`use_fc_norm`", {"use_fc_norm": False}),
+            ("`use_fc_norm`", {"global_pool": "token", "use_fc_norm": True}),
+            ("`swiglu_mlp`, `scale_mlp`", {"swiglu_mlp": True, "scale_mlp": True, "init_values": 0.1}),
+            ("`swiglu_mlp`, `scale_mlp`", {"scale_mlp": True}),
+            ("`qkv_bias`", {"qkv_bias": False}),
+            ("`norm_layer=RmsNorm`", {"norm_layer": RmsNorm}),
+            ("`in_chans`", {"in_chans": 1}),
+            ("`use_shared_rel_pos_bias`", SHARED),
+            ("`use_shared_rel_pos_bias`", SHARED | {"use_rel_pos_bias": True, "qkv_bias": False}),
+        )
+    ),
+    *(
+        (words, "relpos", options)
+        for words, options in (
+            ('`rel_pos_type="mlp"`', {}),
+            ('`rel_pos_type="mlp"`', {"rel_pos_type": "mlp-swin", "img_size": (32, 48)}),
+            ('`rel_pos_type="bias"`', {"rel_pos_type": "bias"}),
+            ("`shared_rel_pos`", {"shared_rel_pos": True}),
+            ("`shared_rel_pos`", {"shared_rel_pos": True, "rel_pos_type": "bias", **CLASS}),
+            ("`class_token`", CLASS),
+            ("`class_token`", {"class_token": True, "rel_pos_type": "bias", "fc_norm": True}),
+            ("`ResPostRelPosBlock`", LATE),
+            ("`ResPostRelPosBlock`", LATE | CLASS | {"shared_rel_pos": True, "qk_norm": True}),
+            ("`fc_norm`", {"fc_norm": True}),
+            ("`init_values`", {"init_values": None}),
+            ("`qk_norm`", {"qk_norm": True}),
+            ("`qkv_bias=False`", {"qkv_bias": False, "drop_rate": 0.1, "attn_drop_rate": 0.1}),
+            ("`act_layer`", {"act_layer": nn.ReLU, "norm_layer": RmsNorm}),
+            ("`in_chans`", {"in_chans": 1}),
+        )
+    ),
 ]
 SUPPORTED += [
     ("talking heads (`TalkingHeadAttn`), LayerScale, class attention", "cait", {}),
@@ -240,6 +287,8 @@ REFUSED: list[tuple[str, str, Build]] = [
         "num_kv_heads",
         partial(build["eva"], attn_type="rope", qkv_fused=False, num_kv_heads=2),
     ),
+    *(('`global_pool=""`', "without pooling", partial(build[name], global_pool="")) for name in ("beit", "relpos")),
+    ("a stem other than `PatchEmbed`", "HybridEmbed", partial(build["relpos"], embed_layer=HYBRID)),
     ("`patch_drop_rate`", "patch_drop_rate", partial(build["eva"], patch_drop_rate=0.5)),
     (
         "a norm before pooling and one after it",
@@ -254,11 +303,7 @@ REFUSED: list[tuple[str, str, Build]] = [
     ),
     *(
         (f"`{cls}`", cls, partial(timm.create_model, name, **options))
-        for cls, name, options in (
-            ("SwinTransformerV2Cr", "swinv2_cr_tiny_224", {}),
-            ("Beit", "beit_base_patch16_224", {"depth": 1}),
-            ("VisionTransformerRelPos", "vit_relpos_small_patch16_224", {"depth": 1}),
-        )
+        for cls, name, options in (("SwinTransformerV2Cr", "swinv2_cr_tiny_224", {}),)
     ),
 ]
 DOCS = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text()

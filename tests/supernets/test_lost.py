@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import ResPostBlock
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from torch import Tensor, nn
 
 from search_spaces.slices import identity_slice, network_slice
@@ -33,6 +34,9 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "eva, mixed": ("eva", MIXED),
     "vit, norms late": ("vit", dict(block_fn=ResPostBlock)),
     "cait": ("cait", {}),
+    "beit": ("beit", {}),
+    "relpos": ("relpos", {}),
+    "relpos, norms after": ("relpos", dict(block_fn=ResPostRelPosBlock)),
     "eva, fused, not turned": ("eva", dict(qkv_fused=True, use_rot_pos_emb=False, scale_mlp=True)),
 }
 over_networks = pytest.mark.parametrize("network", NETWORKS)

@@ -179,9 +179,12 @@ def test_every_block_of_a_general_slice_is_the_sum_written_out(
 
 def has_no_effect(backbone: nn.Module, name: str) -> Tensor | bool:
     """Entries that may not move the logits though kept: softmax ignores what all keys have in common, and a ReLU sleeps
-    of whose inputs none is above zero.
+    of whose inputs none is above zero. Of a ViT's last block only the tokens that are pooled count, and of a bias that
+    all blocks read only their kept heads.
     """
-    if name.endswith(("k_norm.bias", "k_proj.bias")) or "cpb_mlp." in name:
+    if name.endswith(("k_norm.bias", "k_proj.bias")) or "cpb_mlp." in name or "rel_pos" in name:
+        return True
+    if name.startswith("blocks.") and name.endswith("relative_position_bias_table"):
         return True
     if name.endswith("attn_pool.kv.bias"):
         both = backbone.get_parameter(name)

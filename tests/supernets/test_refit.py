@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from timm.models.vision_transformer import ResPostBlock
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from torch import Tensor, nn
 
 import supernets.refit
@@ -109,7 +110,9 @@ def test_11_a_cut_that_removes_nothing_changes_no_weight(
     with written(supernet, subnet, values):
         assert relative(expected, supernet.large(x)) < (1e-10 if dtype is torch.float64 else 1e-4)
     layers = {name for name, module in supernet.backbone.named_modules() if isinstance(module, nn.Linear)}
-    left = re.compile(r"tokens_to_token|.*cpb_mlp|.*attn\.proj_[lw]$|blocks_token_only\.\d+\.(attn\.proj|mlp\.fc2)$")
+    left = re.compile(
+        r"tokens_to_token|.*cpb_mlp|.*rel_pos|.*attn\.proj_[lw]$|blocks_token_only\.\d+\.(attn\.proj|mlp\.fc2)$"
+    )
     layers = {name for name in layers if not left.match(name)}
     there = {name for name, _ in supernet.backbone.named_parameters()}
     parted = {name for name in there if name.endswith(("attn.q_bias", "attn.v_bias"))}
@@ -269,6 +272,11 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {  # of a Swin no window is padde
     "eva, mixed": ("eva", MIXED),
     "vit, norms late": ("vit", dict(block_fn=ResPostBlock)),
     "eva, norms late": ("eva", dict(use_post_norm=True)),
+    "beit": ("beit", dict(scale_mlp=True)),
+    "beit, gated": ("beit", dict(swiglu_mlp=True, qkv_bias=False, global_pool="token")),
+    "beit, one table": ("beit", dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True)),
+    "relpos": ("relpos", {}),
+    "relpos, norms after": ("relpos", dict(block_fn=ResPostRelPosBlock, shared_rel_pos=True, qk_norm=True)),
     "eva, attention pooling": ("eva", dict(global_pool="map", attn_pool_num_heads=3)),
     "eva, q, k and v fused": ("eva", dict(qkv_fused=True, scale_mlp=True)),
     "cait": ("cait", {}),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from timm.models.vision_transformer import ResPostBlock
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from torch import Tensor, nn
 
 from search_spaces.errors import UserError
@@ -43,6 +44,11 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit, norms late": ("vit", dict(block_fn=ResPostBlock)),
     "eva, norms late": ("eva", dict(use_post_norm=True)),
     "cait": ("cait", {}),
+    "beit": ("beit", {}),
+    "beit, one table": ("beit", dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True, qkv_bias=False)),
+    "relpos": ("relpos", {}),
+    "relpos, one network": ("relpos", dict(shared_rel_pos=True, class_token=True)),
+    "relpos, norms after": ("relpos", dict(block_fn=ResPostRelPosBlock, rel_pos_type="bias")),
     "eva, fused": ("eva", dict(qkv_fused=True, swiglu_mlp=False, use_rot_pos_emb=False)),
 }
 over_backbones = pytest.mark.parametrize("backbone", BACKBONES)

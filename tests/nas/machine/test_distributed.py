@@ -1,7 +1,6 @@
 """Several processes under torch.distributed: the same losses, weights and architecture as one process."""
 
 import csv
-import multiprocessing
 import os
 import signal
 import socket
@@ -24,6 +23,7 @@ from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
 from search_spaces.architecture import load_architecture
 from search_spaces.errors import UserError
+from tests.forked import FORK
 from tests.nas.run_checks import draw_pictures
 
 ROOT = Path(__file__).parents[3]
@@ -85,10 +85,9 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pat
         patch.setattr(nas.stages.retrain, "images_per_second", lambda networks, *_: dict.fromkeys(networks, 1.0))
         for name, run, config in stages:
             run(place(name, config, "one", 16))
-    context = multiprocessing.get_context("forkserver")
     halves = [(run, place(name, config, "two", 8)) for name, run, config in stages]
     port, logs = free_port(), [root / f"{rank}.txt" for rank in range(2)]
-    processes = [context.Process(target=process, args=(rank, port, halves, logs[rank])) for rank in range(2)]
+    processes = [FORK.Process(target=process, args=(rank, port, halves, logs[rank])) for rank in range(2)]
     for p in processes:
         p.start()
     for p in processes:
@@ -129,6 +128,7 @@ def test_two_processes_train_as_one(pairs: dict[str, tuple[Path, Path]], name: s
     assert bool(a_arch.permutation) != bool(a_arch.basis)
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_basis_of_one(pairs: dict[str, tuple[Path, Path]]) -> None:
     """On the same images, which process 0 alone looks at; the size of its batches is in the last digits."""
     for name in ("rotated", "adjoined-rotated"):
@@ -143,6 +143,7 @@ def test_two_processes_find_the_basis_of_one(pairs: dict[str, tuple[Path, Path]]
         )
 
 
+@pytest.mark.slow
 def test_the_runs_differ_where_they_should(pairs: dict[str, tuple[Path, Path]]) -> None:
     """Two processes did take part: each saw half of the batch, and only one wrote."""
     one, two = pairs["dan"]
@@ -152,6 +153,7 @@ def test_the_runs_differ_where_they_should(pairs: dict[str, tuple[Path, Path]]) 
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_resume_keeps_the_global_batch(pairs: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
     import nas.runs.folder
 

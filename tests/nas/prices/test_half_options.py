@@ -30,6 +30,9 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "eva": ("eva", {}),
     "eva, mixed": ("eva", MIXED),
     "cait": ("cait", {}),
+    "beit": ("beit", dict(scale_mlp=True)),
+    "relpos": ("relpos", {}),
+    "relpos, one network": ("relpos", dict(shared_rel_pos=True)),
     "eva, fused, norms inside": ("eva", dict(qkv_fused=True, scale_mlp=True, scale_attn_inner=True, qk_norm=True)),
 }
 

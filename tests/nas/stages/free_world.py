@@ -37,6 +37,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "cait_xxs24_224",
         dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, depth_token_only=1, init_values=0.5),
     ),
+    "beit": ("beit_base_patch16_224", dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)),
+    "relpos": (
+        "vit_relpos_small_patch16_224",
+        dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, rel_pos_dim=16, init_values=0.5),
+    ),
 }
 COMMON: dict[str, Any] = dict(dataset="folder", workers=0, val_fraction=0.25, threads=1, device="cpu", batch_size=16)
 

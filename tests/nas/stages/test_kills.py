@@ -1,6 +1,5 @@
 """Invariant 7 with kill -9: whenever a search is killed, its files are whole and it resumes to the same run."""
 
-import multiprocessing
 import os
 import random
 import runpy
@@ -13,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import FORK
 from tests.nas.run_checks import assert_same_run, assert_whole, draw_pictures, visible
 
 ROOT = Path(__file__).parents[3]
-FORK = multiprocessing.get_context("forkserver")  # torch is imported once, not at each of the starts
-FORK.set_forkserver_preload(["nas.stages.search", "nas.plot", "timm"])
 # Where SIGKILL strikes: in the n-th call of a function, before its work or, with "half", in the middle of a write,
 # when half of the file (its second argument) is there. None: at a random moment after the next epoch was saved.
 Kill = tuple[str, str, int, str] | None

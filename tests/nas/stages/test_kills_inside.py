@@ -1,4 +1,4 @@
-"""Invariant 7 by signals from outside: thirty ends at random moments, of both stages, by one process and by two."""
+"""Invariant 7 by signals from outside: twenty ends at random moments, of both stages, by one process and by two."""
 
 import multiprocessing
 import os
@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 
 from nas.machine.stopping import RESUME_ME
+from tests.forked import FORK
 from tests.nas.machine.test_distributed import free_port
 from tests.nas.run_checks import assert_whole, draw_pictures
 from tests.nas.stages.test_inside import assert_same_bytes
 
 ROOT = Path(__file__).parents[3]
-FORK = multiprocessing.get_context("forkserver")  # torch is imported once, not at each of the starts
-FORK.set_forkserver_preload(["nas.stages.search", "nas.stages.retrain", "nas.plot", "timm", "torch._dynamo"])
 ENDS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL, signal.SIGTERM)
 COMMON = """--dataset folder --model-kwargs patch_size=8 embed_dim=24 depth=2 num_heads=4 --val-fraction 0.2 --epochs 8
  --batch-size 16 --threads 1 --device cpu --mixup 0.5 --drop-path 0.2 --checkpoint-every 3steps"""

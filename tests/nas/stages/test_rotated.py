@@ -59,6 +59,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "cait_xxs24_224",
         dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=4, depth_token_only=1, init_values=0.5),
     ),
+    "beit": ("beit_base_patch16_224", dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=4)),
+    "relpos": (
+        "vit_relpos_small_patch16_224",
+        dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=4, rel_pos_dim=16, init_values=0.5),
+    ),
 }
 METHODS: dict[str, dict[str, Any]] = {"dan": {"budget": 0.7}, "kcr": {"budget": 0.9}, "joint": {"budget": 0.7}}
 TRAINING: dict[str, Any] = dict(

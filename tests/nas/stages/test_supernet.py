@@ -206,6 +206,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "subnets of a gradient": (
         dict(searcher="gradient", supernet=None, subnets=3), "--subnets goes with a search by importance, evolution",
     ),
+    "a gradient that never flows": (dict(detach_teacher=True), "--detach-teacher: --supernet sandwich never lets"),
     "no subnet": (dict(subnets=0), "--subnets 0; expected at least 1"),
     "another name": (dict(supernet="toast"), "--supernet toast; expected sandwich"),
     "compiled": (dict(compile=True), "--compile: --supernet sandwich trains other networks in every step"),
