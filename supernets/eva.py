@@ -80,7 +80,7 @@ class EvaAdapter(VitAdapter):
         fused = [block.attn.qkv for block in backbone.blocks if has_attn(block) and is_fused(block.attn)]
         if any(qkv.bias is None for qkv in fused):
             parted = {"attn.qkv.weight": ("attn.q_bias", None, "attn.v_bias")}
-            self.block_axes = replace(self.block_axes, attn=replace(EVA_ATTENTION, parted_biases=parted))
+            self.block_axes = replace(self.block_axes, attn=replace(self.block_axes.attn, parted_biases=parted))
         self._turns: tuple[Any, Tensor] | None = None  # of one device and precision
         self._drawn: tuple[Any, int, Tensor] | None = None  # for which images, as they were, which draw
 
