@@ -68,6 +68,13 @@ FAMILIES: dict[str, Family] = {
             defaults=SMALL_RATE,
         ),
         Family(
+            "cait",
+            "cait_s24_224.fb_dist_in1k",
+            "cait_xxs24_224",
+            dict(NANO_VIT, init_values=0.1),  # of its depth, from scratch
+            defaults=SMALL_RATE,
+        ),
+        Family(
             "beit",
             "beitv2_base_patch16_224.in1k_ft_in22k_in1k",
             "beitv2_base_patch16_224",

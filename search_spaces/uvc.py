@@ -25,9 +25,12 @@ class UVC(Method):
     kept_names = (KEPT_V, KEPT_HIDDEN)
     listed = False
     models = {"deit": "deit_tiny_patch16_224"}  # noqa: RUF012
-    without = dict.fromkeys(
-        ("swinv2", "relpos"), "a head costs its network of positions too, which UVC's count of MACs has no term for"
-    )
+    without = {  # noqa: RUF012
+        **dict.fromkeys(
+            ("swinv2", "relpos"), "a head costs its network of positions too, which UVC's count of MACs has no term for"
+        ),
+        "cait": "a head costs its part of what mixes all heads, which UVC's count of MACs has no term for",
+    }
     # The published recipe (section 2.5); warm-up, search and retrain in epochs.
     defaults = Defaults(
         training=dict(

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +15,7 @@ from supernets.axes import BlockAxes, HeadWidths, Params, layer_of, take_axis
 from supernets.compact_block import CompactBlock
 from supernets.feature_head import FeatureHead, feature_head
 from supernets.flops import BlockCosts, NetworkCosts, StreamCosts, block_costs
+from supernets.layers import norm
 from supernets.rotated import STREAMS
 
 OuterAxis = tuple[str, int] | None  # letters as in axes.py and the stage whose stream it is; None: not sliced
@@ -37,6 +39,7 @@ class Adapter(ABC):
     classifiers: tuple[str, ...] = ()  # linear layers that read the pooled features, (B, w), or of several (B, n, w)
     # What a rotation of the streams needs to know (section 2.7); a family that does not say it is not rotated:
     outer_readers: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # outer norm -> layers that read through it
+    outer_scalings: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # outer LayerScale -> parameters before it
     stem_norm: str | None = None  # a norm whose output is the first stage's stream
     before_stem: tuple[str, ...] = ()  # first letters of the parameters that lie before stem_norm
     stem_tokens: int = 0  # tokens that stem_norm runs on, or a stem's layer
@@ -154,6 +157,14 @@ class Adapter(ABC):
     def pool(self, params: Params, x: Tensor) -> Tensor:
         """Final norm and pooling: the stream -> the features that enter the classifier, (B, w)."""
 
+    def pool_reads(self, params: Params, x: Tensor) -> Mapping[str, Tensor]:
+        """What every layer of a pooling that has layers reads of a stream, behind its norm."""
+        return {
+            layer: norm(self.backbone.get_submodule(name), params, name, x)
+            for name, layers in self.outer_readers.items()
+            for layer in layers
+        }
+
     @abstractmethod
     def classify(self, params: Params, features: Tensor) -> Tensor:
         """(B, w) -> logits (B, classes)."""
@@ -173,6 +184,21 @@ class Adapter(ABC):
         if unknown:
             raise KeyError(f"parameters that no axis table names: {', '.join(unknown)}")
         return params
+
+    def one_draw(self, images: Tensor) -> AbstractContextManager[None]:
+        """In training every pass over the same images sees the same draw of what is random of the network itself.
+
+        images: the batch's tensor, which is known again by what it is and not by what it holds.
+        """
+        return nullcontext()
+
+    def block_parameter(self, block: nn.Module, name: str) -> nn.Parameter:
+        """One of a block's parameters, by which it and its gradient are read and written in place."""
+        return block.get_parameter(name)
+
+    def joined(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of a compact network by its own names, of those that blocks have (`<block>.<name>`)."""
+        return values
 
     def pads_after_norm(self, block: Any) -> bool:
         """Whether attention sees tokens of zeros that its norm has not: they get the readers' bias, not the norm's."""

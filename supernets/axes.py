@@ -5,6 +5,7 @@ A family's adapter has the table of its blocks. An axis is a string of letters, 
     S stream channel          H head          M hidden neuron of the MLP
     R stream channel that the MLP reads or writes (a subset of the block's S)
     D channel of q and k inside a head        V channel of v, and of the attention's output, inside a head
+    P so many neighbouring channels of q and k that only go together (`BlockShape.qk_unit`), inside a head
     2, 3, 4 so many parts side by side: both projections of a GLU; q, k and v; patch merging's quadrants
     . nothing that a slice keeps or drops
 
@@ -45,6 +46,7 @@ class HalfAxes:
     output_norms: norms over the channels that the half writes.
     unit_norms: norms over channels of q and k, heads or neurons, and the letters of that axis: they stand behind gates.
     by_output: the parameters of each module of `outputs`.
+    mixers: matrices from heads to heads.
     """
 
     axes: Mapping[str, tuple[str, ...]]
@@ -59,6 +61,7 @@ class HalfAxes:
     output_norms: tuple[str, ...] = field(init=False)
     unit_norms: Mapping[str, str] = field(init=False)
     by_output: tuple[tuple[str, ...], ...] = field(init=False)
+    mixers: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         two = {name: axes for name, axes in self.axes.items() if len(axes) == 2}
@@ -69,6 +72,7 @@ class HalfAxes:
             "output_norms": tuple(n for n in self.late_norms if self.axes[f"{n}.weight"][0] in ("S", "R")),
             "unit_norms": {name: a[0] for name, a in units.items() if len(a) == 1 and a[0] in ("D", "HV", "M")}
             | dict(self.normalised),
+            "mixers": tuple(name for name, axes in two.items() if axes == ("H", "H")),
             "by_output": tuple(tuple(n for n in self.axes if within(n, (module,))) for module in self.outputs),
         }
         for name, value in found.items():
@@ -129,7 +133,8 @@ def layer_of(block: nn.Module, matrices: Iterable[str]) -> Any:
 def unit_sizes(shape: BlockShape) -> dict[str, int]:
     """The size of every letter's factor in a block; '.' is as large as its parameter says."""
     E, d = shape.embed_dim, shape.head_dim
-    return {"S": E, "R": E, "H": shape.num_heads, "D": d, "V": shape.v_dim, "M": shape.hidden, "2": 2, "3": 3}
+    units = {"S": E, "R": E, "H": shape.num_heads, "D": d, "P": d // shape.qk_unit, "V": shape.v_dim, "M": shape.hidden}
+    return units | {"2": 2, "3": 3}
 
 
 def qkv_rows(shape: BlockShape) -> list[int]:
@@ -213,7 +218,9 @@ def slice_block(params: Params, axes: BlockAxes, shape: BlockShape, kept: BlockS
     mlp_stream = kept.stream if kept.mlp_stream is None else kept.mlp_stream
     keep: dict[str, Kept] = {"S": kept.stream, "R": mlp_stream, "H": kept.heads, "M": kept.hidden}
     if kept.qk is not None:
-        keep["D"] = shape.qk_kept(kept.qk)
+        keep["D"] = channels = shape.qk_kept(kept.qk)
+        unit = shape.qk_unit
+        keep["P"] = channels // unit if isinstance(channels, int) else tuple(c // unit for c in channels[::unit])
     if isinstance(kept.v_channels, int):
         keep["V"] = kept.v_channels
     sizes = unit_sizes(shape)

@@ -116,7 +116,7 @@ def _device(module: nn.Module) -> torch.device:
 
 
 class CompactEvaBlock(CompactBlock):
-    """A block of an Eva or a Beit, whose LayerScales are bare parameters."""
+    """A block of an Eva, a Beit or a CaiT, whose LayerScales are bare parameters."""
 
     gamma_1: nn.Parameter
     gamma_2: nn.Parameter

@@ -80,6 +80,7 @@ def compact_parameters(adapter: Adapter, subnet: NetworkSlice) -> Tensors:
     ):
         own = slice_block(adapter.block_parameters(block), adapter.block_axes, shape, kept)
         values |= {f"{name}.{leaf}": value for leaf, value in own.items()}
+    values = adapter.joined(values)
     where = coordinates(adapter, subnet)
     if not where:
         return values  # timm's names and coordinates

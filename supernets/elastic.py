@@ -147,6 +147,9 @@ def gated(
         if gate is not None and not normed(units, gate):
             for name in half.writers:
                 scale(name, gate)
+    for name in axes.attn.mixers if term.head_gate is not None else ():
+        assert term.head_gate is not None
+        scale(name, term.head_gate)  # what it takes from heads that do not exist
     if term.channel_gate is not None:
         for name in axes.mlp.readers:
             scale(name, term.channel_gate)

@@ -1,18 +1,20 @@
 """timm's Eva (EVA, EVA-02, DINOv3, Perception Encoder, ViTs with rotary embeddings) as a backbone. One stage."""
 
+import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.layers import AttentionRope
-from timm.layers.pos_embed_sincos import RotaryEmbeddingMixed
-from timm.models.eva import EvaAttention, EvaBlock
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape
 from supernets.adapter import refuse
 from supernets.axes import BlockAxes, HalfAxes, HeadWidths, Params
+from supernets.compact_block import CompactLateBlock
 from supernets.compact_eva import (
     CompactEvaAttention,
     CompactEvaBlock,
@@ -21,7 +23,8 @@ from supernets.compact_eva import (
     turns_of,
 )
 from supernets.layers import fused_qkv, linear, norm, stem_norm
-from supernets.timm_block import ATTENTION, MLP, has_attn, shape_of
+from supernets.rotary import FREQS, MixedTurns, adopt
+from supernets.timm_block import ATTENTION, MLP, has_attn, heads_of, shape_of
 from supernets.vit import VitAdapter
 
 EVA_ATTENTION = HalfAxes(
@@ -36,6 +39,7 @@ EVA_ATTENTION = HalfAxes(
         "attn.v_proj.weight": ("HV", "S"),
         "attn.v_proj.bias": ("HV",),
         "gamma_1": ("S",),
+        FREQS: (".", "H", "P"),
     },
     outputs=("gamma_1", "attn.proj"),
     late_norms=ATTENTION.late_norms,
@@ -63,18 +67,35 @@ class EvaAdapter(VitAdapter):
 
     block_axes = BlockAxes(EVA_ATTENTION, EVA_MLP)
     block_types = (EvaBlock, CompactEvaBlock)
+    late_types = (EvaBlockPostNorm, CompactLateBlock)
     attention_types = (EvaAttention, AttentionRope, CompactEvaAttention)
     plain_attention = "use timm's EvaAttention or AttentionRope"
     layer_scales = ("gamma_1", "gamma_2")
     compact_block = CompactEvaBlock
+    of_blocks = ("blocks.", "rope.")
 
     def __init__(self, backbone: Any) -> None:
+        self.mixed = isinstance(adopt(backbone.rope), MixedTurns)
         super().__init__(backbone)
         fused = [block.attn.qkv for block in backbone.blocks if has_attn(block) and is_fused(block.attn)]
         if any(qkv.bias is None for qkv in fused):
             parted = {"attn.qkv.weight": ("attn.q_bias", None, "attn.v_bias")}
-            self.block_axes = replace(self.block_axes, attn=replace(EVA_ATTENTION, parted_biases=parted))
+            self.block_axes = replace(self.block_axes, attn=replace(self.block_axes.attn, parted_biases=parted))
         self._turns: tuple[Any, Tensor] | None = None  # of one device and precision
+        self._drawn: tuple[Any, int, Tensor] | None = None  # for which images, as they were, which draw
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy knows of no images."""
+        return self.__dict__ | {"_drawn": None}
+
+    def one_draw(self, images: Tensor) -> AbstractContextManager[None]:
+        rope = self.backbone.rope
+        if not getattr(rope, "aug_active", False) or not rope.training or torch.compiler.is_compiling():
+            return nullcontext()  # what compiles a pass calls this before
+        if self._drawn is None or self._drawn[0]() is not images or self._drawn[1] != images._version:
+            draw = rope.drawn(self.backbone.patch_embed.grid_size)
+            self._drawn = weakref.ref(images), images._version, draw
+        return rope.holding(self._drawn[2])  # type: ignore[no-any-return]
 
     def block_shape(self, block: Any) -> BlockShape:
         if self.backbone.rope is None:
@@ -92,13 +113,32 @@ class EvaAdapter(VitAdapter):
             raise refuse(backbone, "a norm before pooling and one after it", "use one of the two")
         if backbone.patch_drop is not None:
             raise refuse(backbone, "patch_drop_rate", "leave it out")
-        if isinstance(backbone.rope, RotaryEmbeddingMixed):
-            raise refuse(backbone, "rope_type=mixed", "use a rotary embedding whose frequencies all blocks share")
-        if getattr(backbone.rope, "aug_active", False):
-            raise refuse(backbone, "rope_shift_coords, rope_jitter_coords or rope_rescale_coords", "leave them out")
         for block in filter(has_attn, backbone.blocks):
             if getattr(block.attn, "num_kv_heads", block.attn.num_heads) != block.attn.num_heads:
                 raise refuse(backbone, "grouped queries (num_kv_heads)", "use as many heads of k and v as of q")
+
+    def block_parameters(self, block: nn.Module) -> dict[str, Tensor]:
+        params = super().block_parameters(block)
+        if self.mixed and has_attn(block):
+            rope = self.backbone.rope
+            params[FREQS] = rope.of_block(rope.freqs, self._index(block))
+        return params
+
+    def block_parameter(self, block: nn.Module, name: str) -> nn.Parameter:
+        if name == FREQS:
+            return self.backbone.rope.parameter_of(self._index(block))  # type: ignore[no-any-return]
+        return super().block_parameter(block, name)
+
+    def _index(self, block: nn.Module) -> int:
+        return next(i for i, other in enumerate(self.backbone.blocks) if other is block)
+
+    def joined(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.mixed:
+            return values
+        names = [f"{name}.{FREQS}" for name in self.block_names]
+        parts = [values[name] for name in names if name in values]
+        others = {name: value for name, value in values.items() if name not in names}
+        return others | {FREQS: self.backbone.rope.joined(parts, len(names))}
 
     def join(self, prefix: list[Tensor], x: Tensor) -> Tensor:
         return super().join(prefix, x) if prefix else x  # a copy has other strides, and what follows sums otherwise
@@ -108,9 +148,9 @@ class EvaAdapter(VitAdapter):
         return stem_norm(eva.norm_pre, params, "norm_pre", eva.pos_drop(self.embed(params, images)))
 
     def attend(self, block: Any, params: Params, heads: HeadWidths, x: Tensor) -> Tensor:
-        attn, rope = block.attn, self._rope()
+        attn, rope = block.attn, self._rope(params)
         channels = turned_channels(attn, heads)
-        if rope is not None and channels is not None:
+        if rope is not None and channels is not None and not self.mixed:
             rope = turns_of(rope, torch.tensor(channels, device=rope.device))
 
         def norm_qk(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,11 +160,18 @@ class EvaAdapter(VitAdapter):
         x = norm(attn.norm, params, "attn.norm", x)
         return attn.proj_drop(linear(params, "attn.proj", x))  # type: ignore[no-any-return]
 
-    def _rope(self) -> Tensor | None:
-        """Sines and cosines (P, 2d) of all positions, as timm's forward makes them."""
+    def _rope(self, params: Params) -> Tensor | None:
+        """Sines and cosines of all positions, as timm's forward makes them: (P, 2d), of all channels that heads have.
+
+        Where the frequencies are a block's own, of the heads and channels that are kept: (H, P, 2D).
+        """
         eva, rope = self.backbone, self.backbone.rope
         if rope is None:
             return None
+        if self.mixed:
+            return rope.turns(params[FREQS], eva.patch_embed.grid_size)  # type: ignore[no-any-return]
+        if getattr(rope, "held", None) is not None:
+            return rope.held  # type: ignore[no-any-return]
         if hasattr(rope, "feat_shape") and not eva.dynamic_img_size:
             return rope.get_embed()  # type: ignore[no-any-return]
         buffer = next(rope.buffers())
@@ -148,6 +195,8 @@ class EvaAdapter(VitAdapter):
 
     def compact_attention(self, block: Any, heads: HeadWidths) -> nn.Module:
         attn = block.attn
+        if self.mixed:  # each head has turns of its own, those of its channels alone
+            heads = replace(heads, qk_channels=None)
         if isinstance(attn, CompactEvaAttention):
             return CompactEvaAttention(attn, replace(heads, qk_channels=turned_channels(attn, heads)))
         width, stream = heads.number * attn.head_dim, (attn.qkv or attn.q_proj).in_features
@@ -161,6 +210,12 @@ class EvaAdapter(VitAdapter):
         elif attn.k_bias is not None:
             attn.k_bias = attn.k_bias[:width].clone()
         return attn  # type: ignore[no-any-return]
+
+    def resize(self, stage_widths: tuple[int, ...]) -> None:
+        super().resize(stage_widths)
+        if self.mixed:
+            heads = [heads_of(block.attn) if has_attn(block) else None for block in self.backbone.blocks]
+            self.backbone.rope.sizes = tuple((0, 0) if h is None else (h.number, h.qk // 2) for h in heads)
 
 
 def is_fused(attn: Any) -> bool:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from timm.models.beit import Beit
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -14,6 +15,7 @@ from torch import nn
 from search_spaces.errors import UserError
 from supernets.adapter import Adapter
 from supernets.beit import BeitAdapter
+from supernets.cait import CaitAdapter
 from supernets.eva import EvaAdapter
 from supernets.feature_head import with_feature_head
 from supernets.relpos import RelPosAdapter
@@ -49,6 +51,7 @@ ADAPTED: dict[str, Adapted] = {
     "eva": Adapted((Eva,), EvaAdapter),
     "beit": Adapted((Beit,), BeitAdapter),
     "relpos": Adapted((VisionTransformerRelPos,), RelPosAdapter),
+    "cait": Adapted((Cait,), CaitAdapter),
 }
 
 

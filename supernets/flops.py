@@ -23,10 +23,11 @@ class BlockCosts:
     attn_tokens: tokens that qkv, attention and projection run on (Swin pads after norm1). attended: T, tokens
     each of them attends to. mlp_tokens: tokens of the MLP. attn_weights, mlp_weights: entries of each half's weight
     matrices, which are its MACs per token; attn_params, mlp_params: entries of all its parameters. Letters as in
-    axes.py, but Q and V for the channels of q and of v in all heads. norm_after_gate: a norm stands behind the gates
-    of heads or neurons, so that nested slices in one gated pass are not their sum. shifted: whether attention's
-    windows are, which costs no MAC but time. attn_once: MACs of an image whatever its tokens (Swin V2's network of
-    position biases, which runs once a batch and is counted with every image).
+    axes.py, but Q and V for the channels of q and of v in all heads. norm_after_gate: a norm, or what mixes heads,
+    stands behind the gates of heads or neurons, so that nested slices in one gated pass are not their sum. shifted:
+    whether attention's windows are, which costs no MAC but time. attn_once: MACs of an image that no width of stream or
+    head changes (Swin V2's network of position biases, which runs once a batch and is counted with every image; what
+    mixes CaiT's heads). pads_heads: whether heads of one width run padded (`by_width`, layers.py).
     """
 
     attn_tokens: int
@@ -39,6 +40,7 @@ class BlockCosts:
     norm_after_gate: bool
     shifted: bool = False
     attn_once: Products = ()
+    pads_heads: bool = True
 
 
 def block_costs(
@@ -84,14 +86,15 @@ def _kept_size(letters: str, size: int, shape: BlockShape) -> dict[str, int]:
     if letters == ".":
         return {"": size}
     sizes = unit_sizes(shape)
-    (unit,) = (letter for letter in letters if letter in "SRHDM")
+    (unit,) = (letter for letter in letters if letter in "SRHDPM")
     return {unit: math.prod(sizes[letter] for letter in letters if letter != unit)}
 
 
 def _kept_units(shape: BlockShape, kept: BlockSlice) -> dict[str, int]:
     heads = head_widths(kept, shape)
     units = {"S": kept.stream, "R": kept.num_mlp_stream(), "M": count(kept.hidden)}
-    return units | {"H": heads.number, "D": heads.qk, "Q": heads.number * heads.qk, "V": heads.v_total}
+    units |= {"H": heads.number, "D": heads.qk, "P": heads.qk // shape.qk_unit}
+    return units | {"Q": heads.number * heads.qk, "V": heads.v_total}
 
 
 def _sum(products: Products, kept: Mapping[str, int]) -> int:
@@ -185,7 +188,7 @@ def block_flops(shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
     """MACs of one block at a slice: every weight on every token, and q k^T and the scores times v in attention."""
     units, total = _kept_units(shape, kept), 0
     if kept.attn:
-        attention = costs.attended * attention_channels(head_widths(kept, shape))
+        attention = costs.attended * attention_channels(head_widths(kept, shape), costs.pads_heads)
         total += costs.attn_tokens * (_sum(costs.attn_weights, units) + attention) + _sum(costs.attn_once, units)
     if kept.mlp:
         total += costs.mlp_tokens * _sum(costs.mlp_weights, units)
@@ -199,12 +202,12 @@ def block_params(shape: BlockShape, costs: BlockCosts, kept: BlockSlice) -> int:
     return attn + mlp
 
 
-def attention_channels(heads: HeadWidths) -> int:
+def attention_channels(heads: HeadWidths, padded: bool = True) -> int:
     """Channels of all heads in q k^T and in the scores times v, as they run: padded to one width where heads are even.
 
     Source: `by_width` (layers.py).
     """
-    if isinstance(heads.v, int):
+    if isinstance(heads.v, int) and padded:
         return 2 * heads.number * max(heads.qk, heads.v)
     return heads.number * heads.qk + heads.v_total
 

@@ -43,7 +43,7 @@ def _axes(supernet: Supernet) -> Iterator[Axis]:
         sizes = unit_sizes(shape)
         for name in adapter.block_parameters(block):
             for dim, letters in enumerate(adapter.block_axes[name]):
-                p = block.get_parameter(name)
+                p = adapter.block_parameter(block, name)
                 if letters == "3HD":
                     q, k, v = itertools.pairwise(itertools.accumulate(qkv_rows(shape), initial=0))
                     for rows, part in ((q, "HD"), (k, "HD"), (v, "HV")):

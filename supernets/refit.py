@@ -373,16 +373,16 @@ class _Refit:
         for name, layers in adapter.outer_readers.items():
             if adapter.outer_norms[name][0] == "4S" or set(layers) <= set(adapter.classifiers):
                 continue
-            module, (layer,) = adapter.backbone.get_submodule(name), layers
-            matrix, bias = f"{layer}.weight", f"{layer}.bias"
-            moments = Residual(bias in self.small_outer)
-            for z, z_E in zip(self.small, self.large, strict=True):
-                n = norm(module, self.small_outer, name, z)
-                moments.add(n, _less(norm(module, self.large_outer, name, z_E), n, n.shape[-1]))
-            weight, added = moments.solve(self.ridge.layers, self.large_outer[matrix].double())
-            values = _changed(self.small_outer, matrix, weight, bias, added)
-            self.values |= values
-            self.small_outer = _with(self.small_outer, values)
+            for layer in layers:
+                matrix, bias = f"{layer}.weight", f"{layer}.bias"
+                moments = Residual(bias in self.small_outer)
+                for z, z_E in zip(self.small, self.large, strict=True):
+                    n, n_E = (adapter.pool_reads(*at)[layer] for at in ((self.small_outer, z), (self.large_outer, z_E)))
+                    moments.add(n, _less(n_E, n, n.shape[-1]))
+                weight, added = moments.solve(self.ridge.layers, self.large_outer[matrix].double())
+                values = _changed(self.small_outer, matrix, weight, bias, added)
+                self.values |= values
+                self.small_outer = _with(self.small_outer, values)
 
     def _classify(self) -> None:
         """The classifiers, to the large network's logits; from there on to its prediction, if that is nearer.

@@ -21,7 +21,7 @@ from supernets.compact_block import CompactBlock, CompactLateBlock
 from supernets.flops import BlockCosts
 from supernets.layers import linear
 from supernets.relative import relative_bias
-from supernets.timm_block import ATTENTION, LATE_MLP, MLP, has_attn
+from supernets.timm_block import ATTENTION, MLP, has_attn, with_norms_late
 
 OWN = "attn.rel_pos"
 REL_POS_ATTENTION = replace(
@@ -35,7 +35,6 @@ REL_POS_ATTENTION = replace(
         f"{OWN}.mlp.fc2.bias": ("H",),
     },
 )
-LATE_ATTENTION = replace(REL_POS_ATTENTION, outputs=("norm1", "attn.proj"), late_norms=("norm1",), norm=None)
 
 
 def position_bias(rel_pos: Any, params: Params) -> Tensor:
@@ -108,7 +107,7 @@ class RelPosAdapter(BiasedVitAdapter):
 
     def __init__(self, backbone: Any) -> None:
         if any(isinstance(block, ResPostRelPosBlock | CompactLateBlock) for block in backbone.blocks):
-            self.block_axes, self.compact_block = BlockAxes(LATE_ATTENTION, LATE_MLP), CompactLateBlock
+            self.block_axes, self.compact_block = with_norms_late(BlockAxes(REL_POS_ATTENTION, MLP)), CompactLateBlock
             self.block_types = (ResPostRelPosBlock, CompactLateBlock)
         super().__init__(backbone)
 

@@ -71,7 +71,8 @@ def scalings(adapter: Adapter) -> list[Scaling]:
             gammas = [n for n in there if within(n, half.scales)]
             written = tuple(f"{name}.{n}" for n in there if within(n, (half.writer,)))
             found += [Scaling(shape.stage, f"{name}.{gamma}", written) for gamma in gammas]
-    return found
+    last = adapter.shapes[-1].stage
+    return found + [Scaling(last, gamma, written) for gamma, written in adapter.outer_scalings.items()]
 
 
 def stream_axes(adapter: Adapter) -> Axes:

@@ -49,7 +49,8 @@ class Supernet(nn.Module):
 
     def large(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> logits (B, classes) of the large network: timm's own forward."""
-        return self.backbone(images)  # type: ignore[no-any-return]
+        with self.adapter.one_draw(images):
+            return self.backbone(images)  # type: ignore[no-any-return]
 
     def small(self, images: Tensor, small: Small, gates: Gates = None) -> Tensor:
         """Logits (B, classes) of a subnet, or of a mixture.
@@ -82,15 +83,16 @@ class Supernet(nn.Module):
             mixtures, widths = small, self.identity().stage_widths
         outer = adapter.outer(widths, gates)
         x, stage = images, -1
-        for i, (block, shape, mixture) in enumerate(zip(adapter.blocks(), self.shapes, mixtures, strict=True)):
-            if shape.stage != stage:
-                stage = shape.stage
-                x = adapter.enter_stage(stage, outer, x) if stage else adapter.stem(outer, images)
-                if gates is not None:
-                    x = x * gates[stage].to(x.dtype)
-            x = mixed_block(adapter, block, shape, mixture, x)
-            if i in after:
-                streams[i] = x
+        with adapter.one_draw(images):
+            for i, (block, shape, mixture) in enumerate(zip(adapter.blocks(), self.shapes, mixtures, strict=True)):
+                if shape.stage != stage:
+                    stage = shape.stage
+                    x = adapter.enter_stage(stage, outer, x) if stage else adapter.stem(outer, images)
+                    if gates is not None:
+                        x = x * gates[stage].to(x.dtype)
+                x = mixed_block(adapter, block, shape, mixture, x)
+                if i in after:
+                    streams[i] = x
         return adapter.pool(outer, x), outer, streams
 
     def stream_order(self, stage: int) -> Sequence[int] | None:

@@ -25,7 +25,7 @@ from supernets.flops import BlockCosts
 from supernets.layers import fused_qkv, joined_bias, late_norm, linear
 from supernets.relative import relative_bias
 from supernets.swin import SwinAdapter, attend_windows, placed, quadrants, windowed
-from supernets.timm_block import ATTENTION, LATE_MLP, has_attn
+from supernets.timm_block import ATTENTION, MLP, has_attn, with_norms_late
 
 LARGEST = math.log(100)  # of timm's logit_scale
 LEAST = 1e-12  # length of q and k, F.normalize's
@@ -40,8 +40,7 @@ COSINE_ATTENTION = HalfAxes(
         "attn.cpb_mlp.0.bias": (".",),
         "attn.cpb_mlp.2.weight": ("H", "."),  # (H, 512)
     },
-    outputs=("norm1", "attn.proj"),
-    late_norms=("norm1",),
+    outputs=ATTENTION.outputs,
     parted_biases={"attn.qkv.weight": ("attn.q_bias", None, "attn.v_bias")},
     normalised={"attn": "D"},
 )
@@ -134,7 +133,7 @@ class CompactLateWindowBlock(CompactLateBlock, CompactWindowBlock):
 class SwinV2Adapter(SwinAdapter):
     """SwinTransformerV2 as blocks, stem, patch merging and classifier. Turns fused attention on."""
 
-    block_axes = BlockAxes(COSINE_ATTENTION, LATE_MLP)
+    block_axes = with_norms_late(BlockAxes(COSINE_ATTENTION, MLP))
     compact_block = CompactLateWindowBlock
     block_type = SwinTransformerV2Block
     timm_attention = WindowAttention

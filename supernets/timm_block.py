@@ -57,13 +57,6 @@ MLP = HalfAxes(
     late_norms=("mlp.norm",),
     norm="norm2",
 )
-LATE_MLP = replace(  # of a block that adds norm2(mlp(x))
-    MLP,
-    axes=dict(MLP.axes) | {"norm2.weight": ("R",), "norm2.bias": ("R",)},
-    outputs=("norm2", "mlp.fc2"),
-    late_norms=("norm2",),
-    norm=None,
-)
 PACKED = {"mlp.fc1.weight": ("2M", "R"), "mlp.fc1.bias": ("2M",)}  # of a GluMlp: what is gated and its gate
 
 
@@ -73,6 +66,22 @@ def with_packed_gates(axes: HalfAxes, blocks: Iterable[Any]) -> HalfAxes:
     if len(set(packed)) > 1:
         raise UserError("some MLPs are timm's GluMlp and some are not; blocks of one kind are expected")
     return replace(axes, axes=dict(axes.axes) | PACKED) if packed and all(packed) else axes
+
+
+def with_norms_late(axes: BlockAxes) -> BlockAxes:
+    """The axes of blocks whose norms end the halves and are over what these write: x + norm(half(x))."""
+    attn, mlp = axes.attn, axes.mlp
+    written = {"norm2.weight": ("R",), "norm2.bias": ("R",)}
+    return BlockAxes(
+        replace(attn, outputs=("norm1", "attn.proj"), late_norms=(*attn.late_norms, "norm1"), norm=None),
+        replace(
+            mlp,
+            axes=dict(mlp.axes) | written,
+            outputs=("norm2", "mlp.fc2"),
+            late_norms=(*mlp.late_norms, "norm2"),
+            norm=None,
+        ),
+    )
 
 
 def has_attn(block: nn.Module) -> bool:

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, GluMlp, Mlp, PatchEmbed, SwiGLU
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
 from search_spaces.slices import BlockShape
 from supernets.adapter import OuterAxis, refuse
 from supernets.attention_pool import adopt, pool_flops, pool_params, pooled
 from supernets.axes import HeadWidths, Params
-from supernets.compact_block import CompactBlock, SkippedBlock
+from supernets.compact_block import CompactBlock, CompactLateBlock, SkippedBlock
 from supernets.flops import NetworkCosts, PerWidth
 from supernets.layers import attention, norm, stem_norm
 from supernets.rotated import StemLayer
@@ -25,6 +25,7 @@ from supernets.timm_block import (
     has_attn,
     has_mlp,
     shape_of,
+    with_norms_late,
     with_packed_gates,
 )
 
@@ -39,12 +40,17 @@ class VitAdapter(TimmBlockAdapter):
     """
 
     block_types: tuple[type[nn.Module], ...] = (Block, CompactBlock)
+    late_types: tuple[type[nn.Module], ...] = (ResPostBlock, CompactLateBlock)  # whose norms end the halves
     attention_types: tuple[type[nn.Module], ...] = (Attention, NarrowAttention)
     plain_attention = "use timm's plain Attention"
+    of_blocks: tuple[str, ...] = ("blocks.",)  # first letters of the parameters that blocks have
 
     def __init__(self, backbone: Any) -> None:
         super().__init__(backbone)
         self.attn_pool = adopt(backbone, POOL)
+        if any(type(block) in self.late_types for block in backbone.blocks):
+            self.block_types, self.compact_block = self.late_types, CompactLateBlock
+            self.block_axes = with_norms_late(self.block_axes)
         self._check(backbone)
         embed = backbone.patch_embed
         self.input_size = (embed.proj.in_channels, *embed.img_size)
@@ -56,7 +62,9 @@ class VitAdapter(TimmBlockAdapter):
         self.classifiers = tuple(name for name in ("head", "head_dist") if getattr(backbone, name, None) is not None)
         self._describe_streams(num_tokens)
         self.outer_axes = {
-            name: self._axes(name, p.dim()) for name, p in backbone.named_parameters() if not name.startswith("blocks.")
+            name: self._axes(name, p.dim())
+            for name, p in backbone.named_parameters()
+            if not name.startswith(self.of_blocks)
         }
         norms = ("patch_embed.norm", "norm_pre", "norm", "fc_norm")
         self.outer_norms = {name: ("S", 0) for name in norms if not self._is_whole(f"{name}.")}
@@ -171,7 +179,7 @@ class VitAdapter(TimmBlockAdapter):
                 continue
             if type(block) not in self.block_types:
                 own = self.block_types[0].__name__
-                raise refuse(backbone, f"block type {type(block).__name__}", f"use pre-norm blocks (timm's {own})")
+                raise refuse(backbone, f"block type {type(block).__name__}", f"use timm's {own} throughout")
             check_compact(backbone, block, f"blocks.{i}", self.width)
             attn = block.attn if has_attn(block) else None
             if attn is not None and (type(attn) not in self.attention_types or getattr(attn, "gate", None) is not None):

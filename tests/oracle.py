@@ -17,7 +17,6 @@ from typing import Any
 
 import timm.layers
 import torch
-from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -25,6 +24,8 @@ from search_spaces.slices import BlockSlice, Kept, NetworkSlice, count
 
 LAYER_NORMS = (nn.LayerNorm, timm.layers.LayerNorm)
 RMS_NORMS = (timm.layers.RmsNorm,)
+# Blocks whose norms stand after the halves, but for Swin V2's.
+LATE = ("ResPostBlock", "EvaBlockPostNorm", "ResPostRelPosBlock", "CompactLateBlock")
 
 
 class KeptNorm(nn.Module):
@@ -121,8 +122,7 @@ def embed_dim_of(block: Any) -> int:
 
 def norms_late(block: Any) -> bool:
     """Whether norms stand after the halves, as in Swin V2: x + norm1(attn(x))."""
-    late = isinstance(block, ResPostRelPosBlock) or type(block).__name__ == "CompactLateBlock"
-    return late or hasattr(getattr(block, "attn", None), "cpb_mlp")
+    return hasattr(getattr(block, "attn", None), "cpb_mlp") or type(block).__name__ in LATE
 
 
 def turning_pairs(backbone: Any) -> str:
@@ -165,6 +165,10 @@ def readers_of(backbone: Any) -> Iterator[tuple[int, str, list[str], bool]]:
         last = "norm" if not isinstance(backbone.norm, nn.Identity) else "fc_norm"
         heads = [name for name in ("head", "head_dist") if isinstance(getattr(backbone, name, None), nn.Linear)]
         heads = heads if getattr(backbone, "attn_pool", None) is None else ["attn_pool.kv"]
+        for i, _ in enumerate(getattr(backbone, "blocks_token_only", ())):  # CaiT's class attention
+            name = f"blocks_token_only.{i}"
+            yield 0, f"{name}.norm1", [f"{name}.attn.{key}" for key in ("q", "k", "v")], False
+            yield 0, f"{name}.norm2", [f"{name}.mlp.fc1"], False
         yield 0, last, heads, False
 
 
@@ -232,6 +236,8 @@ class KeptWeights:
         table = getattr(attn, "relative_position_bias_table", None)  # (number of offsets, H)
         self.last_axis(f"{name}.attn.relative_position_bias_table", table, heads)
         self.positions(f"{name}.attn", attn, heads)
+        for key in there(attn, "proj_l", "proj_w"):  # CaiT's, which mix heads
+            self.linear(f"{name}.attn.{key}", getattr(attn, key), heads, heads)
         self.norm(f"{name}.attn.norm", getattr(attn, "norm", None), v)
         self.linear(f"{name}.attn.proj", attn.proj, stream, v)
         self.scale(f"{name}.ls1", getattr(block, "ls1", None), stream)
@@ -267,6 +273,16 @@ class KeptWeights:
         self.tensors[f"{name}.cpb_mlp.2.weight"] = heads[:, None].expand_as(attn.cpb_mlp[2].weight)
         self.tensors[f"{name}.logit_scale"] = heads[:, None, None]
 
+    def frequencies(self, backbone: Any, subnet: NetworkSlice) -> None:
+        """A mixed rotary embedding's, (2, blocks, heads, pairs): of the pairs and heads that each block keeps."""
+        _, _, num_heads, pairs = backbone.rope.freqs.shape
+        kept = torch.zeros(backbone.rope.freqs.shape, dtype=torch.bool)
+        for i, block in enumerate(subnet.blocks):
+            if block.attn:
+                turned = among_pairs(2 * pairs if block.qk is None else block.qk, 2 * pairs, "next")[::2]
+                kept[:, i] = among(block.heads, num_heads)[:, None] & turned
+        self.tensors["rope.freqs"] = kept
+
     def stem(self, backbone: Any, width: Tensor) -> None:
         """Patch embedding (or T2T's last projection), tokens, position embedding, the norm before block 0."""
         if hasattr(backbone, "tokens_to_token"):  # T2T: what comes before the projection is not sliced
@@ -292,9 +308,24 @@ class KeptWeights:
         self.norm(f"{name}.norm", merging.norm, after if len(after) == len(merging.norm.weight) else quadrants)
         self.linear(f"{name}.reduction", merging.reduction, after, quadrants)
 
+    def class_attention(self, backbone: Any, width: Tensor) -> None:
+        """CaiT's blocks of the class token: they read and write the stream, all inside is whole."""
+        for i, block in enumerate(getattr(backbone, "blocks_token_only", ())):
+            name, attn, mlp = f"blocks_token_only.{i}", block.attn, block.mlp
+            every, hidden = (among(n, n) for n in (attn.proj.in_features, mlp.fc2.in_features))
+            for key in ("norm1", "norm2"):
+                self.norm(f"{name}.{key}", getattr(block, key), width)
+                self.last_axis(f"{name}.gamma_{key[-1]}", getattr(block, f"gamma_{key[-1]}"), width)
+            for key in ("q", "k", "v"):
+                self.linear(f"{name}.attn.{key}", getattr(attn, key), every, width)
+            self.linear(f"{name}.attn.proj", attn.proj, width, every)
+            self.linear(f"{name}.mlp.fc1", mlp.fc1, hidden, width)
+            self.linear(f"{name}.mlp.fc2", mlp.fc2, width, hidden)
+
     def classifier(self, backbone: Any, width: Tensor) -> None:
         """Final norm and every classifier head."""
         self.norm("norm", backbone.norm, width)
+        self.class_attention(backbone, width)
         if getattr(backbone, "attn_pool", None) is not None:  # its keys and values read the stream, all else is whole
             kv = backbone.attn_pool.kv
             self.linear("attn_pool.kv", kv, among(kv.out_features, kv.out_features), width)
@@ -311,7 +342,7 @@ class KeptWeights:
 
 
 def kept_weights(backbone: nn.Module, subnet: NetworkSlice) -> KeptWeights:
-    """The masks of a subnet over a timm ViT, distilled DeiT, Swin or Eva, or a T2T-ViT.
+    """The masks of a subnet over a timm ViT, distilled DeiT, Swin, Eva or CaiT, or a T2T-ViT.
 
     Where an MLP reads only some channels (mlp_stream), norm2 still keeps a weight for every channel that it
     normalises over. Raises ValueError when the subnet is not one of this backbone, and TypeError when the
@@ -333,6 +364,8 @@ def kept_weights(backbone: nn.Module, subnet: NetworkSlice) -> KeptWeights:
         name = f"layers.{stage}.downsample"
         weights.merging(name, backbone.get_submodule(name), widths[stage - 1], widths[stage])
     weights.classifier(backbone, widths[-1])
+    if getattr(backbone, "rope_mixed", False):
+        weights.frequencies(backbone, subnet)
 
     unknown = {name for name, _ in backbone.named_parameters()} - weights.tensors.keys()
     if unknown:

@@ -12,11 +12,12 @@ import hypothesis.strategies as st
 import torch
 from timm.layers import LayerNorm, RmsNorm
 from timm.models.beit import Beit
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBlock, VisionTransformerRelPos
 from torch import Tensor, nn
 
@@ -67,6 +68,7 @@ def vit_backbones(draw: st.DrawFn) -> nn.Module:
             fc_norm=draw(st.sampled_from([None, True, False])),
             reg_tokens=draw(st.sampled_from([0, 2])),
             pos_embed=draw(st.sampled_from(["learn", "none"])),
+            block_fn=draw(st.sampled_from([Block, Block, ResPostBlock])),
         )
     return randomise(model, draw(SEEDS)).eval()
 
@@ -138,7 +140,8 @@ def eva_backbones(draw: st.DrawFn) -> nn.Module:
     """A timm Eva with the features of EVA, EVA-02, DINOv3, Perception Encoder and ViTs with rotary embeddings."""
     num_heads = draw(st.sampled_from([2, 3, 4]))
     class_token, positions, after = draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from(["norm", "fc", ""]))
-    rope = draw(st.sampled_from(["cat", "cat", "dinov3", "mrope", ""]))
+    late = draw(st.integers(0, 4)) == 0
+    rope = draw(st.sampled_from(["cat", "cat", "dinov3", "mrope", "mixed", ""]))
     model = Eva(
         img_size=draw(st.sampled_from([32, 48, (32, 48)])),
         patch_size=16,
@@ -151,7 +154,7 @@ def eva_backbones(draw: st.DrawFn) -> nn.Module:
         num_heads=num_heads,
         qkv_bias=draw(st.booleans()),
         qkv_fused=draw(st.booleans()),
-        qk_norm=draw(st.booleans()),
+        qk_norm=not late and draw(st.booleans()),
         mlp_ratio=draw(st.sampled_from([1, 2, 4])),
         swiglu_mlp=draw(st.booleans()),
         swiglu_align_to=draw(st.sampled_from([0, 12])),
@@ -160,7 +163,8 @@ def eva_backbones(draw: st.DrawFn) -> nn.Module:
         attn_type=draw(st.sampled_from(["eva", "rope"])),
         norm_layer=draw(st.sampled_from([LayerNorm, RmsNorm])),
         init_values=draw(st.sampled_from([None, 1.0])),
-        attn_only_layer_scale=draw(st.booleans()),
+        attn_only_layer_scale=not late and draw(st.booleans()),
+        use_post_norm=late,
         class_token=class_token,
         num_reg_tokens=draw(st.sampled_from([0, 2])),
         no_embed_class=draw(st.booleans()),
@@ -168,11 +172,31 @@ def eva_backbones(draw: st.DrawFn) -> nn.Module:
         use_rot_pos_emb=bool(rope),
         rope_type=rope,
         rope_grid_indexing="ij" if rope == "mrope" else draw(st.sampled_from(["ij", "xy"])),
-        rope_rotate_half=draw(st.booleans()),
+        rope_rotate_half=rope != "mixed" and draw(st.booleans()),
         rope_temperature=100.0,
         use_pre_transformer_norm=draw(st.booleans()),
         use_post_transformer_norm=after == "norm",
         use_fc_norm=after == "fc",
+    )
+    return randomise(model, draw(SEEDS)).eval()
+
+
+@st.composite
+def cait_backbones(draw: st.DrawFn) -> nn.Module:
+    """A timm Cait, talking heads and class attention, randomised, in eval mode."""
+    num_heads = draw(st.sampled_from([2, 3, 4, 6]))
+    model = Cait(
+        img_size=draw(st.sampled_from([32, 48, (32, 48)])),
+        patch_size=16,
+        num_classes=draw(st.integers(2, 7)),
+        global_pool=draw(st.sampled_from(["token", "token", "avg"])),
+        embed_dim=num_heads * draw(st.sampled_from([4, 8])),
+        depth=draw(st.integers(1, 3)),
+        num_heads=num_heads,
+        mlp_ratio=draw(st.sampled_from([1, 2, 4])),
+        qkv_bias=draw(st.booleans()),
+        depth_token_only=draw(st.integers(1, 2)),
+        mlp_ratio_token_only=draw(st.sampled_from([1, 3])),
     )
     return randomise(model, draw(SEEDS)).eval()
 
@@ -236,6 +260,7 @@ BACKBONES = {
     "swinv2": swinv2_backbones,
     "t2t": t2t_backbones,
     "eva": eva_backbones,
+    "cait": cait_backbones,
     "beit": beit_backbones,
     "relpos": relpos_backbones,
 }

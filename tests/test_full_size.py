@@ -29,6 +29,7 @@ OF_OTHERS = {
     "deit": {"uvc", "free"},
     "t2t": {"dan", "uvc", "free"},
     "eva": {"joint", "free"},
+    "cait": {"dan", "free"},
     "swinv2": {"dan", "free"},
     "beit": {"dan", "free"},
     "relpos": {"dan", "free"},

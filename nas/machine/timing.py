@@ -24,9 +24,15 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 @torch.no_grad()
 def count_macs(network: nn.Module, input_size: tuple[int, int, int], device: torch.device) -> int:
     """MACs of any network on one image of input_size (C, H, W), by torch's counter (2 per MAC)."""
-    # The counter of torch 2.11 does not know the CPU's fused attention.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, *input_size, device=device))
+    trained = [p for p in network.parameters() if p.requires_grad]
+    network.requires_grad_(False)  # the counter cannot follow a block that reads a parameter, as CaiT's class token is
+    try:
+        # The counter of torch 2.11 does not know the CPU's fused attention.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            network(torch.zeros(1, *input_size, device=device))
+    finally:
+        for p in trained:
+            p.requires_grad_()
     return int(counter.get_total_flops()) // 2
 
 

@@ -147,15 +147,15 @@ def compile_forwards(supernet: Supernet) -> None:
     fast_large, fast_small, fast_streams = torch.compile(large), torch.compile(small), torch.compile(streams)
 
     def run_large(images: Tensor) -> Tensor:
-        with compile_errors():
+        with compile_errors(), supernet.adapter.one_draw(images):
             return (fast_large if supernet.training else large)(images)
 
     def run_small(images: Tensor, kept: Small, gates: Gates = None) -> tuple[Tensor, Tensor]:
-        with compile_errors():
+        with compile_errors(), supernet.adapter.one_draw(images):
             return (fast_small if supernet.training else small)(images, kept, gates)
 
     def run_streams(images: Tensor, kept: NetworkSlice, after: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
-        with compile_errors():
+        with compile_errors(), supernet.adapter.one_draw(images):
             return (fast_streams if supernet.training else streams)(images, kept, after)
 
     supernet.large, supernet.small_with_features = run_large, run_small  # type: ignore[method-assign, assignment]

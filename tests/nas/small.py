@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from timm.models.beit import Beit
+from timm.models.cait import Cait
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -29,6 +30,7 @@ from tests.strategies import expected_logits, random_basis
 VIT = dict(img_size=32, patch_size=16, num_classes=5, embed_dim=24, depth=3, num_heads=6, mlp_ratio=2)
 EVA = dict(use_rot_pos_emb=True, swiglu_mlp=True, swiglu_align_to=4, qkv_fused=False, init_values=1.0, num_reg_tokens=1)
 REL_POS = dict(rel_pos_dim=16, init_values=1.0, class_token=True)  # without which a constant bias does nothing
+MIXED = dict(rope_type="mixed", qkv_fused=True, attn_type="rope")  # an Eva's frequencies by block and head
 FAMILIES: dict[str, Any] = {
     "vit": lambda **kwargs: VisionTransformer(**VIT | dict(init_values=1.0) | kwargs),
     "swin": lambda **kwargs: SwinTransformer(
@@ -43,6 +45,7 @@ FAMILIES: dict[str, Any] = {
         **dict(img_size=32, num_classes=5, embed_dim=24, depth=3, num_heads=6, mlp_ratio=2, token_dim=8) | kwargs
     ),
     "eva": lambda **kwargs: Eva(**VIT | EVA | kwargs),
+    "cait": lambda **kwargs: Cait(**VIT | dict(depth_token_only=1) | kwargs),
     "beit": lambda **kwargs: Beit(**VIT | dict(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=1.0) | kwargs),
     "relpos": lambda **kwargs: VisionTransformerRelPos(**VIT | REL_POS | kwargs),
 }

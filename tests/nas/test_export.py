@@ -117,7 +117,11 @@ def test_heads_whose_widths_differ_are_exported(tmp_path: Path) -> None:
     assert_exported(network, tmp_path)
 
 
-EVAS = {"EVA-02": "eva02_base_patch14_224", "DINOv3": "vit_small_plus_patch16_dinov3"}
+EVAS = {
+    "EVA-02": "eva02_base_patch14_224",
+    "DINOv3": "vit_small_plus_patch16_dinov3",
+    "mixed": "vit_small_patch16_rope_mixed_224",
+}
 
 
 @pytest.mark.slow
@@ -140,6 +144,22 @@ def test_heads_that_turn_are_exported(kind: str, tmp_path: Path) -> None:
     assert_exported(network, tmp_path)
     wider = load_compact(tmp_path, img_size=(24, 16))
     assert wider(torch.randn(1, 3, 24, 16)).shape == (1, 10)
+
+
+@pytest.mark.slow
+def test_talking_heads_are_exported(tmp_path: Path) -> None:
+    for name in runtimes.PACKAGES:
+        pytest.importorskip(name)
+    options = dict(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, num_classes=10)
+    supernet = nas.Supernet(randomise(timm.create_model("cait_xxs24_224", **options), 0)).eval()
+    picks = [
+        dict(stream=24, heads=3, qk=6, v=3, hidden=40),
+        dict(stream=24, heads=1, qk=2, v=7, hidden=0),
+        dict(stream=24, heads=0, qk=2, v=7, hidden=0),
+    ]
+    arch = nas.pick(supernet, "cait-free", picks, model_kwargs=options)
+    nas.save(nas.cut(supernet, arch), tmp_path, arch)
+    assert_exported(load_compact(tmp_path), tmp_path)
 
 
 def test_a_file_that_computes_something_else_is_caught(run: Path) -> None:

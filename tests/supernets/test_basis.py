@@ -25,7 +25,7 @@ from supernets.elastic import BlockMixture, Term
 from supernets.rotated import StemNorm, StreamNorm
 from supernets.streams import fixed_streams, readings, scalings
 from supernets.supernet import Supernet
-from tests.oracle import LAYER_NORMS, RMS_NORMS, blocks_of, randomise, readers_of
+from tests.oracle import LAYER_NORMS, RMS_NORMS, blocks_of, norms_late, randomise, readers_of
 from tests.strategies import BACKBONES, SEEDS, disturb, expected_logits, images, random_basis, rotation
 from tests.supernets.test_backbones import SUPPORTED, build
 from tests.supernets.test_invariants import draw_subnet, few, over_families, over_widths, relative
@@ -59,7 +59,7 @@ def assert_costs(compact: nn.Module, net: Supernet, subnet: NetworkSlice, x: Ten
     """Invariant 3. Leaves the compact network on the meta device."""
     assert sum(p.numel() for p in compact.parameters()) == net.params(subnet)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        compact.to("meta")(x[:1].to("meta"))
+        compact.to("meta").requires_grad_(False)(x[:1].to("meta"))
     assert counter.get_total_flops() == 2 * net.flops(subnet)
 
 
@@ -157,7 +157,8 @@ def folded(backbone: nn.Module, stages: Iterable[int], got: Mapping[str, Tensor]
             state[f"{norm}.bias"] = torch.zeros_like(bias)
         for reader in readers:
             state[f"{reader}.weight"] *= weight
-    for stage, name, _ in blocks_of(backbone):
+    of_token = [(0, f"blocks_token_only.{i}", None) for i, _ in enumerate(getattr(backbone, "blocks_token_only", ()))]
+    for stage, name, _ in (*blocks_of(backbone), *of_token):
         scales = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2", "gamma_1": "attn.proj", "gamma_2": "mlp.fc2"}
         for scale, writer in ((f"{name}.{leaf}", writer) for leaf, writer in scales.items()):
             if stage in stages and scale in state:
@@ -300,8 +301,9 @@ def test_every_accepted_backbone_is_rotated_or_says_why_not(family: str, options
     evas = options.get("use_fc_norm", True) or options.get("use_post_transformer_norm", True)
     readable = options.get("final_norm", evas) and options.get("global_pool") not in ("max", "avgmax")
     readable &= not (options.get("global_pool") == "map" and options.get("fc_norm"))  # a norm after the pooling
-    late = family == "swinv2" or "block_fn" in options
-    norms_come_late = {shape.stage for shape in plain.shapes} if late else set()
+    norms_come_late = {
+        shape.stage for shape, b in zip(plain.shapes, plain.adapter.blocks(), strict=True) if norms_late(b)
+    }
     assert fixed.keys() == norms_come_late | (set() if readable else {last}) and all(fixed.values())
     net = rewritten(backbone, 1)
     assert sorted({*net.adapter.streams, *fixed}) == list(range(last + 1))

@@ -7,8 +7,10 @@ import pytest
 import torch
 from timm.models.eva import Eva
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from search_spaces.slices import identity_slice, network_slice
+from nas.training.optim import compile_forwards
+from search_spaces.slices import identity_slice, network_slice, prefix_slice
 from supernets.axes import head_widths, slice_block
 from supernets.compact import cut
 from supernets.compact_block import SkippedBlock
@@ -24,8 +26,12 @@ over_layouts = pytest.mark.parametrize("half", [False, True], ids=["neighbours",
 
 def eva(**options: Any) -> Supernet:
     """Heads of 16 channels, eight pairs, four of each axis; float64."""
+    return Supernet(randomise(plain_eva(**options), 0)).double().eval()
+
+
+def plain_eva(**options: Any) -> Eva:
     own: dict[str, Any] = dict(img_size=(32, 48), patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
-    return Supernet(randomise(Eva(**own | dict(use_rot_pos_emb=True, mlp_ratio=2) | options), 0)).double().eval()
+    return Eva(**own | dict(use_rot_pos_emb=True, mlp_ratio=2) | options)
 
 
 @over_layouts
@@ -103,3 +109,72 @@ def test_only_what_timms_cannot_serve_has_an_attention_of_its_own(fused: bool) -
     assert relative(supernet.small(x, subnet), compact.eval()(x)) < 1e-12
     features = compact.forward_intermediates(x, indices=[1, 3], intermediates_only=True)
     assert [f.shape for f in features] == [(2, 16, 4, 6)] * 2
+
+
+AUGMENTED = dict(rope_shift_coords=0.2, rope_jitter_coords=1.5, rope_rescale_coords=2.0)
+over_ropes = pytest.mark.parametrize(
+    "rope",
+    [
+        dict(rope_type="cat"),
+        dict(rope_type="dinov3", dynamic_img_size=True),
+        dict(rope_type="mrope"),
+        dict(rope_type="mixed"),
+        dict(rope_type="mixed", dynamic_img_size=True),
+    ],
+    ids=str,
+)
+
+
+@over_ropes
+def test_large_and_small_network_of_a_step_see_one_draw_of_augmented_coordinates(rope: dict[str, Any]) -> None:
+    supernet = eva(**rope, **AUGMENTED)
+    x, other = images(supernet.backbone), images(supernet.backbone, seed=1)
+    subnet = network_slice(supernet.shapes, [prefix_slice(shape, 2, "stream") for shape in supernet.shapes])
+    plain, plain_small = supernet(x, subnet)
+    supernet.train()
+    large, small = supernet(x)
+    assert torch.equal(large, small) and not torch.equal(large, plain)
+    first, second = supernet.small(x, subnet), supernet.small(x.clone(), subnet)
+    assert not torch.equal(first, plain_small) and not torch.equal(first, second)  # another batch, another draw
+    supernet.large(other)
+    assert not torch.equal(supernet.large(x), large)
+    assert not torch.equal(supernet.backbone(x), supernet.backbone(x))  # outside a step as timm's
+    assert torch.equal(supernet.eval().large(x), plain)
+
+
+@over_ropes
+def test_a_compact_network_trains_with_timms_augmentation(rope: dict[str, Any]) -> None:
+    supernet = eva(**rope, **AUGMENTED)
+    x, timms = images(supernet.backbone), randomise(plain_eva(**rope, **AUGMENTED), 0).double().train()
+    supernet.train()(x)
+    seen = []
+    for network in (timms, supernet.backbone, cut(supernet.backbone, supernet.identity()).train()):
+        torch.manual_seed(0)
+        seen.append(network(x))
+    assert torch.equal(seen[0], seen[1]) and relative(seen[0], seen[2]) < 1e-12
+
+
+@over_ropes
+def test_a_pass_that_is_computed_again_sees_the_draw_that_it_saw(rope: dict[str, Any]) -> None:
+    supernet = eva(**rope, **AUGMENTED).train()
+    x, subnet = images(supernet.backbone), supernet.identity()
+    found = []
+    for small in (supernet.small, lambda *args: checkpoint(supernet.small, *args, use_reentrant=False)):
+        supernet.zero_grad()
+        (supernet.large(x) - 2 * small(x, subnet)).square().sum().backward()
+        found.append([p.grad.clone() for p in supernet.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.slow
+@over_ropes
+def test_compiled_passes_see_one_draw(rope: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend="eager", fullgraph=True))
+    supernet = eva(**rope, **AUGMENTED).train()
+    compile_forwards(supernet)
+    batches = [images(supernet.backbone, seed=seed) for seed in range(3)]
+    found = [supernet(x) for x in (*batches, batches[0].clone())]
+    assert all(relative(large, small) < 1e-12 for large, small in found)
+    assert relative(found[0][0], found[3][0]) > 1e-3

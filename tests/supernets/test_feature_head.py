@@ -33,7 +33,7 @@ def half(supernet: Supernet, width: str = "stream") -> NetworkSlice:
 
 def macs(model: nn.Module, x: Tensor) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(model).to("meta")(x[:1].to("meta"))
+        copy.deepcopy(model).to("meta").requires_grad_(False)(x[:1].to("meta"))
     return counter.get_total_flops() // 2
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import ResPostBlock
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from supernets.calibration import QK_IMAGES, Metric, Wanted, as_it_stands, calib
 from supernets.compact import cut
 from supernets.streams import fixed_streams
 from supernets.supernet import Supernet
-from tests.nas.small import small_supernet
+from tests.nas.small import MIXED, small_supernet
 from tests.oracle import blocks_of, norms_late
 from tests.strategies import images
 
@@ -30,6 +31,9 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "swinv2": ("swinv2", dict(img_size=16)),
     "t2t": ("t2t", {}),
     "eva": ("eva", {}),
+    "eva, mixed": ("eva", MIXED),
+    "vit, norms late": ("vit", dict(block_fn=ResPostBlock)),
+    "cait": ("cait", {}),
     "beit": ("beit", {}),
     "relpos": ("relpos", {}),
     "relpos, norms after": ("relpos", dict(block_fn=ResPostRelPosBlock)),
@@ -203,7 +207,8 @@ def test_channels_of_q_and_k_lose_what_a_network_narrowed_there_does(network: st
     moments, shapes = gradients(supernet, seen), supernet.shapes
     changed = Supernet(copy.deepcopy(supernet.backbone)).eval()
     rewrite(changed, Basis(qk=basis.qk))
-    assert bool(basis.qk) == (network not in ("vit, norms", "eva"))  # in pairs that turn they stay as they are
+    # in pairs that turn they stay as they are
+    assert bool(basis.qk) == (network not in ("vit, norms", "eva", "eva, mixed"))
     for i, (name, shape) in enumerate(zip(supernet.adapter.block_names, shapes, strict=True)):
         whole, errors = stream_after_attention(supernet.backbone, name, seen), {shape.head_dim: 0.0}
         for width in range(shape.qk_unit, shape.head_dim, shape.qk_unit):

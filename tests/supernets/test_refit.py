@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from timm.models.vision_transformer import ResPostBlock
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from torch import Tensor, nn
 
@@ -19,8 +21,9 @@ from supernets.basis import Basis, rewrite
 from supernets.compact import cut
 from supernets.coordinates import compact_parameters
 from supernets.refit import Residual, Ridge, _Refit, bytes_held, refit, towards_prediction, write, written
+from supernets.rotary import FREQS
 from supernets.supernet import Supernet
-from tests.nas.small import FAMILIES, small_supernet
+from tests.nas.small import FAMILIES, MIXED, small_supernet
 from tests.oracle import blocks_of, kept_weights, norms_late, readers_of
 from tests.strategies import block_shapes, general_slices, images, qk_width, random_basis
 from tests.supernets import test_invariants
@@ -107,11 +110,10 @@ def test_11_a_cut_that_removes_nothing_changes_no_weight(
     with written(supernet, subnet, values):
         assert relative(expected, supernet.large(x)) < (1e-10 if dtype is torch.float64 else 1e-4)
     layers = {name for name, module in supernet.backbone.named_modules() if isinstance(module, nn.Linear)}
-    layers = {
-        name
-        for name in layers
-        if not name.startswith("tokens_to_token") and not ("cpb_mlp" in name or "rel_pos" in name)
-    }
+    left = re.compile(
+        r"tokens_to_token|.*cpb_mlp|.*rel_pos|.*attn\.proj_[lw]$|blocks_token_only\.\d+\.(attn\.proj|mlp\.fc2)$"
+    )
+    layers = {name for name in layers if not left.match(name)}
     there = {name for name, _ in supernet.backbone.named_parameters()}
     parted = {name for name in there if name.endswith(("attn.q_bias", "attn.v_bias"))}
     assert values.keys() == {f"{name}.{leaf}" for name in layers for leaf in ("weight", "bias")} & there | parted
@@ -136,6 +138,8 @@ def by_lstsq(x: Tensor, r: Tensor, ridge: float, bias: bool) -> tuple[Tensor, Te
     """Change of matrix and bias: rows of images, and below them a row for each entry that the ridge holds."""
     x, r = x.flatten(0, -2), r.flatten(0, -2)
     size = (x.var(0, correction=0) if bias else x.square().mean(0)).mean()
+    if bias and size < 1e-20:  # CaiT's class token, before it has read: the bias takes all
+        return torch.zeros(r.shape[1], x.shape[1], dtype=x.dtype), r.mean(0)
     held = (len(x) * ridge * size).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
     ones = torch.ones(len(x), int(bias), dtype=x.dtype)
     rows = torch.cat([torch.cat([x, ones], 1), torch.cat([held, held.new_zeros(len(held), int(bias))], 1)])
@@ -247,6 +251,9 @@ def reference(supernet: Supernet, subnet: NetworkSlice, x: Tensor, ridge: Ridge)
             fit(f"{name}.{writer}", units, torch.where(gamma == 0, 0.0, left / gamma), ridge.layers)
     if getattr(backbone, "attn_pool", None) is not None:
         to_outputs("attn_pool.kv", Watched(small, x).run().inputs["attn_pool.kv"], large.inputs["attn_pool.kv"])
+    for i, _ in enumerate(getattr(backbone, "blocks_token_only", ())):  # CaiT's class attention
+        for layer in (f"blocks_token_only.{i}.{leaf}" for leaf in ("attn.q", "attn.k", "attn.v", "mlp.fc1")):
+            to_outputs(layer, Watched(small, x).run().inputs[layer], large.inputs[layer])
     for classifier in supernet.adapter.classifiers:
         now = Watched(small, x).run()
         to_outputs(classifier, now.inputs[classifier], large.inputs[classifier], ridge.classifier)
@@ -262,6 +269,9 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {  # of a Swin no window is padde
     "swinv2": ("swinv2", dict(img_size=16)),
     "t2t": ("t2t", {}),
     "eva": ("eva", {}),
+    "eva, mixed": ("eva", MIXED),
+    "vit, norms late": ("vit", dict(block_fn=ResPostBlock)),
+    "eva, norms late": ("eva", dict(use_post_norm=True)),
     "beit": ("beit", dict(scale_mlp=True)),
     "beit, gated": ("beit", dict(swiglu_mlp=True, qkv_bias=False, global_pool="token")),
     "beit, one table": ("beit", dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True)),
@@ -269,6 +279,7 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {  # of a Swin no window is padde
     "relpos, norms after": ("relpos", dict(block_fn=ResPostRelPosBlock, shared_rel_pos=True, qk_norm=True)),
     "eva, attention pooling": ("eva", dict(global_pool="map", attn_pool_num_heads=3)),
     "eva, q, k and v fused": ("eva", dict(qkv_fused=True, scale_mlp=True)),
+    "cait": ("cait", {}),
     "eva, gates in one layer": ("eva", dict(attn_type="rope", swiglu_align_to=0, init_values=None)),
 }
 
@@ -424,6 +435,7 @@ def test_exactly_the_entries_of_a_slice_are_written(family: str, data: st.DataOb
     subnet = data.draw(general_slices(block_shapes(supernet.backbone)))
     with torch.no_grad():
         own = compact_parameters(supernet.adapter, subnet)
+    own.pop(FREQS, None)  # no layer's
     values = {name: torch.arange(1, t.numel() + 1).view(t.shape) * 1e3 + seed for name, t in own.items()}
     before = {name: p.detach().clone() for name, p in supernet.backbone.named_parameters()}
     masks = kept_weights(supernet.backbone, subnet).tensors
@@ -561,7 +573,9 @@ def test_dead_units_stay_dead_and_do_no_harm(family: str) -> None:
     values = refit(supernet, subnet, seen(supernet))
     assert all(torch.isfinite(t).all() and float(t.abs().max()) < 1e3 for t in values.values())
     subnet = supernet.identity()
-    assert moved(supernet, subnet, refit(supernet, subnet, seen(supernet))) < 1e-3
+    assert (
+        moved(supernet, subnet, refit(supernet, subnet, seen(supernet))) < 2e-3
+    )  # where LayerScale is small, rounding
 
 
 def test_a_network_of_zeros_is_refitted_to_zeros() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import ResPostBlock
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from supernets.importance import magnitude_scores, taylor_lost, taylor_pass
 from supernets.refit import refit, write
 from supernets.streams import fixed_streams
 from supernets.supernet import Supernet
-from tests.nas.small import FAMILIES, small_supernet
+from tests.nas.small import FAMILIES, MIXED, small_supernet
 from tests.oracle import randomise
 from tests.strategies import images, qk_width, random_basis
 from tests.supernets.test_basis import assert_costs
@@ -39,6 +40,10 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "swinv2": ("swinv2", {}),
     "t2t": ("t2t", {}),
     "eva": ("eva", {}),
+    "eva, mixed": ("eva", MIXED),
+    "vit, norms late": ("vit", dict(block_fn=ResPostBlock)),
+    "eva, norms late": ("eva", dict(use_post_norm=True)),
+    "cait": ("cait", {}),
     "beit": ("beit", {}),
     "beit, one table": ("beit", dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True, qkv_bias=False)),
     "relpos": ("relpos", {}),

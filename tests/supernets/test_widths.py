@@ -38,7 +38,7 @@ def at(supernet: Supernet, qk: int, v: Any, **others: Any) -> NetworkSlice:
 def counted(model: nn.Module, x: Tensor) -> int:
     """MACs of one image, by torch."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.to("meta")(x[:1].to("meta"))
+        model.to("meta").requires_grad_(False)(x[:1].to("meta"))
     assert counter.get_total_flops() % 2 == 0
     return counter.get_total_flops() // 2
 
@@ -56,9 +56,10 @@ def test_what_runs_padded_is_counted_padded(family: str, qk: int, v: int) -> Non
         kept = BlockSlice(E, H - 1, shape.hidden, qk=qk, v_channels=v, mlp=False)
         tokens, attended = costs.attn_tokens, costs.attended
         linear = (H - 1) * (2 * qk + v) * E + (H - 1) * v * E
-        once = sum(macs * (H - 1 if axes == "H" else 1) for macs, axes in costs.attn_once)  # a network of positions
-        assert block_flops(shape, costs, kept) == tokens * (linear + 2 * attended * (H - 1) * max(qk, v)) + once
-        assert attention_channels(head_widths(kept, shape)) == 2 * (H - 1) * max(qk, v)
+        once = sum(macs * (H - 1) ** len(axes) for macs, axes in costs.attn_once)  # positions, what mixes heads
+        channels = (H - 1) * (2 * max(qk, v) if costs.pads_heads else qk + v)
+        assert block_flops(shape, costs, kept) == tokens * (linear + attended * channels) + once
+        assert attention_channels(head_widths(kept, shape), costs.pads_heads) == channels
 
 
 @over_families
@@ -82,7 +83,7 @@ def test_a_half_that_is_removed_costs_nothing(family: str) -> None:
         compact = cut(supernet.backbone, subnet)
         assert sum(p.numel() for p in compact.parameters()) == supernet.params(subnet)
         assert supernet.flops(subnet) == counted(compact, x)
-        kinds = {name.split(".")[-2] for name in compact.state_dict() if "blocks" in name and "rel_pos" not in name}
+        kinds = {name.split(".")[-2] for name in compact.state_dict() if "blocks." in name and "rel_pos" not in name}
         assert ("proj" in kinds) == attn and ("fc2" in kinds) == mlp
         for shape, costs, kept in zip(supernet.shapes, supernet.adapter.costs.blocks, subnet.blocks, strict=True):
             if not attn and not mlp:

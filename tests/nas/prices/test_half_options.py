@@ -12,7 +12,7 @@ from search_spaces.slices import NetworkSlice, identity_slice, network_slice
 from supernets.flops import whole_stages
 from supernets.supernet import Supernet
 from tests.nas.free import free_costs
-from tests.nas.small import FAMILIES, small_supernet
+from tests.nas.small import FAMILIES, MIXED, small_supernet
 
 over_families = pytest.mark.parametrize("family", FAMILIES)
 over_prices = pytest.mark.parametrize("price", ["flops", "params"])
@@ -28,6 +28,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "swin, three stages": ("swin", dict(img_size=44, depths=(1, 2, 1), num_heads=(2, 4, 8), embed_dim=8)),
     "t2t": ("t2t", {}),
     "eva": ("eva", {}),
+    "eva, mixed": ("eva", MIXED),
+    "cait": ("cait", {}),
     "beit": ("beit", dict(scale_mlp=True)),
     "relpos": ("relpos", {}),
     "relpos, one network": ("relpos", dict(shared_rel_pos=True)),

@@ -33,6 +33,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "eva02_tiny_patch14_224",
         dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, mlp_ratio=3),
     ),
+    "cait": (
+        "cait_xxs24_224",
+        dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, depth_token_only=1, init_values=0.5),
+    ),
     "beit": ("beit_base_patch16_224", dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)),
     "relpos": (
         "vit_relpos_small_patch16_224",

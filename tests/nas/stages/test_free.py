@@ -162,6 +162,8 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # family, of t
     "swinv2": ("swinv2", {}, {}),
     "t2t": ("t2t", {}, {}),
     "eva": ("eva", {}, {}),
+    "eva, mixed": ("eva", dict(rope_type="mixed"), dict(evals=1)),
+    "cait": ("cait", {}, dict(evals=1)),
     "beit": ("beit", {}, {}),
     "beit, one table": ("beit", dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True), {}),
     "relpos": ("relpos", {}, {}),

@@ -55,6 +55,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "eva02_tiny_patch14_224",
         dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=4, mlp_ratio=3, init_values=0.5),
     ),
+    "cait": (
+        "cait_xxs24_224",
+        dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=4, depth_token_only=1, init_values=0.5),
+    ),
     "beit": ("beit_base_patch16_224", dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=4)),
     "relpos": (
         "vit_relpos_small_patch16_224",
@@ -262,7 +266,7 @@ def test_prices_are_those_of_the_compact_network(runs: tuple[str, Path, Path]) -
     compact: Any = load_compact(retrain)
     assert sum(p.numel() for p in compact.parameters()) == arch.params
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        compact.to("meta")(torch.zeros(1, *arch.input_size, device="meta"))
+        compact.to("meta").requires_grad_(False)(torch.zeros(1, *arch.input_size, device="meta"))
     assert counter.get_total_flops() == 2 * arch.flops
     table = {row["network"]: row for row in csv.DictReader((retrain / "table.csv").open())}
     assert int(table["compact"]["params"]) == arch.params and int(table["large"]["params"]) == arch.backbone_params
