@@ -30,9 +30,9 @@ OF_OTHERS = {
     "t2t": {"dan", "uvc", "free"},
     "eva": {"joint", "free"},
     "cait": {"dan", "free"},
-    "swinv2": {"dan", "free"},
-    "beit": {"dan", "free"},
-    "relpos": {"dan", "free"},
+    "swinv2": {"dan"},
+    "beit": {"free"},
+    "relpos": {"free"},
 }
 FULL_SIZE = [
     space
