@@ -303,7 +303,10 @@ REFUSED: list[tuple[str, str, Build]] = [
     ),
     *(
         (f"`{cls}`", cls, partial(timm.create_model, name, **options))
-        for cls, name, options in (("SwinTransformerV2Cr", "swinv2_cr_tiny_224", {}),)
+        for cls, name, options in (
+            ("SwinTransformerV2Cr", "swinv2_cr_tiny_224", {}),
+            ("NaFlexVit", "naflexvit_base_patch16_gap", {}),
+        )
     ),
 ]
 DOCS = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text()
