@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -10,17 +9,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first import
 # Where a machine forbids it, each of the hundreds of processes that tests start would compile all that it imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-NAS = Path(__file__).parent / "nas"
 
-# Families whose blocks are those of another but for what their adapter says. Every invariant holds of them in
-# tests/supernets in minutes; what searches, methods and stages make of them is among the slow tests.
+# Families whose blocks are those of another but for what their adapter says. What it says is held to the invariants by
+# these files in minutes; all else that is asked of every family is, of these, among the slow tests.
 LIKE_OTHERS = {"swinv2", "beit", "relpos", "cait"}
+HELD_TO_INVARIANTS = {"test_invariants.py", "test_backbones.py", "test_biased_vit.py"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow whatever tests/nas asks of such a family."""
+    """Mark as slow what is asked of such a family elsewhere."""
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
-        if NAS in item.path.parents and any(isinstance(v, str) and v in LIKE_OTHERS for v in params.values()):
+        alike = any(isinstance(value, str) and value in LIKE_OTHERS for value in params.values())
+        if alike and item.path.name not in HELD_TO_INVARIANTS:
             item.add_marker("slow")

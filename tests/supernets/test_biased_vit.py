@@ -176,6 +176,7 @@ def test_what_is_lost_of_heads_that_stay_is_of_the_first(kind: str) -> None:
         assert lost.shape == (7,) and lost[-1] == 0 and (lost.diff() <= 0).all()
 
 
+@pytest.mark.slow
 @over_kinds
 def test_large_and_compact_network_can_be_exported_for_any_batch(kind: str) -> None:
     net = supernet(kind).float()

@@ -240,8 +240,8 @@ BY_TORCH_PRUNING = [
 def followed(family: str, kind: str, inside: bool, stream: bool) -> bool:
     """Not rotary embeddings; of a Swin V2, Beit and RelPos not heads (nor of timm's: biases apart), nor a V2's stream.
 
-    Where a Swin V2's heads differ from block to block, or a RelPos's v is not as wide as its q and k and the stream goes,
-    its search for a group does not come to an end. Of a CaiT only neurons: what mixes heads it does not see.
+    Where a Swin V2's heads differ from block to block, or a RelPos's v is not as wide as its q and k and the stream
+    goes, its search for a group does not come to an end. Of a CaiT only neurons: what mixes heads it does not see.
     """
     if family == "cait":
         return not (inside or stream)

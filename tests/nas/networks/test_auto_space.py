@@ -22,6 +22,7 @@ OF = {
     "eva02_small_patch14_224": "eva",
     "vit_small_patch16_dinov3": "eva",
     "t2t_vit_14": "t2t",
+    "cait_xxs24_224": "cait",
     "beitv2_base_patch16_224": "beit",
     "vit_srelpos_small_patch16_224": "relpos",
 }
