@@ -52,7 +52,7 @@ SMALL = {
         "--space vit-an-nano --epochs 0 --threads 1 --widths 48 --calibration-images 128 --test-images 50",
         "gradient ",
     ),
-    "accepted": ("--modules vision_transformer_relpos --names", "VisionTransformerRelPos"),
+    "accepted": ("--modules naflexvit --names", "NaFlexVit"),
     "basis": ("--model deit_tiny_patch16_224 --images 8 --batch-size 4", "by error"),
 }
 
