@@ -29,6 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import importance, pruners
+from benchmarks.runs import mean_words, resumed, trained_start
 from nas.config import RetrainConfig, SearchConfig
 from nas.machine.devices import autocast
 from nas.machine.files import write_atomically, write_csv, write_json
@@ -79,15 +80,8 @@ class Evidence:
         self.common: dict[str, Any] = {"threads": args.threads, "workers": args.workers}
         if args.data_dir is not None:
             self.common |= {"dataset": "folder", "data_dir": args.data_dir}
-        self.start = args.checkpoint or self.trained()
-
-    def trained(self) -> Path:
-        """The start's weights."""
-        folder = self.folder / "base"
-        if not (folder / "summary.json").exists():
-            own = {"train": "plain", "epochs": self.args.base_epochs, "hflip": 0.5, "scale": (0.5, 1.0)}
-            run_retrain(RetrainConfig(**self.common | own | {"space": self.space("an")} | resumed(folder)))
-        return Path(folder / "large.safetensors")
+        own = self.common | {"space": self.space("an")}
+        self.start = args.checkpoint or trained_start(self.folder / "base", own, args.base_epochs)
 
     def space(self, method: str) -> str:
         return f"{self.args.family}-{method}-nano"
@@ -184,19 +178,6 @@ def facts(bench: pruners.Bench, network: Any) -> dict[str, Any]:
     return found
 
 
-def resumed(folder: Path) -> dict[str, Any]:
-    """Where a run goes; it goes on if it has begun."""
-    return {"output": folder, "resume": (folder / "config.yaml").exists()}
-
-
-def words(values: list[float], form: str) -> str:
-    """Mean and standard deviation."""
-    if not values:
-        return ""
-    mean = format(statistics.mean(values), form)
-    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form)}"
-
-
 COLUMNS = {
     "share": ("FLOPs", ".3f"), "params": ("parameters", ",.0f"), "seconds": ("seconds", ".0f"),
     "cut": ("as cut", ".2f"), "trained": ("trained", ".2f"), "speed_1": ("speed, batch 1", ".2f"),
@@ -214,7 +195,7 @@ def report(folder: Path, rows: list[dict[str, Any]]) -> str:
     for name, budget in cases:
         own = [row for row in rows if (row["row"], row["budget"]) == (name, budget) and "failed" not in row]
         values = {c: [row[c] for row in own if row.get(c) is not None] for c in COLUMNS}
-        cells = [words(values[c], form) for c, (_, form) in COLUMNS.items()]
+        cells = [mean_words(values[c], form, none="") for c, (_, form) in COLUMNS.items()]
         lines.append(f"| {' | '.join([name, budget, str(len(own)), *cells])} |")
         top1 = values["trained"] or values["cut"]
         if top1:

@@ -19,8 +19,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import pruners
-from nas.config import RetrainConfig, SearchConfig
-from nas.stages.retrain import run_retrain
+from benchmarks.runs import resumed, trained_start
+from nas.config import SearchConfig
 from nas.stages.search import run_search
 
 SMALL = ("img_size=32", "patch_size=4", "embed_dim=72", "depth=6", "num_heads=6")
@@ -43,19 +43,11 @@ NETWORKS = {
 }
 
 
-def resumed(folder: Path) -> dict[str, Any]:
-    """Where a run goes; it goes on if it has begun."""
-    return {"output": folder, "resume": (folder / "config.yaml").exists()}
-
-
 def trained(args: argparse.Namespace, name: str, common: dict[str, Any]) -> Path:
     """The weights of a network."""
-    folder, example = args.output / name / "base", NETWORKS[name]
-    if not (folder / "summary.json").exists():
-        own = {"space": f"{example.family}-an-nano", "model": example.model, "model_kwargs": example.model_kwargs}
-        recipe = {"train": "plain", "epochs": args.epochs, "hflip": 0.5, "scale": (0.5, 1.0)}
-        run_retrain(RetrainConfig(**common | own | recipe | resumed(folder)))
-    return Path(folder / "large.safetensors")
+    example = NETWORKS[name]
+    own = {"space": f"{example.family}-an-nano", "model": example.model, "model_kwargs": example.model_kwargs}
+    return trained_start(args.output / name / "base", common | own, args.epochs)
 
 
 def compressed(args: argparse.Namespace, name: str, weights: Path, common: dict[str, Any]) -> list[Path]:

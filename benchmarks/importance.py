@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+from benchmarks.runs import mean_words
 from nas.config import RetrainConfig, with_defaults
 from nas.data.loaders import Loaders, open_data, shuffled
 from nas.machine.devices import pick_device
@@ -175,14 +176,11 @@ def main() -> None:
             networks |= {name: partial(small, net, cut) for name, cut in subnets.items()}
             scores = top_k(networks, loaders.test, device, torch.no_grad)
             rows.append([scores[f"{name}_top1"] for name in networks])
-        print(f"{kind:<16} " + " ".join(f"{cell(values):>14}" for values in zip(*rows, strict=True)), flush=True)
+        print(
+            f"{kind:<16} " + " ".join(f"{mean_words(list(values)):>14}" for values in zip(*rows, strict=True)),
+            flush=True,
+        )
     print(f"top-1 % on the {loaders.reported}, no training after the cut; {time.perf_counter() - started:.0f} s")
-
-
-def cell(values: tuple[float, ...]) -> str:
-    """Mean and, of several seeds, the standard deviation."""
-    mean = sum(values) / len(values)
-    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ± {torch.tensor(values).double().std():.2f}"
 
 
 def small(supernet: Supernet, subnet: NetworkSlice, images: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 
+from benchmarks.runs import resumed
 from nas.config import RetrainConfig, SearchConfig
 from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
@@ -43,17 +44,12 @@ def one(args: argparse.Namespace, run: str, seed: int) -> None:
     if not (folder / "search" / "arch.json").is_file():
         space = f"{args.family}-{method}-nano"
         config = SearchConfig(space=space, budget=float(budget), epochs=args.search_epochs, width=args.width, **common)
-        config = SearchConfig(**vars(config) | options | place(folder / "search"))
+        config = SearchConfig(**vars(config) | options | resumed(folder / "search"))
         run_search(config)
     if not (folder / "retrain" / "summary.json").is_file():
         shared = {k: v for k, v in options.items() if k in ("eta_kc", "rho", "adjoined")}
         retrain: dict[str, Any] = {"arch": folder / "search", "epochs": args.retrain_epochs, "init": "supernet"}
-        run_retrain(RetrainConfig(**common | {"checkpoint": None} | retrain | shared | place(folder / "retrain")))
-
-
-def place(folder: Path) -> dict[str, Any]:
-    """Where a stage runs; it goes on if it has begun."""
-    return {"output": folder, "resume": (folder / "config.yaml").is_file()}
+        run_retrain(RetrainConfig(**common | {"checkpoint": None} | retrain | shared | resumed(folder / "retrain")))
 
 
 def report(args: argparse.Namespace) -> None:

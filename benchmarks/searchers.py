@@ -12,7 +12,6 @@ deviation of the top-1 on the reported split as cut and after the retrain, and t
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 
+from benchmarks.runs import mean_words
 from nas.config import RetrainConfig, SearchConfig
 from nas.machine.files import write_json
 from nas.stages.retrain import run_retrain
@@ -67,14 +67,7 @@ def row(args: argparse.Namespace, run: str, budget: float) -> list[str]:
         if (folder / SECONDS).exists():
             seconds = json.loads((folder / SECONDS).read_text())
             found["seconds"] += [] if seconds is None else [seconds]
-    return [run, f"{budget:g}", *(words(found[name]) for name in found)]
-
-
-def words(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    if len(values) < 2:
-        return f"{values[0]:.2f}" if values else "–"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    return [run, f"{budget:g}", *(mean_words(found[name]) for name in found)]
 
 
 def main() -> None:

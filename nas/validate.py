@@ -246,10 +246,10 @@ def of_a_model(options: argparse.Namespace, device: "torch.device") -> Subject:
 
 def supported(network: Any) -> str:
     """Whether it can be searched, and by which spaces; otherwise what stands in the way."""
-    from supernets.families import ADAPTED
+    from supernets.families import families_of
     from supernets.supernet import Supernet
 
-    families = [name for name, family in ADAPTED.items() if family.takes(network)]
+    families = families_of(network)
     try:
         shapes = Supernet(copy.deepcopy(network)).shapes  # which may get a layer there
     except UserError as error:

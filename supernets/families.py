@@ -55,6 +55,11 @@ ADAPTED: dict[str, Adapted] = {
 }
 
 
+def families_of(backbone: nn.Module) -> list[str]:
+    """The names of the families that take a network."""
+    return [name for name, adapted in ADAPTED.items() if adapted.takes(backbone)]
+
+
 def adapter_for(backbone: nn.Module) -> Adapter:
     """The adapter of a timm model's family; UserError names the family or the feature that is not supported.
 

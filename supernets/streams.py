@@ -117,3 +117,9 @@ def fixed_streams(adapter: Adapter) -> dict[int, str]:
 def stage_is_centred(adapter: Adapter, stage: int) -> bool:
     """Whether the norms that read a stage's stream take its mean away."""
     return all(centred(adapter.backbone.get_submodule(r.norm)) for r in readings(adapter) if r.stage == stage)
+
+
+def first_read(adapter: Adapter, stage: int, width: int) -> int:
+    """The first of a stage's leading channels that anything reads: where the mean is taken away, a rotated 0 is it."""
+    rotated = adapter.streams.get(stage) is not None
+    return int(rotated and width > 1 and stage_is_centred(adapter, stage))

@@ -13,7 +13,7 @@ from nas.networks.options import NetworkOptions
 from nas.networks.sources import source_of
 from search_spaces.errors import UserError
 from search_spaces.registry import AUTO, Space
-from supernets.families import ADAPTED, adapter_for
+from supernets.families import adapter_for, families_of
 from supernets.supernet import Supernet
 
 
@@ -43,7 +43,7 @@ def settled_space(space: str, options: NetworkOptions) -> str:
     with torch.device("meta"):
         backbone = build(model.name, model.kwargs, num_classes=1)
     adapter_for(backbone)  # or it is refused by name
-    families = [name for name, adapted in ADAPTED.items() if adapted.takes(backbone)]
+    families = families_of(backbone)
     module = timm.model_entrypoint(model.name).__module__.rpartition(".")[2]  # DeiT's networks are of ViT's class
     return f"{module if module in families else families[0]}-{space.removeprefix(AUTO)}"
 

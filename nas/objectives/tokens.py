@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nas.objectives.teacher import Teacher
 from search_spaces.errors import UserError
 from search_spaces.slices import NetworkSlice
-from supernets.streams import stage_is_centred
+from supernets.streams import first_read
 from supernets.supernet import Supernet
 
 LEAST = 1e-6  # of a mean square that an error is divided by
@@ -43,7 +43,7 @@ def kept_channels(supernet: Supernet, stage: int, width: int) -> Kept:
     """Of the first `width` channels of a stage."""
     rotation = supernet.adapter.streams.get(stage)
     if rotation is not None:
-        first = int(stage_is_centred(supernet.adapter, stage) and width > 1)
+        first = first_read(supernet.adapter, stage, width)
         return Kept(rotation[first:width].detach(), None, first, width)
     order = supernet.stream_order(stage)
     device = next(supernet.parameters()).device

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from search_spaces.slices import NetworkSlice
 from supernets.coordinates import Coordinates, coordinates
-from supernets.streams import stage_is_centred
+from supernets.streams import first_read
 from supernets.supernet import Supernet
 
 
@@ -29,16 +29,16 @@ def cosine_by_block(
     Over images and tokens, in the channels that the small network keeps, as they stand in its basis; without the mean
     over channels, where nothing reads it. A block that a compact network has lost leaves the stream as it was.
     """
-    adapter, last = supernet.adapter, len(supernet.shapes) - 1
+    adapter, blocks = supernet.adapter, range(len(supernet.shapes))
     stages, where = [shape.stage for shape in supernet.shapes], coordinates(adapter, subnet)
-    firsts = [_first(supernet, stage, subnet) for stage in stages]
-    sums = {name: [0.0] * (last + 1) for name in ("subnet", *([] if compact is None else ["compact"]))}
-    tokens = 0.0
+    firsts = [first_read(adapter, stage, subnet.stage_widths[stage]) for stage in stages]
+    sums = {name: [0.0] * len(blocks) for name in ("subnet", *([] if compact is None else ["compact"]))}
+    seen = 0
     for images, _ in batches:
         images = images.to(device)
         with autocast():
             large = _streams(supernet.backbone, adapter.block_names, images)
-            streams = {"subnet": supernet.small_with_streams(images, subnet, range(last + 1))[1]}
+            streams = {"subnet": supernet.small_with_streams(images, subnet, blocks)[1]}
             if compact is not None:
                 found = _streams(compact, adapter.block_names, images)
                 streams["compact"] = {i: _turned_back(found[i], where.get(stage)) for i, stage in enumerate(stages)}
@@ -47,14 +47,8 @@ def cosine_by_block(
                 y = found[i]
                 z = large[i][..., first : y.shape[-1]]
                 sums[name][i] += float(F.cosine_similarity(z.float(), y[..., first:].float(), dim=-1).mean()) * len(y)
-        tokens += len(images)
-    return {name: [value / max(tokens, 1.0) for value in values] for name, values in sums.items()}
-
-
-def _first(supernet: Supernet, stage: int, subnet: NetworkSlice) -> int:
-    """The first channel of a stage that anything reads: of a rotated one that is centred, 0 holds the mean."""
-    rotated = supernet.adapter.streams.get(stage) is not None
-    return int(rotated and stage_is_centred(supernet.adapter, stage) and subnet.stage_widths[stage] > 1)
+        seen += len(images)
+    return {name: [value / max(seen, 1) for value in values] for name, values in sums.items()}
 
 
 def _turned_back(y: Tensor, at: Coordinates | None) -> Tensor:

@@ -117,6 +117,20 @@ def test_heads_whose_widths_differ_are_exported(tmp_path: Path) -> None:
     assert_exported(network, tmp_path)
 
 
+def with_uneven_blocks(space: str, model: str, heads: int, kept: int, folder: Path) -> Any:
+    """A compact network of three blocks, saved: of the first so many heads are kept, the third is not there at all."""
+    options = dict(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=heads, num_classes=10)
+    supernet = nas.Supernet(randomise(timm.create_model(model, **options), 0)).eval()
+    picks = [
+        dict(stream=24, heads=kept, qk=6, v=3, hidden=40),
+        dict(stream=24, heads=1, qk=2, v=7, hidden=0),
+        dict(stream=24, heads=0, qk=2, v=7, hidden=0),
+    ]
+    arch = nas.pick(supernet, space, picks, model_kwargs=options)
+    nas.save(nas.cut(supernet, arch), folder, arch)
+    return load_compact(folder)
+
+
 EVAS = {
     "EVA-02": "eva02_base_patch14_224",
     "DINOv3": "vit_small_plus_patch16_dinov3",
@@ -130,18 +144,7 @@ def test_heads_that_turn_are_exported(kind: str, tmp_path: Path) -> None:
     """Pairs of q and k left out, SwiGLUs with and without norm; the third block is not there at all."""
     for name in runtimes.PACKAGES:
         pytest.importorskip(name)
-    model = EVAS[kind]
-    options = dict(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=10)
-    supernet = nas.Supernet(randomise(timm.create_model(model, **options), 0)).eval()
-    picks = [
-        dict(stream=24, heads=2, qk=6, v=3, hidden=40),
-        dict(stream=24, heads=1, qk=2, v=7, hidden=0),
-        dict(stream=24, heads=0, qk=2, v=7, hidden=0),
-    ]
-    arch = nas.pick(supernet, "eva-free", picks, model_kwargs=options)
-    nas.save(nas.cut(supernet, arch), tmp_path, arch)
-    network = load_compact(tmp_path)
-    assert_exported(network, tmp_path)
+    assert_exported(with_uneven_blocks("eva-free", EVAS[kind], 2, 2, tmp_path), tmp_path)
     wider = load_compact(tmp_path, img_size=(24, 16))
     assert wider(torch.randn(1, 3, 24, 16)).shape == (1, 10)
 
@@ -150,16 +153,7 @@ def test_heads_that_turn_are_exported(kind: str, tmp_path: Path) -> None:
 def test_talking_heads_are_exported(tmp_path: Path) -> None:
     for name in runtimes.PACKAGES:
         pytest.importorskip(name)
-    options = dict(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, num_classes=10)
-    supernet = nas.Supernet(randomise(timm.create_model("cait_xxs24_224", **options), 0)).eval()
-    picks = [
-        dict(stream=24, heads=3, qk=6, v=3, hidden=40),
-        dict(stream=24, heads=1, qk=2, v=7, hidden=0),
-        dict(stream=24, heads=0, qk=2, v=7, hidden=0),
-    ]
-    arch = nas.pick(supernet, "cait-free", picks, model_kwargs=options)
-    nas.save(nas.cut(supernet, arch), tmp_path, arch)
-    assert_exported(load_compact(tmp_path), tmp_path)
+    assert_exported(with_uneven_blocks("cait-free", "cait_xxs24_224", 4, 3, tmp_path), tmp_path)
 
 
 def test_a_file_that_computes_something_else_is_caught(run: Path) -> None:
