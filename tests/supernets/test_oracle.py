@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from timm.layers import SimpleNorm
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -178,11 +179,16 @@ def test_every_block_of_a_general_slice_is_the_sum_written_out(
 
 
 def has_no_effect(backbone: nn.Module, name: str) -> Tensor | bool:
-    """Entries that may not move the logits though kept: softmax ignores what all keys have in common, and a ReLU sleeps
-    of whose inputs none is above zero. Of a ViT's last block only the tokens that are pooled count, and of a bias that
-    all blocks read only their kept heads.
+    """Entries that may not move the logits though kept: softmax ignores what all keys have in common (their bias, that of
+    a mixing of heads before it), and a ReLU sleeps of whose inputs none is above zero. Of a ViT's last block only the
+    tokens that are pooled count, and of a bias that all blocks read only their kept heads. A CaiT that pools patches
+    reads no class token.
     """
-    if name.endswith(("k_norm.bias", "k_proj.bias")) or "cpb_mlp." in name or "rel_pos" in name:
+    if isinstance(backbone, Cait) and backbone.global_pool == "avg" and name.startswith(("cls_", "blocks_token_only.")):
+        return True
+    if name.endswith((".k.bias", ".k_norm.bias", ".k_proj.bias", ".proj_l.bias")):
+        return True
+    if "cpb_mlp." in name or "rel_pos" in name:
         return True
     if name.startswith("blocks.") and name.endswith("relative_position_bias_table"):
         return True
