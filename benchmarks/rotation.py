@@ -27,9 +27,9 @@ from torch import Tensor
 
 from benchmarks.importance import opened, option_parser
 from nas.data.loaders import Loaders
+from nas.machine.progress import progress
 from nas.training.basis import TAYLOR_BATCHES
 from nas.training.calibration import images_from
-from nas.training.evaluate import progress
 from nas.training.losses import cross_entropy
 from search_spaces.errors import UserError
 from search_spaces.slices import NetworkSlice, identity_slice, network_slice

@@ -122,8 +122,8 @@ def _kernel_of(
     """One pass over the images, centre crops, in float32: the kernel of the pooled features, and D."""
     from nas.data.loader import eval_loader
     from nas.data.loaders import loader_spec
+    from nas.machine.progress import progress
     from nas.networks.backbone import input_size
-    from nas.training.evaluate import progress
 
     spec = loader_spec(data_of(options), model, input_size(model, kwargs), options.batch_size)
     try:

@@ -108,7 +108,8 @@ def scores_of(subject: Subject, wanted: bool, device: "torch.device", autocast: 
 
     wanted: k-NN in any case.
     """
-    from nas.training.evaluate import progress, top_k
+    from nas.machine.progress import progress
+    from nas.training.evaluate import top_k
     from nas.training.likeness import likeness
     from nas.training.nearest import knn
 
@@ -133,10 +134,10 @@ def scores_of(subject: Subject, wanted: bool, device: "torch.device", autocast: 
 
 def by_block(subject: Subject, device: "torch.device", autocast: Any) -> dict[str, list[float]]:
     """{network: cosine similarity of its stream to the large network's, a value per block}, drawn into the folder."""
+    from nas.machine.progress import progress
     from nas.pictures.blocks_figure import PICTURE, blocks_figure
     from nas.pictures.run import save
     from nas.training.by_block import cosine_by_block
-    from nas.training.evaluate import progress
 
     opened = subject.opened
     if opened is None or opened.supernet is None or subject.reference is None:

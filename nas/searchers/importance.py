@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from nas.machine.distributed import on_main
+from nas.machine.progress import counted
 from nas.prices.costs import PricedSpace
 from nas.prices.halves import Halves
 from nas.searchers.exchange import Program, Proposal, exchange, first_point
@@ -23,7 +24,6 @@ from nas.searchers.searcher import Question, Run
 from nas.training.basis import lost_as_it_stands
 from nas.training.calibration import calibration_images, to_score
 from nas.training.prepared import Prepared
-from nas.training.refit import counted
 from search_spaces.errors import UserError
 from search_spaces.method import Method
 from supernets.importance import taylor_lost, taylor_pass

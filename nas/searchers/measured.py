@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from nas.machine.cluster import cluster
 from nas.machine.distributed import is_main, on_main
+from nas.machine.progress import counted
 from nas.machine.timing import timed
 from nas.prices.selection import check_budget, cost_band
 from nas.searchers.measure import Candidate, Measure, Ruler, check_images, first_kept
@@ -18,7 +19,6 @@ from nas.searchers.options import DecideOptions, FrontOptions, SearchOptions, Su
 from nas.searchers.searcher import Answer, Question, Run, Searcher
 from nas.searchers.supernets import check_supernet, defaults_with, trained_supernet, ways
 from nas.training.basis import Standing, find_basis
-from nas.training.refit import counted
 from search_spaces.errors import UserError
 from search_spaces.method import Method
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from nas.data.loaders import CALIBRATION_BATCH
 from nas.machine.distributed import is_main, mean_gradients, on_main
 from nas.machine.files import write_text
+from nas.machine.progress import progress
 from nas.machine.randomness import seed_everything
 from nas.networks.basis_file import BASIS, read_basis, recorded, save_basis
 from nas.training.calibration import calibration_images, to_score
-from nas.training.evaluate import progress
 from nas.training.options import LoopOptions
 from nas.training.prepared import Prepared
 from supernets.basis import Basis, rewrite

@@ -1,12 +1,13 @@
 """Accuracy of networks, and the table that sets large, subnet and compact side by side."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nas.machine.distributed import is_main, sum_
+from nas.machine.progress import progress
 from nas.machine.timing import Network
 from nas.training.losses import accuracy
 
@@ -55,14 +56,6 @@ def top_k(
     sum_(seen, *hits.values())
     share = {name: 100.0 * h.cpu().double() / max(int(seen), 1) for name, h in hits.items()}
     return {f"{name}_top{k}": float(s[i]) for name, s in share.items() for i, k in enumerate((1, 5))}
-
-
-def progress(batches: Any, words: str, total: int | None = None) -> Iterator[Any]:
-    """The batches, with a bar and the time left while they pass. total: their number, where they do not know it."""
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(batches, words, total=total or len(batches), console=Console(stderr=True), transient=True)
 
 
 def print_table(rows: dict[str, dict[str, float]], title: str, words: Mapping[str, str] = COLUMNS) -> None:

@@ -12,13 +12,13 @@ import torch
 from nas.machine.devices import autocast
 from nas.machine.distributed import on_main
 from nas.machine.files import write_csv
+from nas.machine.progress import counted
 from nas.machine.randomness import seed_everything
 from nas.training.calibration import deciding_images, images_from
 from nas.training.objective import Objective, Step
 from nas.training.optim import make_optimizer
 from nas.training.options import LoopOptions
 from nas.training.prepared import Prepared
-from nas.training.refit import counted
 from nas.training.training import Batch
 
 RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)

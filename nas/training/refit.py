@@ -1,10 +1,8 @@
 """A subnet refitted on a run's own images (section 2.11): for decisions, for the cut, for the start of stage 2."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 from nas.data.loaders import CALIBRATION_BATCH
-from nas.machine.distributed import is_main, on_main
+from nas.machine.distributed import on_main
+from nas.machine.progress import counted
 from nas.training.calibration import calibration_images
 from nas.training.options import LoopOptions
 from nas.training.prepared import Prepared
@@ -38,15 +36,3 @@ def refitted(options: LoopOptions, prepared: Prepared, subnet: NetworkSlice) -> 
 def images_that_fit(options: LoopOptions, prepared: Prepared, subnet: NetworkSlice) -> int:
     """How many images the streams of a refit may be of, by --refit-memory; a batch at least."""
     return max(CALIBRATION_BATCH, int(options.refit_memory * 2**30 / bytes_held(prepared.supernet, subnet)))
-
-
-@contextmanager
-def counted(words: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar with the time left; what is yielded advances it by one."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_main()) as bar:
-        task = bar.add_task(words, total=total)
-        yield lambda: bar.advance(task)

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from nas.machine.progress import progress
 from nas.machine.timing import Network
 from nas.training.calibration import images_from
-from nas.training.evaluate import progress, top_k
+from nas.training.evaluate import top_k
 from nas.training.likeness import FEATURES, PREDICTIONS, likeness
 from nas.training.nearest import knn
 from nas.training.prepared import Prepared

@@ -6,6 +6,7 @@ from typing import Any
 
 from nas.machine import distributed
 from nas.machine.every import Clock
+from nas.machine.progress import duration
 from nas.runs.log_columns import held_out as held_out_columns
 from nas.runs.tensorboard import EventFiles
 from nas.training.training import Pass, Training
@@ -87,18 +88,6 @@ class Shown:
         line = summary_line(row, self.training.epochs, self.training.held_out)
         if self.main:
             self.bar.console.print(line, highlight=False, soft_wrap=True)
-
-
-def duration(seconds: float) -> str:
-    """In the two units that matter."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days} d {h} h"
-    if hours:
-        return f"{h} h {m} min"
-    return f"{m} min {s} s" if minutes else f"{s} s"
 
 
 def summary_line(row: Mapping[str, Any], epochs: int, held_out: str) -> str:

@@ -24,7 +24,7 @@ from tests.strategies import (
 over_families = pytest.mark.parametrize("family", BACKBONES)
 over_widths = pytest.mark.parametrize("kind", ["stream", "inner", "general"])
 few = settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     phases=(Phase.explicit, Phase.generate),

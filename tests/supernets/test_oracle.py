@@ -179,10 +179,11 @@ def test_every_block_of_a_general_slice_is_the_sum_written_out(
 
 
 def has_no_effect(backbone: nn.Module, name: str) -> Tensor | bool:
-    """Entries that may not move the logits though kept: softmax ignores what all keys have in common (their bias, that of
-    a mixing of heads before it), and a ReLU sleeps of whose inputs none is above zero. Of a ViT's last block only the
-    tokens that are pooled count, and of a bias that all blocks read only their kept heads. A CaiT that pools patches
-    reads no class token.
+    """Entries that may not move the logits though kept.
+
+    Softmax ignores what all keys have in common (their bias, that of a mixing of heads before it), and a ReLU sleeps of
+    whose inputs none is above zero. Of a ViT's last block only the tokens that are pooled count, and of a bias that all
+    blocks read only their kept heads. A CaiT that pools patches reads no class token.
     """
     if isinstance(backbone, Cait) and backbone.global_pool == "avg" and name.startswith(("cls_", "blocks_token_only.")):
         return True

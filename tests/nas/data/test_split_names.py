@@ -50,6 +50,7 @@ def search(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_search_says_what_its_images_were_for(search: tuple[Path, str]) -> None:
     folder, said = search
     assert "trains on 54 images, decides on 6 held-out training images, perhaps seen by the checkpoint" in said
@@ -63,6 +64,7 @@ def test_a_search_says_what_its_images_were_for(search: tuple[Path, str]) -> Non
         assert words in table
 
 
+@pytest.mark.slow
 def test_both_accuracies_are_of_the_images_they_are_called_after(search: tuple[Path, str]) -> None:
     folder, _ = search
     found = summary(folder)
@@ -76,6 +78,7 @@ def test_both_accuracies_are_of_the_images_they_are_called_after(search: tuple[P
     assert again["split"] == "validation split" and again["images"] == 21
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_retrain_knows_what_the_searchs_weights_have_seen(
     search: tuple[Path, str], photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -294,6 +294,7 @@ def test_a_search_ends_in_the_band_and_its_architecture_retrains_to_a_compact_ne
     assert "teacher" in json.loads((run_retrain(stage) / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_7_an_interrupted_search_resumes_to_the_same_run(
     run: tuple[SearchConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,10 +175,14 @@ def open_networks(supernet: Supernet, arch: Architecture) -> dict[str, Callable[
     return {"large": supernet.large, "subnet": lambda x: supernet.small(x, subnet)}
 
 
-PAIRS = [(family, method) for family in FAMILIES for method in METHODS]
+PAIRS = [  # every family and every method is among the fast ones
+    pytest.param((family, method), id=f"{family}-{method}", marks=pytest.mark.slow if (i - k) % len(METHODS) else ())
+    for i, family in enumerate(FAMILIES)
+    for k, method in enumerate(METHODS)
+]
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: "-".join(pair))
+@pytest.fixture(scope="module", params=PAIRS)
 def runs(request: pytest.FixtureRequest, world: World) -> tuple[str, Path, Path]:
     """A search from a trained network and the retrain of what it found: (family, search, retrain)."""
     family, method = request.param

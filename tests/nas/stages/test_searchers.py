@@ -151,6 +151,7 @@ def test_7_a_search_killed_among_its_candidates_resumes_to_the_same(
     assert_same(run_search(replace(config, output=tmp_path / "run", resume=True)), finished)
 
 
+@pytest.mark.slow
 def test_evolution_begins_with_the_solution_by_importance(undisturbed: dict[str, tuple[SearchConfig, Path]]) -> None:
     for case in CASES[1:]:
         rows = rows_of(undisturbed[case][1])
@@ -244,6 +245,7 @@ def test_one_scoring_serves_a_front(world: World, tmp_path: Path, monkeypatch: p
     assert not (folder / CANDIDATES).exists()
 
 
+@pytest.mark.slow
 def test_a_front_draws_what_a_search_at_one_budget_draws(
     fronts: dict[str, tuple[SearchConfig, Path]], world: World, tmp_path: Path
 ) -> None:

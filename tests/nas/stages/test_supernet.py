@@ -138,6 +138,7 @@ def test_7_killed_in_the_training_before_the_candidates_and_among_them_resumes_t
     assert_same(run_search(replace(config, resume=True)), finished)
 
 
+@pytest.mark.slow
 def test_candidates_of_a_shorter_training_are_measured_again(
     undisturbed: dict[str, tuple[SearchConfig, Path]], tmp_path: Path
 ) -> None:

@@ -20,7 +20,6 @@ from nas.runs.checkpoint import load_checkpoint
 from nas.training.loop import fit
 from nas.training.meter import Diverged, Meter
 from nas.training.objective import Step
-from nas.training.shown import duration
 from nas.training.state import CHECKPOINT
 from search_spaces.errors import UserError
 from tests.nas import tiny
@@ -117,10 +116,6 @@ def test_lines_show_life_where_there_is_no_terminal(tmp_path: Path, monkeypatch:
     assert all(line.endswith(" left") and "images/s" in line for line in lines if line.startswith("retrain"))
     assert [step for folder, name, step in points if (folder, name) == ("steps", "loss_kl")] == [2, 4, 6, 8]
     assert [step for folder, name, step in points if (folder, name) == ("tensorboard", "loss")] == [1, 2]
-
-
-def test_durations() -> None:
-    assert [duration(s) for s in (5, 65, 3700, 200_000)] == ["5 s", "1 min 5 s", "1 h 1 min", "2 d 7 h"]
 
 
 def test_resume_auto(tmp_path: Path) -> None:
