@@ -250,9 +250,9 @@ def main() -> None:
                         named |= evidence.row(row, budget, seed)
                     except UserError as error:
                         named["failed"] = str(error)
-                        print(f"{row}, budget {budget:g}, seed {seed}: {error}", flush=True)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_json(path, named)
+                    print({name: value for name, value in named.items() if not name.startswith("speed")}, flush=True)
                 rows += [json.loads(path.read_text())] if path.exists() else []
     print(report(folder, rows))
 

@@ -1,6 +1,5 @@
 """A run's images: the data set's three parts as batches, by the options."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +16,7 @@ from nas.data.loader import eval_loader, mixup_fn, train_loader
 from nas.data.options import DataOptions
 from nas.data.split_names import held_out_words
 from nas.data.transforms import LoaderSpec
+from nas.machine.cores import usable_cores
 from nas.machine.distributed import gather, rank, world_size
 from search_spaces.errors import UserError
 from supernets.supernet import Supernet
@@ -111,7 +111,7 @@ def loader_spec(
         std=data["std"],
         interpolation=data["interpolation"],
         crop_pct=options.crop_pct or (1.0 if max(size[1:]) <= 64 else data["crop_pct"]),
-        workers=options.workers if options.workers is not None else (0 if embedded else min(4, os.cpu_count() or 1)),
+        workers=options.workers if options.workers is not None else (0 if embedded else min(4, usable_cores())),
         aa=augmented["aa"],
         no_aug=options.no_aug,
         hflip=augmented["hflip"],

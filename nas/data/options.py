@@ -33,7 +33,7 @@ class DataOptions:
     exif: bool = True
     """turn images as their EXIF data says, in training and evaluation alike (docs/data.md)"""
     workers: int | None = None
-    """data loading processes; none for the embedded dataset, 4 otherwise"""
+    """data loading processes; none for the embedded dataset, otherwise 4, or one for every core if they are fewer"""
     augment: Literal["none", "light", "strong"] | None = None
     """a set of augmentations (docs/training.md); --aa, --scale and so on override what it holds. By default the
     space's own; from a checkpoint light where that is made for hundreds of epochs"""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from nas.machine.cores import usable_cores
 from search_spaces.errors import UserError
 
 QUIET = {
@@ -56,7 +57,7 @@ def connect(address: str | None, store: int | None = None) -> None:
     if address in (None, "local"):
         ray.init(
             address="local",
-            num_cpus=len(os.sched_getaffinity(0)),
+            num_cpus=usable_cores(),
             include_dashboard=False,
             object_store_memory=store,
             **quiet,

@@ -12,6 +12,7 @@ import yaml
 
 import nas.machine.threads
 from nas.config import SearchConfig
+from nas.machine.cores import usable_cores
 from nas.machine.options import MachineOptions
 from nas.machine.threads import affordable, timed_by_threads, with_threads
 from nas.stages.search import run_search
@@ -134,3 +135,11 @@ def test_a_run_records_its_threads_goes_on_with_them_and_draws_no_number_for_the
 
 def test_seconds_are_seconds() -> None:
     assert nas.machine.threads.seconds_of(lambda images: time.sleep(0.02 * images), 2) == pytest.approx(0.04, abs=0.03)
+
+
+def test_workers_are_no_more_than_the_cores_that_a_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 7, 8}, raising=False)
+    assert usable_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")  # a system without
+    assert usable_cores() == 64
