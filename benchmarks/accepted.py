@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import timm
-import torch
 
+from nas.networks.backbone import on_meta
 from search_spaces.errors import UserError
 from supernets.supernet import Supernet
 
@@ -38,7 +38,7 @@ CLASSES = 1000
 def refusal(name: str, num_classes: int) -> str:
     """The feature for which a model is refused, "" where it is taken."""
     try:
-        with torch.device("meta"):
+        with on_meta():
             model = timm.create_model(name, num_classes=num_classes)
         Supernet(model)
     except UserError as error:

@@ -14,6 +14,7 @@ from nas.prices.flops import FLOPS
 from nas.prices.selection import reachable_range
 from search_spaces.registry import Space, all_spaces
 from search_spaces.space import make_space, spell, uniform_alphas
+from supernets.supernet import Supernet
 
 
 def list_spaces(verbose: bool = False) -> None:
@@ -27,8 +28,9 @@ def list_spaces(verbose: bool = False) -> None:
     table = Table(title="search spaces (GFLOPs are MACs; stream width)", title_justify="left")
     for column in ("space", "method", "model", "choices per block", "size", "GFLOPs"):
         table.add_column(column, overflow="fold")
+    supernets: dict[tuple[str, str], Supernet] = {}  # by model and family: spaces of many methods share one
     for space in all_spaces().values():
-        costs = costs_of(space)
+        costs = costs_of(space, supernets)
         words, size, (low, high) = uniform_choice(costs) if space.method.uniform else free_choice(costs)
         reach = f"{low / 1e9:.4g} to {high / 1e9:.4g}"
         table.add_row(space.name, space.method.name, space.model, words, f"{size:.3g}", reach)
@@ -52,9 +54,14 @@ def settings_of(space: Space) -> dict[str, dict[str, Any]]:
     return found
 
 
-def costs_of(space: Space) -> PricedSpace:
-    """The space over its default model."""
-    supernet = meta_supernet(TimmModel(space.model, space.model_kwargs), 10 if space.nano else 1000, space)
+def costs_of(space: Space, supernets: dict[tuple[str, str], Supernet] | None = None) -> PricedSpace:
+    """The space over its default model, which is among the supernets afterwards."""
+    supernets = {} if supernets is None else supernets
+    model, classes = TimmModel(space.model, space.model_kwargs), 10 if space.nano else 1000
+    key = (space.family, f"{model} {classes}")
+    if key not in supernets:
+        supernets[key] = meta_supernet(model, classes, space)
+    supernet = supernets[key]
     options = with_defaults(SearchConfig(space=space.name), space, "search")
     choices = make_space(space.name, space.method, training_of(space).settings(options, space), supernet.shapes)
     return priced(choices, supernet.adapter.costs, FLOPS)

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
-import torch
 
-from nas.networks.backbone import Start, TimmModel, build, check_model_name, classifier_names
+from nas.networks.backbone import Start, TimmModel, build, check_model_name, classifier_names, on_meta
 from nas.networks.weights import load_weights
 from search_spaces.errors import UserError
 
@@ -64,7 +63,7 @@ def classes_held(model: TimmModel, start: Start) -> int | None:
         return model.cut.num_classes
     if start.checkpoint is not None:
         state = load_weights(start.checkpoint)
-        with torch.device("meta"):
+        with on_meta():
             backbone: Any = build(model.name, model.kwargs)
         names = [f"{name}.weight" for name in (*classifier_names(backbone), "head", "head.fc", "fc", "classifier")]
         return next((len(state[name]) for name in names if name in state), 0)

@@ -13,7 +13,7 @@ from torch import nn
 from nas.data.listing import few
 from nas.machine.files import write_text
 from nas.networks.architecture import cut_down, slices_of
-from nas.networks.backbone import build, classifier_names
+from nas.networks.backbone import build, classifier_names, on_meta
 from nas.networks.basis_file import streams_of
 from nas.networks.weights import load_weights, save_weights
 from search_spaces.architecture import Architecture, load_architecture, save_architecture
@@ -105,7 +105,7 @@ def build_compact(arch: Architecture, num_classes: int, model_kwargs: Mapping[st
 
 def with_classes(arch: Architecture, num_classes: int) -> Architecture:
     """The architecture with so many classes, and what it and its backbone cost then."""
-    with torch.device("meta"):
+    with on_meta():
         supernet = Supernet(build(arch.model, arch.model_kwargs, num_classes=num_classes))
         install_stages(supernet, streams_of(arch.basis))
     subnet = slices_of(arch, supernet.shapes)
@@ -131,7 +131,7 @@ def described(compact: nn.Module, arch: Architecture) -> Architecture:
     num_classes = 0 if isinstance(classifiers[0], FeatureHead) else classifiers[0].out_features
     if num_classes != arch.num_classes:
         arch = with_classes(arch, num_classes)
-    with torch.device("meta"):
+    with on_meta():
         expected = _sizes(build_compact(arch, num_classes))
     found = _sizes(compact)
     differ = [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]

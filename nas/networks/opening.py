@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import timm
-import torch
 
 from nas.networks.architecture import cut_down
-from nas.networks.backbone import Start, TimmModel, build, check_family, starting_backbone
+from nas.networks.backbone import Start, TimmModel, build, check_family, on_meta, starting_backbone
 from nas.networks.key_values import parse_key_values
 from nas.networks.options import NetworkOptions
 from nas.networks.sources import source_of
@@ -40,7 +39,7 @@ def settled_space(space: str, options: NetworkOptions) -> str:
     if options.model is None:
         raise UserError(f"--space {space} is a space of the family of --model; name a model, or a family's space")
     model = named_model(options.model, options.model_kwargs)
-    with torch.device("meta"):
+    with on_meta():
         backbone = build(model.name, model.kwargs, num_classes=1)
     adapter_for(backbone)  # or it is refused by name
     families = families_of(backbone)
@@ -59,7 +58,7 @@ def start_of(options: NetworkOptions, seed: int) -> Start:
 
 def meta_supernet(model: TimmModel, num_classes: int, space: Space) -> Supernet:
     """The supernet on the meta device: shapes and costs without weights, in a moment."""
-    with torch.device("meta"):
+    with on_meta():
         backbone = build(model.name, model.kwargs, num_classes=num_classes)
         check_family(backbone, space.family, model.name)
         return Supernet(backbone if model.cut is None else cut_down(backbone, model.cut))

@@ -1,8 +1,13 @@
 """`auto-<method>`: the space of the family that --model is of."""
 
+from typing import Any
+
 import pytest
+import timm
+import torch
 
 from nas.config import RetrainConfig, SearchConfig
+from nas.networks.backbone import on_meta
 from nas.networks.opening import settled_space
 from nas.stages.asked import resolve
 from nas.stages.goal import resolve as resolve_retrain
@@ -58,3 +63,21 @@ def test_what_no_family_can_be_told_from_is_refused() -> None:
         resolve(SearchConfig(space="auto-uvc", model="swinv2_tiny_window8_256", pretrained=False, dataset="digits"))
     with pytest.raises(UserError, match="auto-free is a space of the family of --model, which is not named here"):
         get_space("auto-free")
+
+
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "swinv2_tiny_window8_256", "cait_xxs24_224", "t2t_vit_7"])
+def test_a_network_on_the_meta_device_is_the_same_but_for_its_weights(model: str) -> None:
+    def tensors(network: Any) -> dict[str, tuple[Any, ...]]:
+        named = [*network.named_parameters(), *network.named_buffers()]
+        return {name: (t.shape, t.stride(), t.dtype, t.requires_grad) for name, t in named}
+
+    with on_meta():
+        found = timm.create_model(model, num_classes=7)
+    assert all(t.is_meta for t in (*found.parameters(), *found.buffers()))
+    assert tensors(found) == tensors(timm.create_model(model, num_classes=7))
+
+
+def test_on_the_meta_device_what_has_weights_is_filled() -> None:
+    with on_meta():
+        filled = torch.zeros(3, device="cpu").fill_(2.0).add_(1.0)
+    assert filled.tolist() == [3.0, 3.0, 3.0]
