@@ -6,11 +6,7 @@ Parameters and FLOPs are computed on the meta device, without weights, in second
 dataclasses that nas/config.py composes, the only list there is. A test compares the pages with this script.
 """
 
-import ast
 import csv
-import dataclasses
-import inspect
-import itertools
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -23,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import tyro  # noqa: E402
 
+from nas.cli import option_words  # noqa: E402
 from nas.config import Common, RetrainConfig, SearchConfig  # noqa: E402
 from nas.networks.options import KeyValues  # noqa: E402
 from nas.sweeps.options import SweepConfig  # noqa: E402
@@ -111,19 +108,6 @@ def t2t_sum() -> str:
     return markdown(["part", "MACs (M)"], [[p, f"{m / 1e6:.3f}"] for p, m in [*parts, ("**sum**", total)]], right=(1,))
 
 
-def docstrings(cls: type) -> dict[str, str]:
-    """The docstring that follows each field of a dataclass and its bases, in the files where these stand."""
-    found = {}
-    for base in cls.__mro__:
-        source = inspect.getsource(base) if dataclasses.is_dataclass(base) else "class Nothing: ..."
-        body = ast.parse(source).body[0].body  # type: ignore[attr-defined]
-        for statement, after in itertools.zip_longest(body, body[1:]):
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                words = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-                found[statement.target.id] = " ".join(str(after.value.value).split()) if words else ""
-    return found
-
-
 def values_of(field: Field[Any]) -> str:
     """What an option takes, in words."""
     kind = field.type
@@ -141,7 +125,7 @@ def values_of(field: Field[Any]) -> str:
 def options(cls: type, without: type | None = None) -> str:
     """The options of a dataclass, but for those of another that it adds to."""
     left_out = set() if without is None else {field.name for field in fields(without)}
-    text = docstrings(cls)
+    text = option_words(cls)
     rows = []
     for field in fields(cls):
         if field.name in left_out or tyro.conf.Suppress in get_args(field.type):  # written by the run, not an option

@@ -1,9 +1,13 @@
 """Both command lines: options from the dataclass, --config YAML, one-line errors, exit codes."""
 
+import ast
+import inspect
 import sys
 from collections.abc import Callable
-from itertools import pairwise
+from dataclasses import fields, is_dataclass
+from itertools import pairwise, zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tyro
@@ -54,6 +58,25 @@ def main(kind: type[C], run: Callable[[C], Any]) -> None:
         sys.exit(1)
 
 
+def option_words(kind: type) -> dict[str, str]:
+    """The docstring that follows each field of a dataclass and its bases, in the files where these stand, in a line."""
+    found = {}
+    for base in filter(is_dataclass, kind.__mro__):
+        body = ast.parse(inspect.getsource(base)).body[0].body  # type: ignore[attr-defined]
+        for statement, after in zip_longest(body, body[1:]):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                words = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                found[statement.target.id] = " ".join(str(after.value.value).split()) if words else ""
+    return found
+
+
+def set_help(kind: Any) -> None:
+    """Give tyro the options' words as lines of their own: it breaks those of two lines where the second begins."""
+    words = option_words(kind)
+    for field in fields(kind):
+        field.metadata = MappingProxyType({"help": words[field.name]} | dict(field.metadata))  # type: ignore[misc]
+
+
 def parse(kind: type[C], arguments: list[str], program: str) -> C:
     """The config from --config FILE (YAML, option: value) or a run to --resume, then the command line over it."""
     arguments = with_resume(arguments)
@@ -75,6 +98,8 @@ def parse(kind: type[C], arguments: list[str], program: str) -> C:
 
             default = saved_config(kind, Path(output))
     options: dict[str, Any] = {} if default is None else {"default": default}
+    if {"-h", "--help"} & set(arguments):
+        set_help(kind)
     config: C = tyro.cli(kind, args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,), **options)
     return config
 

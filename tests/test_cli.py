@@ -8,12 +8,13 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import tyro
 
 from nas import commands
-from nas.cli import main
+from nas.cli import main, option_words
 from nas.config import RetrainConfig, SearchConfig
 from search_spaces.errors import UserError
 
@@ -275,6 +276,19 @@ def test_help_and_parsing_do_not_wait_for_torch() -> None:
     *help_text, heavy = done.stdout.splitlines()
     assert heavy == "[]"
     assert all(option in "\n".join(help_text) for option in ("--space", "--budget", "--data-dir", "--resume"))
+
+
+@pytest.mark.parametrize(("script", "kind"), [("search.py", SearchConfig), ("retrain.py", RetrainConfig)])
+def test_the_help_breaks_no_line_that_is_not_full(
+    script: str, kind: type, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tyro would begin a new one with the second line of a docstring."""
+    monkeypatch.setenv("COLUMNS", "2000")
+    code, out, _ = shell(script, "--help")
+    hidden = {field.name for field in fields(kind) if tyro.conf.Suppress in get_args(field.type)}
+    assert code == 0 and out.count("(default: ") > 100
+    for name, words in option_words(kind).items():
+        assert name in hidden or any(words in line for line in out.splitlines()), name
 
 
 def test_list_spaces_shows_every_space(shell: Shell) -> None:
