@@ -1,6 +1,7 @@
 """Large and small together over one set of weights, equation (3.4), and what a trained start can do with it (2.14)."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,9 @@ class Adjoined(Objective):
             with torch.no_grad():
                 return self.average.module(images)  # type: ignore[no-any-return]
         return p
+
+    def remembering(self) -> AbstractContextManager[None]:
+        return super().remembering() if self.teacher is None else self.teacher.remembering()
 
     def train(self, mode: bool = True) -> "Adjoined":
         """The average stays in evaluation mode: it is a target."""

@@ -1,6 +1,7 @@
 """The small network alone, under a frozen teacher; a search under a teacher learns by the same terms."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,6 +75,9 @@ class Distilled(Objective):
         """Those of one small network. expert, q: logits (B, classes)."""
         terms = distilled_terms(expert, q, target, self.hard, self.weight, self.temperature, self.smoothing)
         return per_class(terms, q) if self.over_classes and not self.hard else terms
+
+    def remembering(self) -> AbstractContextManager[None]:
+        return self.teacher.remembering()
 
     @property
     def may_leave_weights_unused(self) -> bool:

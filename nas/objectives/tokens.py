@@ -81,7 +81,7 @@ class Tokens:
     def expected(self, images: Tensor) -> Tensor:
         """The teacher's output; what it has after its blocks is kept for `error`."""
         self.seen.clear()
-        return self.teacher(images)
+        return self.teacher.output(images)
 
     def error(self, supernet: Supernet, streams: Mapping[int, Tensor]) -> Tensor:
         """Squared error by what is expected, token by token: its mean over images, tokens and blocks; float32.

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,10 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def networks(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
         """The networks to evaluate, by their names in log.csv: images (B, C, H, W) -> logits (B, classes)."""
+
+    def remembering(self) -> AbstractContextManager[None]:
+        """Inside, what a frozen network gives for the same batch, the very tensor, may be computed once."""
+        return nullcontext()
 
     @property
     def may_leave_weights_unused(self) -> bool:

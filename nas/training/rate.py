@@ -1,8 +1,8 @@
-"""A learning rate that follows the start (section 2.14): a few steps at each of some rates, from low to high."""
+"""A learning rate that follows the start (section 2.14): a few steps at each of some rates, factors of ten first."""
 
 import copy
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -22,10 +22,12 @@ from nas.training.prepared import Prepared
 from nas.training.training import Batch
 
 RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+COARSE = RATES[1::2]
 STEPS = 16  # at each rate, of which the first half warms up
 JUDGING = 256  # training images that are set aside for decisions, on which a rate is judged
 HARM = 0.02  # of the loss
 TABLE = "rates.csv"
+OF_NO_RUN = Step(t=1.0, number=-1, total=1, counted=False)
 
 
 def may_be_tried(prepared: Prepared) -> bool:
@@ -39,8 +41,9 @@ def find_rate(options: LoopOptions, objective: Objective, prepared: Prepared) ->
 
     What a trained network has learnt is lost at a rate at which a fresh one learns: that shows within a few steps. What
     a higher rate gains over a run does not: so not the least loss is taken, but the highest rate whose loss is within
-    HARM of the least. All terms count as at the end of a run; --layer-decay scales the rates as in it. From low to
-    high, until two in a row are above. Written to rates.csv, from which a resumed run has it.
+    HARM of the least. All terms count as at the end of a run; --layer-decay scales the rates as in it. Every other rate
+    from low to high, until one is above; then the one after the highest that is not, and where even the first of them
+    harms the start, the one below. Written to rates.csv, from which a resumed run has it.
     """
     path = prepared.folder / TABLE
     rate = on_main(lambda: _known(path) if options.resume and path.is_file() else _tried(options, objective, prepared))
@@ -51,10 +54,11 @@ def find_rate(options: LoopOptions, objective: Objective, prepared: Prepared) ->
 def _known(path: Path) -> float:
     with path.open(newline="") as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    return _best(rows)
+    return best_of(rows)
 
 
-def _best(rows: Sequence[Mapping[str, float]]) -> float:
+def best_of(rows: Sequence[Mapping[str, float]]) -> float:
+    """The rate taken of those tried."""
     least = min(row["loss"] for row in rows)
     if least == float("inf"):
         return min(row["lr"] for row in rows)
@@ -68,17 +72,33 @@ def _tried(options: LoopOptions, objective: Objective, prepared: Prepared) -> fl
     loader.set_epoch(0)
     batches = [(x.to(prepared.device), y.to(prepared.device)) for x, y in islice(loader, STEPS)]
     judging = judging_images(options, prepared)
-    rows: list[dict[str, float]] = []
-    with counted("trying learning rates", len(RATES)) as advance:
-        for rate in RATES:
-            loss = _after(options, objective, prepared, rate, batches, judging)
+    with counted("trying learning rates", len(COARSE) + 1) as advance, objective.remembering():
+
+        def loss_after(rate: float) -> float:
+            _step_through(options, objective, prepared, rate, batches)
+            found = _judged(options, objective, prepared, judging)
             objective.load_state_dict(start)
             advance()
-            rows.append({"lr": rate, "loss": loss})
-            if all(row["lr"] > _best(rows) for row in rows[-2:]):
-                break
+            return found
+
+        rows = tried(loss_after, lambda: _judged(options, objective, prepared, judging))
     write_csv(prepared.folder / TABLE, rows)
-    return _best(rows)
+    return best_of(rows)
+
+
+def tried(loss_after: Callable[[float], float], of_start: Callable[[], float]) -> list[dict[str, float]]:
+    """Rates by size, each with its loss: those it takes to find the highest that does no harm."""
+    rows: list[dict[str, float]] = []
+
+    def harmless(rate: float) -> bool:
+        rows.append({"lr": rate, "loss": loss_after(rate)})
+        return best_of(rows) == rate
+
+    all(harmless(rate) for rate in COARSE)
+    harmless(RATES[RATES.index(best_of(rows)) + 1])
+    if best_of(rows) == COARSE[0] and rows[0]["loss"] > (1 + HARM) * of_start():
+        harmless(RATES[0])
+    return sorted(rows, key=lambda row: row["lr"])
 
 
 def judging_images(options: LoopOptions, prepared: Prepared) -> list[Batch]:
@@ -97,30 +117,28 @@ def judging_images(options: LoopOptions, prepared: Prepared) -> list[Batch]:
     return found
 
 
-def _after(
-    options: LoopOptions,
-    objective: Objective,
-    prepared: Prepared,
-    rate: float,
-    batches: list[Batch],
-    judging: list[Batch],
-) -> float:
-    """The loss on the judging images after a few steps at a rate; infinite where it is not finite."""
+def _step_through(
+    options: LoopOptions, objective: Objective, prepared: Prepared, rate: float, batches: list[Batch]
+) -> None:
+    """A step on every batch, the first half of them warming up to the rate."""
     optimizer = make_optimizer(replace(options, lr=rate), objective.supernet.backbone)
-    step = Step(t=1.0, number=-1, total=1, counted=False)  # of no run
     objective.train()
     for i, (images, target) in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0) * min(1.0, 2 * (i + 1) / len(batches))
         with autocast(options, prepared.device):
-            loss = torch.stack([v.float() for v in objective(images, target, step).values()]).sum()
+            loss = torch.stack([v.float() for v in objective(images, target, OF_NO_RUN).values()]).sum()
         loss.backward()
         optimizer.step()
         objective.zero_grad(set_to_none=True)
+
+
+def _judged(options: LoopOptions, objective: Objective, prepared: Prepared, judging: list[Batch]) -> float:
+    """The loss on the judging images; infinite where it is not finite."""
     objective.eval()
     total = 0.0
     with torch.no_grad(), autocast(options, prepared.device):
         for images, target in judging:
-            total += len(target) * float(sum(objective(images, target, step).values()))
+            total += len(target) * float(sum(objective(images, target, OF_NO_RUN).values()))
     found = total / sum(len(target) for _, target in judging)
     return found if found < float("inf") else float("inf")

@@ -1,6 +1,8 @@
 """Adjoined training from a trained start: the schedules of lambda, a third term, and whom the small network follows."""
 
 import csv
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from nas.objectives.teacher import Teacher
 from nas.stages.goal import resolve
 from nas.training.loop import fit
 from nas.training.objective import Step
-from nas.training.rate import RATES, find_rate, may_be_tried
+from nas.training.rate import RATES, best_of, find_rate, judging_images, may_be_tried, tried
 from nas.training.state import CHECKPOINT
 from search_spaces.architecture import save_architecture
 from search_spaces.errors import UserError
@@ -175,6 +177,40 @@ def test_a_rate_that_does_no_harm_is_found_and_nothing_else_is_left_of_trying(ki
     assert all(torch.equal(t, before[name]) for name, t in objective.supernet.state_dict().items())
     if kind is KernelAdjoined:
         assert not objective.process_state()
+
+
+@pytest.mark.parametrize(
+    ("losses", "rate", "trials"),
+    [
+        ((1.0, 1.0, 0.99, 0.98, 0.97, 2.0, 5.0), 3e-4, 4),
+        ((1.0, 1.0, 1.0, 1.01, 1.5, 2.0, 5.0), 1e-4, 4),
+        ((1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4), 3e-3, 4),
+        ((1.0, 1.01, 1.3, 1.5, 1.5, 2.0, 5.0), 1e-5, 3),
+        ((1.01, 1.3, 1.5, 1.9, 2.5, 3.0, 5.0), 3e-6, 4),
+        ((1.3, 1.3, 1.5, 1.9, 2.5, 3.0, 5.0), 1e-5, 4),  # nothing is without harm: the highest of the least
+        ((1.0, *[math.inf] * 6), 3e-6, 4),
+        ([math.inf] * 7, 3e-6, 4),
+    ],
+)
+def test_the_rates_tried_find_what_trying_all_of_them_finds(losses: Sequence[float], rate: float, trials: int) -> None:
+    table = dict(zip(RATES, losses, strict=True))
+    rows = tried(table.__getitem__, lambda: 1.0)
+    assert [row["lr"] for row in rows] == sorted(row["lr"] for row in rows)
+    assert all(row["loss"] == table[row["lr"]] for row in rows)
+    assert len(rows) == trials
+    assert best_of(rows) == rate == best_of([{"lr": lr, "loss": loss} for lr, loss in table.items()])
+
+
+def test_a_teacher_is_asked_once_for_all_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, objective, prepared = trained_run(tmp_path)
+    objective = made(Adjoined, objective.supernet, who="frozen")
+    asked, own = [], Teacher.output
+    monkeypatch.setattr(Teacher, "output", lambda self, images: asked.append(len(images)) or own(self, images))
+    find_rate(config, objective, prepared)
+    batches, judging = len(prepared.loaders.train), len(judging_images(config, prepared))
+    assert len(asked) == batches + judging
+    objective(*next(iter(prepared.loaders.train)), Step(t=1.0, number=0, total=1))
+    assert len(asked) == batches + judging + 1  # afterwards it remembers nothing
 
 
 def test_the_rate_is_judged_by_both_terms_and_tried_with_layer_decay(
