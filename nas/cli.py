@@ -74,7 +74,7 @@ def set_help(kind: Any) -> None:
     """Give tyro the options' words as lines of their own: it breaks those of two lines where the second begins."""
     words = option_words(kind)
     for field in fields(kind):
-        field.metadata = MappingProxyType({"help": words[field.name]} | dict(field.metadata))  # type: ignore[misc]
+        field.metadata = MappingProxyType({"help": words[field.name]} | dict(field.metadata))
 
 
 def parse(kind: type[C], arguments: list[str], program: str) -> C:

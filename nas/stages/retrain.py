@@ -54,7 +54,7 @@ from nas.training.meter import Diverged
 from nas.training.objective import Objective
 from nas.training.prepared import Prepared
 from nas.training.rate import find_rate, may_be_tried
-from nas.training.refit import refitted
+from nas.training.refit import REFIT, known_refit, refitted
 from nas.training.scores import scores_of
 from nas.training.state import BEST, CHECKPOINT, go_back, settle
 from nas.training.training import Training
@@ -97,7 +97,7 @@ def _retrain(
     goal = replace(goal, config=config)
     teacher = teacher_of(goal, prepared)
     goal = rewritten(goal, origin, prepared)
-    begin(goal, prepared)
+    begin(goal, origin, prepared)
     objective = objective_of(goal, prepared, teacher).to(device)
     if config.lr is None:
         config = replace(config, lr=rate_of(goal, objective, prepared))
@@ -164,15 +164,23 @@ def rewritten(goal: Goal, origin: Origin, prepared: Prepared) -> Goal:
     return goal
 
 
-def begin(goal: Goal, prepared: Prepared) -> None:
+def begin(goal: Goal, origin: Origin, prepared: Prepared) -> None:
     """Refit the subnet in the supernet's weights, where it alone is trained on from there (section 2.11).
 
-    The networks of a front share their weights: what one's refit writes is not for another.
+    Or take what its search refitted. The networks of a front share their weights: what one's refit writes is not for
+    another.
     """
     kind = kind_of(goal.config.trained())
     resumed = goal.config.resume and on_main((prepared.folder / CHECKPOINT).is_file)
     if len(goal.archs) == 1 and kind.teacher and training_of(goal.space).refits and not resumed:
-        write(prepared.supernet, goal.subnet, refitted(goal.config, prepared, goal.subnet))
+        config, values = goal.config, None
+        if origin.words == SEARCHED:
+            values = known_refit(config, prepared, goal.subnet, folder_of(config))
+        if values is None:
+            values = refitted(config, prepared, goal.subnet)
+        else:
+            print(f"refitted by the search: {results_path(folder_of(config) / REFIT)}")
+        write(prepared.supernet, goal.subnet, values)
 
 
 def objective_of(goal: Goal, prepared: Prepared, teacher: Teacher | None) -> Objective:

@@ -42,7 +42,7 @@ from nas.training.basis import Standing
 from nas.training.evaluate import by_split, print_table
 from nas.training.loop import OnEpoch
 from nas.training.prepared import Prepared
-from nas.training.refit import refitted
+from nas.training.refit import kept_refit
 from nas.training.scores import scores_of
 from search_spaces.architecture import Architecture
 from search_spaces.registry import SPACES, Space
@@ -285,7 +285,7 @@ def refitted_compact(
 ) -> nn.Module:
     """The compact network, refitted (section 2.11), written beside arch.json; the supernet stays as it is."""
     supernet, loaders = prepared.supernet, prepared.loaders
-    with written(supernet, subnet, refitted(config, prepared, subnet)):
+    with written(supernet, subnet, kept_refit(config, prepared, subnet)):
         compact = cut(supernet.backbone, subnet).eval()
         if is_main():
             save_compact(compact, prepared.folder, arch, preparation(config, loaders))

@@ -1,13 +1,92 @@
-"""A subnet refitted on a run's own images (section 2.11): for decisions, for the cut, for the start of stage 2."""
+"""A subnet refitted on a run's own images (section 2.11): for the cut, for the start of stage 2.
+
+What a search refits it leaves in refit.safetensors: the same refit is not done again by its resumption or by stage 2.
+"""
+
+import hashlib
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from nas.data.loaders import CALIBRATION_BATCH
-from nas.machine.distributed import on_main
+from nas.machine.distributed import is_main, on_main
 from nas.machine.progress import counted
+from nas.networks.weights import save_weights
 from nas.training.calibration import calibration_images
 from nas.training.options import LoopOptions
 from nas.training.prepared import Prepared
 from search_spaces.slices import NetworkSlice
 from supernets.refit import Values, bytes_held, refit
+from supernets.streams import readings, scalings
+from supernets.supernet import Supernet
+
+REFIT = "refit.safetensors"
+MARK, SCALE = "of", "scale of "
+IMAGES = (  # options that say which images there are and how they are prepared, and with how many of them
+    "dataset", "data_dir", "train_split", "num_classes", "class_map", "labels", "val_fraction", "exif", "interpolation",
+    "crop_pct", "mean", "std", "seed", "refit_images", "refit_memory",
+)  # fmt: skip
+
+
+def kept_refit(options: LoopOptions, prepared: Prepared, subnet: NetworkSlice) -> Values:
+    """As `refitted`; written into the run's folder, and read from there where it is the same one's."""
+    values = known_refit(options, prepared, subnet, prepared.folder)
+    if values is None:
+        values = refitted(options, prepared, subnet)
+        if values and is_main():
+            scales = {f"{SCALE}{name}": scale for name, scale in scales_of(prepared.supernet).items()}
+            save_weights(dict(values) | scales, prepared.folder / REFIT, {MARK: mark(options, prepared, subnet)})
+    return values
+
+
+def known_refit(options: LoopOptions, prepared: Prepared, subnet: NetworkSlice, folder: Path) -> Values | None:
+    """What a folder holds, where it is of the same subnet in the same basis, and on the same images by their options.
+
+    The weights are the caller's concern.
+    """
+
+    def values() -> Values | None:
+        try:
+            with safe_open(folder / REFIT, "pt") as file:
+                if (file.metadata() or {}).get(MARK) != mark(options, prepared, subnet):
+                    return None
+                found = {str(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        except (OSError, SafetensorError):  # there is none, or half of one
+            return None
+        for name, scale in scales_of(prepared.supernet).items():
+            was = found.pop(f"{SCALE}{name}")
+            if name in found and was != scale:
+                found[name] = found[name] * (was / scale).to(found[name])
+        return found
+
+    return on_main(values)
+
+
+def scales_of(supernet: Supernet) -> dict[str, Tensor]:
+    """What norms and LayerScales of rotated streams multiply, by the names of the readers and writers beside them.
+
+    One number each, and another one after every time that a network is put into its basis: the matrices then differ by
+    it, and the function does not.
+    """
+    params = {name: p.detach() for name, p in supernet.backbone.named_parameters()}
+    streams = supernet.adapter.streams
+    found: dict[str, Tensor] = {}
+    for reading in readings(supernet.adapter):
+        if reading.stage in streams:
+            found |= {name: params[f"{reading.norm}.weight"][0].cpu().clone() for name in reading.matrices}
+    for scaling in scalings(supernet.adapter):
+        if scaling.stage in streams:
+            found |= {name: params[scaling.gamma][0].cpu().clone() for name in scaling.writers}
+    return found
+
+
+def mark(options: LoopOptions, prepared: Prepared, subnet: NetworkSlice) -> str:
+    """SHA-256 of what a refit rests on, but for the weights."""
+    supernet = prepared.supernet
+    basis = supernet.sorted if supernet.basis is None else supernet.basis.digest()
+    said = [f"{name}={getattr(options, name)}" for name in IMAGES]
+    return hashlib.sha256(repr((subnet, basis, prepared.plan.images, said)).encode()).hexdigest()
 
 
 def refitted(options: LoopOptions, prepared: Prepared, subnet: NetworkSlice) -> Values:

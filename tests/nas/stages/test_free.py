@@ -31,7 +31,8 @@ from nas.searchers.judge import Judge
 from nas.searchers.measure import CANDIDATES
 from nas.stages.retrain import run_retrain
 from nas.stages.search import run_search
-from search_spaces.architecture import load_architecture
+from nas.training.refit import REFIT
+from search_spaces.architecture import load_architecture, save_architecture
 from tests.nas.run_checks import assert_whole, log_rows, visible
 from tests.nas.stages.free_world import CLASSES, FAMILIES, World, draw, world
 from tests.nas.stages.test_search import Interrupt
@@ -93,7 +94,7 @@ def test_a_search_leaves_what_it_promises(searched: tuple[SearchConfig, Path]) -
     assert_whole(folder)
     assert set(visible(folder)) == {
         "arch.json", "basis.safetensors", "candidates.csv", "compact.safetensors", "config.json", "config.yaml",
-        "data.json", "summary.json", "supernet.safetensors",
+        "data.json", "refit.safetensors", "summary.json", "supernet.safetensors",
     }  # fmt: skip
     arch = load_architecture(folder)
     assert arch.flops <= 0.5 * arch.backbone_flops and arch.method == "free" and arch.num_classes == CLASSES
@@ -317,6 +318,75 @@ def test_a_retrain_begins_refitted_wherever_its_weights_come_from(
         opened.supernet.backbone.load_state_dict(state)
         x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(opened.networks()["subnet"](x), opened.compact(x), rtol=1e-2, atol=1e-3)
+
+
+def refits(patch: pytest.MonkeyPatch) -> list[Any]:
+    """Filled with every subnet that is refitted from here on."""
+    seen: list[Any] = []
+    own = nas.training.refit.refit
+
+    def watched(supernet: Any, subnet: Any, *rest: Any, **more: Any) -> Any:
+        seen.append(subnet)
+        return own(supernet, subnet, *rest, **more)
+
+    patch.setattr(nas.training.refit, "refit", watched)
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("more", [{}, {"init_values": 0.3}], ids=["", "LayerScale"])
+def test_a_retrain_begins_at_what_its_search_refitted(
+    family: str, more: dict[str, Any], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its network was taken out of the basis and put into it again, and stands there otherwise scaled."""
+    if more and family not in ("vit", "eva", "beit", "relpos"):
+        pytest.skip("has none, or has it already")
+    search = run_search(world.search(tmp_path / "search", family, more, decide="score", evals=1, refit_images=24))
+    seen = refits(monkeypatch)
+    state = start_of(world.retrain(tmp_path / "run", arch=search, refit_images=24), monkeypatch)
+    assert not seen
+    opened = open_folder(search, CPU)
+    assert opened.supernet is not None and opened.compact is not None
+    side = opened.supernet.adapter.input_size[-1]
+    x = torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        opened.supernet.backbone.load_state_dict(state)
+        torch.testing.assert_close(opened.networks()["subnet"](x), opened.compact(x), rtol=1e-4, atol=1e-5)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "seed": {"seed": 7}, "images": {"refit_images": 20}, "held out": {"val_fraction": 0.2}, "base": {"init": "base"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", [*OTHERS, "weights", "another architecture", "a torn file"])
+def test_a_retrain_refits_where_the_search_did_not_refit_the_same(
+    what: str, searched: tuple[SearchConfig, Path], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(searched[1], folder := tmp_path / "search")
+    options = OTHERS.get(what, {"checkpoint": world.trained} if what == "weights" else {})
+    if what == "another architecture":
+        arch = load_architecture(folder)
+        save_architecture(
+            replace(arch, blocks=tuple(dict(b) | {"hidden": 5} for b in arch.blocks)), folder / "arch.json"
+        )
+    if what == "a torn file":
+        (folder / REFIT).write_bytes((folder / REFIT).read_bytes()[:200])
+    seen = refits(monkeypatch)
+    start_of(world.retrain(tmp_path / "run", arch=folder, **options), monkeypatch)
+    assert len(seen) == 1
+
+
+def test_a_search_that_goes_on_refits_no_second_time(
+    searched: tuple[SearchConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, undisturbed = searched
+    shutil.copytree(undisturbed, folder := tmp_path / "run")
+    for name in ("arch.json", "summary.json", "compact.safetensors"):
+        (folder / name).unlink()
+    seen = refits(monkeypatch)
+    assert_same(run_search(replace(config, output=folder, resume=True)), undisturbed)
+    assert not seen
 
 
 @pytest.mark.parametrize("ema", [False, True])
