@@ -11,6 +11,7 @@ import pytest
 import tyro
 
 import nas
+from nas.cli import option_words
 from nas.config import Common, RetrainConfig, SearchConfig
 from nas.sweeps.options import SweepConfig
 
@@ -80,7 +81,7 @@ def tables() -> Any:
 
 @pytest.mark.parametrize("kind", [SweepConfig, RetrainConfig])
 def test_every_option_has_a_line_of_help(kind: type[Common]) -> None:
-    text = tables().docstrings(kind)
+    text = option_words(kind)
     assert [field.name for field in fields(kind) if not text.get(field.name)] == []
 
 

@@ -412,7 +412,7 @@ def test_no_result_is_worse_than_its_start(
 
 
 RETRAIN_MOMENTS: dict[str, tuple[Any, str, int, bool]] = {
-    "in the refit": (nas.training.refit, "refit", 1, True),
+    "at the refit of its search": (nas.stages.retrain, "write", 1, True),
     "once the start is saved": (nas.training.state, "save_checkpoint", 1, True),
     "between checkpoint and best": (nas.training.state, "copy_atomically", 1, False),
     "in the second epoch": (nas.training.loop, "update_weights", 5, True),
