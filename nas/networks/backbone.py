@@ -77,7 +77,7 @@ class Unfilled(TorchFunctionMode):
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """What is built here has shapes and no weights, and takes a twentieth of the time."""
+    """What is built here has shapes and no weights."""
     with torch.device("meta"), Unfilled():
         yield
 

@@ -94,7 +94,9 @@ def tried(loss_after: Callable[[float], float], of_start: Callable[[], float]) -
         rows.append({"lr": rate, "loss": loss_after(rate)})
         return best_of(rows) == rate
 
-    all(harmless(rate) for rate in COARSE)
+    for rate in COARSE:
+        if not harmless(rate):
+            break
     harmless(RATES[RATES.index(best_of(rows)) + 1])
     if best_of(rows) == COARSE[0] and rows[0]["loss"] > (1 + HARM) * of_start():
         harmless(RATES[0])

@@ -13,6 +13,7 @@ from nas.data.loaders import CALIBRATION_BATCH
 from nas.machine.distributed import is_main, on_main
 from nas.machine.progress import counted
 from nas.networks.weights import save_weights
+from nas.runs.folder import SUPERNET
 from nas.training.calibration import calibration_images
 from nas.training.options import LoopOptions
 from nas.training.prepared import Prepared
@@ -36,20 +37,22 @@ def kept_refit(options: LoopOptions, prepared: Prepared, subnet: NetworkSlice) -
         values = refitted(options, prepared, subnet)
         if values and is_main():
             scales = {f"{SCALE}{name}": scale for name, scale in scales_of(prepared.supernet).items()}
-            save_weights(dict(values) | scales, prepared.folder / REFIT, {MARK: mark(options, prepared, subnet)})
+            save_weights(
+                dict(values) | scales, prepared.folder / REFIT, {MARK: mark(options, prepared, subnet, prepared.folder)}
+            )
     return values
 
 
 def known_refit(options: LoopOptions, prepared: Prepared, subnet: NetworkSlice, folder: Path) -> Values | None:
-    """What a folder holds, where it is of the same subnet in the same basis, and on the same images by their options.
+    """What a search left there, where it is of the same subnet of its supernet, on the same images by their options.
 
-    The weights are the caller's concern.
+    None where a refit is due.
     """
 
     def values() -> Values | None:
         try:
             with safe_open(folder / REFIT, "pt") as file:
-                if (file.metadata() or {}).get(MARK) != mark(options, prepared, subnet):
+                if (file.metadata() or {}).get(MARK) != mark(options, prepared, subnet, folder):
                     return None
                 found = {str(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
         except (OSError, SafetensorError):  # there is none, or half of one
@@ -81,12 +84,14 @@ def scales_of(supernet: Supernet) -> dict[str, Tensor]:
     return found
 
 
-def mark(options: LoopOptions, prepared: Prepared, subnet: NetworkSlice) -> str:
-    """SHA-256 of what a refit rests on, but for the weights."""
+def mark(options: LoopOptions, prepared: Prepared, subnet: NetworkSlice, folder: Path) -> str:
+    """SHA-256 of what a refit rests on. folder: of the search, whose supernet.safetensors has the weights."""
     supernet = prepared.supernet
+    with (folder / SUPERNET).open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
     basis = supernet.sorted if supernet.basis is None else supernet.basis.digest()
     said = [f"{name}={getattr(options, name)}" for name in IMAGES]
-    return hashlib.sha256(repr((subnet, basis, prepared.plan.images, said)).encode()).hexdigest()
+    return hashlib.sha256(repr((weights, subnet, basis, prepared.plan.images, said)).encode()).hexdigest()
 
 
 def refitted(options: LoopOptions, prepared: Prepared, subnet: NetworkSlice) -> Values:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import nas.searchers.judge
@@ -26,6 +26,7 @@ from nas.config import RetrainConfig, SearchConfig
 from nas.data.images import Images
 from nas.networks.basis_file import BASIS, read_basis, recorded
 from nas.networks.compact_file import load_compact
+from nas.runs.folder import SUPERNET
 from nas.runs.opened import open_folder
 from nas.searchers.judge import Judge
 from nas.searchers.measure import CANDIDATES
@@ -359,7 +360,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", [*OTHERS, "weights", "another architecture", "a torn file"])
+@pytest.mark.parametrize("what", [*OTHERS, "weights", "weights trained on", "another architecture", "a torn file"])
 def test_a_retrain_refits_where_the_search_did_not_refit_the_same(
     what: str, searched: tuple[SearchConfig, Path], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,6 +371,9 @@ def test_a_retrain_refits_where_the_search_did_not_refit_the_same(
         save_architecture(
             replace(arch, blocks=tuple(dict(b) | {"hidden": 5} for b in arch.blocks)), folder / "arch.json"
         )
+    if what == "weights trained on":  # the search resumed for more epochs, and ended before its refit
+        weights = load_file(folder / SUPERNET)
+        save_file({name: t * 1.001 for name, t in weights.items()}, folder / SUPERNET)
     if what == "a torn file":
         (folder / REFIT).write_bytes((folder / REFIT).read_bytes()[:200])
     seen = refits(monkeypatch)
