@@ -6,6 +6,10 @@ from typing import Literal
 
 from nas.machine.ranges import at_least_one, interval, not_negative, positive, probability, share
 
+# options that say which images a run trains on, and how they are held out and prepared
+TRAINED_ON = ("dataset", "data_dir", "train_split", "num_classes", "class_map", "labels")
+PREPARATION = ("val_fraction", "exif", "interpolation", "crop_pct", "mean", "std")
+
 
 @dataclass(frozen=True)
 class DataOptions:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nas.config import SearchConfig
+from nas.data.options import PREPARATION, TRAINED_ON
 from nas.machine.ranges import as_given, flag
 from nas.runs.folder import read_options, results_path, typed
 from search_spaces.errors import UserError
@@ -12,10 +13,7 @@ from search_spaces.registry import space_of
 
 S = TypeVar("S", bound=SearchConfig)
 
-IMAGES = (  # all of a run, or none
-    "dataset", "data_dir", "train_split", "val_split", "num_classes", "class_map", "labels",
-)  # fmt: skip
-PREPARATION = ("val_fraction", "exif", "interpolation", "crop_pct", "mean", "std")
+IMAGES = (*TRAINED_ON, "val_split")  # all of a run, or none
 OF_THE_RUN = ("model", "model_kwargs", "checkpoint", "pretrained")  # which its network has decided
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(SearchConfig)}
 

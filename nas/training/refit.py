@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nas.data.loaders import CALIBRATION_BATCH
+from nas.data.options import PREPARATION, TRAINED_ON
 from nas.machine.distributed import is_main, on_main
 from nas.machine.progress import counted
 from nas.networks.weights import save_weights
@@ -24,10 +25,7 @@ from supernets.supernet import Supernet
 
 REFIT = "refit.safetensors"
 MARK, SCALE = "of", "scale of "
-IMAGES = (  # options that say which images there are and how they are prepared, and with how many of them
-    "dataset", "data_dir", "train_split", "num_classes", "class_map", "labels", "val_fraction", "exif", "interpolation",
-    "crop_pct", "mean", "std", "seed", "refit_images", "refit_memory",
-)  # fmt: skip
+OPTIONS = (*TRAINED_ON, *PREPARATION, "seed", "refit_images", "refit_memory")  # on which a refit rests
 
 
 def kept_refit(options: LoopOptions, prepared: Prepared, subnet: NetworkSlice) -> Values:
@@ -90,7 +88,7 @@ def mark(options: LoopOptions, prepared: Prepared, subnet: NetworkSlice, folder:
     with (folder / SUPERNET).open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     basis = supernet.sorted if supernet.basis is None else supernet.basis.digest()
-    said = [f"{name}={getattr(options, name)}" for name in IMAGES]
+    said = [f"{name}={getattr(options, name)}" for name in OPTIONS]
     return hashlib.sha256(repr((weights, subnet, basis, prepared.plan.images, said)).encode()).hexdigest()
 
 
